@@ -1,0 +1,98 @@
+"""Checks of the tensors that a caller hands in. Each error names the argument and what it got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flexprefill.config import PrefillConfig
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 257, 8)
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
+    """Raises unless query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] can be searched, and with value attended.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype or layout.
+        ValueError: shapes, dtypes or devices do not fit together, or a gradient is asked for.
+    """
+    named = dict(zip(("query", "key", "value"), (query, key, *value), strict=False))
+    for name, tensor in named.items():
+        _check_tensor(name, tensor)
+        _check_head_dim(name, tensor)
+    for name in list(named)[1:]:
+        _check_against_query(name, named[name], query)
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query must have a multiple of key's heads, got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"key must have query's head dimension {query.shape[3]}, got {key.shape[3]} (key {list(key.shape)})"
+        )
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            "query must be no longer than key (queries are the last positions), "
+            f"got S_q={query.shape[2]} and S_kv={key.shape[2]}"
+        )
+    if value and value[0].shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"value must have key's heads and length, got value {list(value[0].shape)} and key {list(key.shape)}"
+        )
+
+
+def check_config(config: PrefillConfig) -> None:
+    """Raises TypeError unless config is a PrefillConfig."""
+    if not isinstance(config, PrefillConfig):
+        raise TypeError(f"config must be a PrefillConfig, got {type(config).__name__}")
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The given scale, or 1 / sqrt(head_dim) for None.
+
+    Raises:
+        TypeError, ValueError: ``scale`` is no finite number.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor [B, H, S, D], got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+    if tensor.dim() != 4 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be [B, H, S, D] with no size of 0, got {list(tensor.shape)}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and a prefill has no backward pass: call under torch.no_grad() or pass "
+            f"{name}.detach()"
+        )
+
+
+def _check_head_dim(name: str, tensor: Tensor) -> None:
+    if tensor.shape[3] not in HEAD_DIMS:
+        raise ValueError(
+            f"{name} must have a head dimension that is a multiple of 8 from 16 to 256, got D={tensor.shape[3]}"
+        )
+
+
+def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.shape[0] != query.shape[0]:
+        raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}")

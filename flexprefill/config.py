@@ -1,0 +1,104 @@
+"""The settings of the FlashPrefill rule, their checks and the published values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+# FlashPrefill (arXiv 2603.06199), and the last row FlashPrefill-V2 (arXiv 2608.19758)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": {"alpha": 0.18},
+    "Qwen2.5-7B": {"alpha": 0.08},
+    "Qwen3-30B-A3B": {"alpha": 0.12},
+    "Qwen2.5-VL": {"alpha": 0.10},
+    "Qwen3-VL": {"alpha": 0.22},
+    "FlashPrefill-V2": {"alpha": 0.1, "last_full_blocks": 8},
+}
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Which blocks of the attention matrix a prompt keeps (FlashPrefill, arXiv 2603.06199).
+
+    A block (I, J) of query block I and key block J that is causally visible is kept if any of these holds.
+
+    Args:
+        alpha: its score reaches ``alpha`` times the best score of query block I; in (0, 1].
+            Smaller keeps more.
+        block_size: edge of a block in tokens; 16, 32, 64 or 128.
+        sink_blocks: J is one of the first ``sink_blocks`` key blocks.
+        window_blocks: J is at distance 0 … ``window_blocks - 1`` from the key block that holds the last
+            row of I. With 0, a row of an offset chunk can be left without any key, and outputs zero.
+        last_full_blocks: I is one of the last ``last_full_blocks`` query blocks of the prompt.
+        min_blocks: J is among the ``min_blocks`` best scores of I, ties included; 0 turns it off.
+
+    Raises:
+        TypeError: a setting is of the wrong type.
+        ValueError: a setting is out of range.
+    """
+
+    alpha: float = 0.1
+    block_size: int = 128
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    last_full_blocks: int = 2
+    min_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise TypeError(f"alpha must be a number in (0, 1], got {self.alpha!r}")
+        if not 0 < self.alpha <= 1:  # false for NaN as well
+            raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
+        for field in dataclasses.fields(self)[1:]:
+            number = getattr(self, field.name)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{field.name} must be an int, got {number!r}")
+            if not 0 <= number < 2**31:
+                raise ValueError(f"{field.name} must be at least 0 and below 2**31, got {number}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+
+    @property
+    def log2_alpha(self) -> float:
+        """The threshold's distance below the best score of a row, in log2."""
+        return math.log2(self.alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> PrefillConfig:
+        """The config that :meth:`to_dict` gave; settings left out take their defaults.
+
+        Raises:
+            ValueError: a name that is no setting.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"settings has unknown names {unknown}; known are {known}")
+        return cls(**settings)
+
+    @classmethod
+    def published(cls, model: str) -> PrefillConfig:
+        """The setting published for a model, by a name such as ``meta-llama/Llama-3.1-8B-Instruct``.
+
+        The names are the keys of ``flexprefill.config.PUBLISHED``; what stands before the name
+        (an organisation) or after it (``-Instruct``) is ignored, and case does not matter.
+        ``FlashPrefill-V2`` is the second paper's one setting for every model; that paper also leaves the
+        first four layers dense, which is the model's matter, not a mask's.
+
+        Raises:
+            ValueError: no published setting has this name.
+        """
+        name = model.rsplit("/", 1)[-1].lower()
+        matches = [known for known in PUBLISHED if f"-{known}-".lower() in f"-{name}-"]
+        if not matches:
+            raise ValueError(f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}")
+        return cls(**PUBLISHED[max(matches, key=len)])

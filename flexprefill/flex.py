@@ -1,0 +1,105 @@
+"""BlockMap to FlexAttention's BlockMask and back, and the mask_mods that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.config import PrefillConfig
+from flexprefill.lists import index_lists
+from flexprefill.search import search_blocks
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """mask_mod of a whole prompt: a query sees its own and earlier positions."""
+    return q_idx >= kv_idx
+
+
+def causal_mask_at(offset: Tensor) -> MaskMod:
+    """mask_mod of queries that stand at ``offset`` (0-d int tensor) among the keys.
+
+    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value.
+    """
+
+    def causal_mask_at_offset(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx + offset >= kv_idx
+
+    return causal_mask_at_offset
+
+
+def create_prefill_block_mask(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    mask_mod: MaskMod | None = None,
+    scale: float | None = None,
+    last_chunk: bool = True,
+    implementation: str = "auto",
+) -> BlockMask:
+    """The BlockMask of the blocks that :func:`search_blocks` finds, for a compiled flex_attention.
+
+    Args:
+        query, key, config, scale, last_chunk, implementation: as in :func:`search_blocks`.
+        mask_mod: a further mask_mod that hides elements; it is applied inside the kept blocks, and the
+            search does not know of it.
+
+    Returns:
+        A BlockMask for [B, Hq, S_q, S_kv], causal per element. Call flex_attention under torch.compile with
+        it: outside, FlexAttention ignores the block lists and is dense.
+
+    Raises:
+        TypeError, ValueError: as :func:`search_blocks`.
+    """
+    block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation)
+    return to_block_mask(block_map, mask_mod)
+
+
+def to_block_mask(block_map: BlockMap, mask_mod: MaskMod | None = None) -> BlockMask:
+    """See BlockMap.to_block_mask."""
+    if mask_mod is not None and not callable(mask_mod):
+        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    q_len, kv_len, block_size = block_map.q_len, block_map.kv_len, block_map.block_size
+    lists = index_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None)
+    causal = causal_mask
+    if kv_len != q_len:
+        # filled on the device: a copy from the host would wait, and cannot be captured
+        causal = causal_mask_at(torch.full((), kv_len - q_len, dtype=torch.int32, device=block_map.device))
+    return BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=block_size,
+        mask_mod=causal if mask_mod is None else and_masks(causal, mask_mod),
+        seq_lengths=(q_len, kv_len),
+        compute_q_blocks=False,
+    )
+
+
+def from_block_mask(block_mask: BlockMask) -> BlockMap:
+    """See BlockMap.from_block_mask."""
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    if block_mask.BLOCK_SIZE[0] != block_mask.BLOCK_SIZE[1]:
+        raise ValueError(f"block_mask must have square blocks, got BLOCK_SIZE={block_mask.BLOCK_SIZE}")
+    q_len, kv_len = block_mask.seq_lengths
+    if q_len > kv_len:
+        raise ValueError(f"block_mask must have no more queries than keys, got seq_lengths={(q_len, kv_len)}")
+    block_size = block_mask.BLOCK_SIZE[0]
+    columns = -(-kv_len // block_size)
+    kept = _to_dense(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+    if block_mask.full_kv_num_blocks is not None:
+        kept |= _to_dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+    return BlockMap.from_dense(kept, q_len=q_len, kv_len=kv_len, block_size=block_size)
+
+
+def _to_dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    # entries behind the count may hold anything: they go to a column that is cut off
+    targets = torch.where(listed, indices, columns).to(torch.int64)
+    dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
+    return dense.scatter_(-1, targets, True)[..., :-1]

@@ -1,0 +1,81 @@
+"""The search: which blocks of the attention matrix matter, from query and key alone."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
+from flexprefill.config import PrefillConfig
+from flexprefill.search import op
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+
+def search_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    scale: float | None = None,
+    last_chunk: bool = True,
+    implementation: str = "auto",
+) -> BlockMap:
+    """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
+
+    Each key block is pooled to its mean; its score is the sum over the query block's rows of exp(scale · row ·
+    mean), and blocks that reach ``config.alpha`` times the row's best are kept, with sinks, a local window and
+    the last query blocks. Nothing waits for the device, and the call traces under
+    ``torch.compile(fullgraph=True)``.
+
+    Args:
+        query: [B, Hq, S_q, D], float16, bfloat16 or float32; the last S_q of the S_kv positions.
+        key: [B, Hkv, S_kv, D], of query's dtype and device; Hq is a multiple of Hkv, S_q at most S_kv.
+            D is a multiple of 8 from 16 to 256.
+        config: the rule's settings.
+        scale: factor on the dot products; 1 / sqrt(D) if None.
+        last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
+            query block counts as one of the last.
+        implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
+            under TRITON_INTERPRET=1), or "auto" (triton on CUDA, else reference).
+
+    Returns:
+        A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    check_attention_inputs(query, key)
+    check_config(config)
+    scale = resolve_scale(scale, query.shape[3])
+    if not isinstance(last_chunk, bool):
+        raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
+    words = op.search_words(
+        query,
+        key,
+        scale,
+        config.log2_alpha,
+        config.block_size,
+        config.sink_blocks,
+        config.window_blocks,
+        config.last_full_blocks if last_chunk else 0,
+        config.min_blocks,
+        _resolve_implementation(implementation, query.device),
+    )
+    return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
+
+
+def _resolve_implementation(implementation: str, device: torch.device) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "auto":
+        return "triton" if device.type == "cuda" else "reference"
+    if implementation == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"implementation 'triton' needs tensors on a CUDA device (or TRITON_INTERPRET=1), got {device}; "
+            "'reference' runs on any device"
+        )
+    return implementation

@@ -1,0 +1,98 @@
+"""The definition of the search in plain PyTorch: float32, any device, written to be read.
+
+B batch, Hq and Hkv query and key heads, g = Hq / Hkv; b block size; M and N query and key blocks, I and J
+their indices. Log-scores are in log2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexprefill.blockmap import causal_blocks, ceil_div
+
+LOG2_E = math.log2(math.e)
+
+
+def pool_keys(key: Tensor, block_size: int) -> Tensor:
+    """Means of the key blocks, taken in float32 and kept in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D].
+
+    A short last block is divided by the keys it has.
+    """
+    kv_len = key.shape[2]
+    columns = ceil_div(kv_len, block_size)
+    padded = pad(key.float(), (0, 0, 0, columns * block_size - kv_len))
+    sums = rearrange(padded, "B H (N b) D -> B H N b D", b=block_size).sum(3)
+    starts = torch.arange(columns, device=key.device) * block_size
+    sizes = (kv_len - starts).clamp(max=block_size)
+    return (sums / sizes[:, None]).to(key.dtype)
+
+
+def log_scores(query: Tensor, means: Tensor, kv_len: int, scale: float, block_size: int) -> tuple[Tensor, Tensor]:
+    """log2 of each block's score, up to no constant: L_IJ = log2 of the sum over rows q of 2^(s[q, J]).
+
+    A row gives a score to the blocks that it sees whole.
+
+    Args:
+        query: [B, Hq, S_q, D]; means: [B, Hkv, N, D].
+
+    Returns:
+        float32 [B, Hq, M, N], -inf where no row gives a score, and bool [M, N], whether any row does.
+    """
+    q_len, columns = query.shape[2], means.shape[2]
+    rows = ceil_div(q_len, block_size)
+    device = query.device
+    row = torch.arange(rows * block_size, device=device).view(rows, block_size, 1)  # [M, b, 1]
+    last_key = ((torch.arange(columns, device=device) + 1) * block_size).clamp(max=kv_len) - 1  # [N]
+    sees_whole = (row < q_len) & (row + (kv_len - q_len) >= last_key)  # [M, b, N]
+    scored = sees_whole.any(1)
+
+    padded = pad(query.float(), (0, 0, 0, rows * block_size - q_len))
+    grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=block_size)
+    L = torch.empty(*grouped.shape[:4], columns, device=device)  # [B, Hkv, g, M, N]
+    for batch in range(means.shape[0]):
+        for head in range(means.shape[1]):  # one key head at a time bounds the memory
+            s = (scale * LOG2_E) * (grouped[batch, head] @ means[batch, head].float().T)  # [g, M, b, N]
+            s = torch.where(sees_whole, s, -torch.inf)
+            m = s.amax(2, keepdim=True)
+            p = torch.exp2(s - m).sum(2)
+            L[batch, head] = torch.where(scored, m.squeeze(2) + torch.log2(p), -torch.inf)
+    return rearrange(L, "B H g M N -> B (H g) M N"), scored
+
+
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    log2_alpha: float,
+    block_size: int,
+    sink_blocks: int,
+    window_blocks: int,
+    last_full_blocks: int,
+    min_blocks: int,
+) -> Tensor:
+    """The kept blocks: bool [B, Hq, M, N]. See PrefillConfig for the rule."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    means = pool_keys(key, block_size)
+    L, scored = log_scores(query, means, kv_len, scale, block_size)
+
+    # a block whose score is not finite is kept, and takes no part in its row's maximum
+    finite = L.isfinite()
+    comparable = torch.where(finite, L, -torch.inf)
+    best = comparable.amax(-1, keepdim=True)
+    keep = scored & (~finite | (best + log2_alpha <= L))
+    if min_blocks:
+        k = min(min_blocks, L.shape[-1])
+        keep |= finite & (comparable.topk(k, dim=-1).values[..., -1:] <= L)
+
+    causal = causal_blocks(q_len, kv_len, block_size, query.device)  # [M, N]
+    I = torch.arange(causal.shape[0], device=query.device)[:, None]
+    J = torch.arange(causal.shape[1], device=query.device)
+    last_visible = causal.sum(-1, keepdim=True) - 1
+    forced = (sink_blocks > J) | (last_visible - window_blocks < J) | (causal.shape[0] - last_full_blocks <= I)
+    return causal & (keep | forced)

@@ -1,0 +1,74 @@
+"""The rule evaluated a second time, in float64 and by plain loops, from its published description alone."""
+
+import numpy as np
+import torch
+
+
+def evaluate_rule(query, key, *, config, scale=None, last_chunk=True):
+    """Returns (keep, close): the decision for every block, and where it hangs on less than 1e-3 in log2."""
+    b, dtype = config.block_size, key.dtype
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    scale = head_dim**-0.5 if scale is None else scale
+    rows, columns, offset = -(-q_len // b), -(-kv_len // b), kv_len - q_len
+    q, k = query.double().cpu().numpy(), key.double().cpu()
+    keep = np.zeros((batch, heads, rows, columns), bool)
+    close = np.zeros_like(keep)
+    for n in range(batch):
+        for h in range(heads):
+            head_keys = k[n, h // (heads // kv_heads)]
+            means = np.stack(
+                [head_keys[j * b : (j + 1) * b].mean(0).to(dtype).double().numpy() for j in range(columns)]
+            )
+            for i in range(rows):
+                row = np.arange(i * b, min((i + 1) * b, q_len))
+                s = q[n, h, row] @ means.T * scale * np.log2(np.e)
+                L = np.full(columns, -np.inf)
+                has_score = np.zeros(columns, bool)
+                for j in range(columns):
+                    sees = row + offset >= min((j + 1) * b, kv_len) - 1
+                    if sees.any():
+                        has_score[j] = True
+                        seen = s[sees, j]
+                        with np.errstate(all="ignore"):
+                            L[j] = seen.max() + np.log2(np.exp2(seen - seen.max()).sum())
+                finite = has_score & np.isfinite(L)
+                last_visible = (offset + row[-1]) // b
+                for j in range(last_visible + 1):
+                    keep[n, h, i, j] = (
+                        j < config.sink_blocks
+                        or last_visible - j < config.window_blocks
+                        or (last_chunk and i >= rows - config.last_full_blocks)
+                        or (has_score[j] and not finite[j])
+                    )
+                    if not keep[n, h, i, j] and finite[j]:
+                        margins = [L[j] - L[finite].max() - np.log2(config.alpha)]
+                        if config.min_blocks:
+                            ranked = np.sort(L[finite])[::-1]
+                            margins.append(L[j] - ranked[min(config.min_blocks, len(ranked)) - 1])
+                        keep[n, h, i, j] = max(margins) >= 0
+                        close[n, h, i, j] = min(abs(margin) for margin in margins) < 1e-3
+    return torch.from_numpy(keep), torch.from_numpy(close)
+
+
+def assert_follows_rule(block_map, query, key, **settings):
+    keep, close = evaluate_rule(query, key, **settings)
+    wrong = (block_map.to_dense().cpu() != keep) & ~close
+    assert not wrong.any(), f"{int(wrong.sum())} of {keep.numel()} blocks, first at {wrong.nonzero()[0].tolist()}"
+
+
+def masked_attention(query, key, value, block_map, *, mask=None, dtype=torch.float64):
+    """Dense attention in ``dtype`` under the map's own boolean mask, causal per element."""
+    group, size = query.shape[1] // key.shape[1], block_map.block_size
+    blocks = block_map.to_dense().repeat_interleave(size, 2).repeat_interleave(size, 3)
+    position = torch.arange(block_map.q_len, device=query.device) + block_map.offset
+    causal = torch.arange(block_map.kv_len, device=query.device) <= position[:, None]
+    allowed = blocks[:, :, : block_map.q_len, : block_map.kv_len] & causal
+    if mask is not None:
+        allowed = allowed & mask
+    key, value = (tensor.to(dtype).repeat_interleave(group, 1) for tensor in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query.to(dtype), key, value, attn_mask=allowed)
+
+
+def relative_error(output, expected):
+    return ((output.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,0 +1,205 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE
+from inputs import make_qkv
+from oracle import masked_attention, relative_error
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from flexprefill import (
+    BlockMap,
+    FlexPrefillError,
+    PrefillConfig,
+    create_prefill_block_mask,
+    prefill_attention,
+    search_blocks,
+)
+
+CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+
+
+def check(query, key, value, config=CONFIG, *, tolerance=1e-5, **arguments):
+    block_map = search_blocks(query, key, config)
+    output = prefill_attention(query, key, value, config, **arguments)
+    expected = masked_attention(query, key, value, block_map)
+    assert output.shape == expected.shape and output.dtype == query.dtype
+    assert relative_error(output, expected) <= tolerance
+    return block_map
+
+
+@pytest.mark.parametrize(
+    "q_len, kv_len",
+    [
+        (1000, 1000),
+        (1300, 1300),
+        (513, 1300),
+        (128, 640),
+        (1, 700),
+        (1, 1),
+        (127, 127),
+        (129, 129),
+        (300, 333),
+    ],
+)
+def test_equals_dense_attention_under_the_same_mask(q_len, kv_len):
+    block_map = check(*make_qkv(q_len, kv_len, heads=4, kv_heads=2, seed=q_len))
+    assert q_len < 1000 or block_map.density().mean() < 0.9  # really sparse
+
+
+def test_equals_dense_attention_for_small_blocks_batches_and_other_value_dims():
+    query, key, _ = make_qkv(500, batch=2, heads=4, kv_heads=2)
+    value = torch.randn(2, 2, 500, 64)
+    check(query, key, value, PrefillConfig(block_size=32, alpha=0.5))
+    check(query, key, torch.randn(2, 2, 500, 128))
+
+
+def test_a_given_map_replaces_the_search_and_a_mask_mod_cuts_inside_it():
+    query, key, value = make_qkv(700, heads=4, kv_heads=2)
+    dense = torch.rand(1, 4, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.4
+    block_map = BlockMap.from_dense(dense | torch.eye(6, dtype=torch.bool), q_len=700, kv_len=700, block_size=128)
+    output = prefill_attention(query, key, value, block_map=block_map)
+    assert relative_error(output, masked_attention(query, key, value, block_map)) <= 1e-5
+
+    document = torch.arange(700) // 300
+    output = prefill_attention(
+        query, key, value, block_map=block_map, mask_mod=lambda b, h, q, k: document[q] == document[k]
+    )
+    expected = masked_attention(query, key, value, block_map, mask=document[:, None] == document)
+    assert relative_error(output, expected) <= 1e-5
+
+
+def test_score_mod_and_scale_reach_the_attention():
+    query, key, value = make_qkv(300, heads=4, kv_heads=2)
+    everything = PrefillConfig(alpha=1e-30)
+    output = prefill_attention(
+        query, key, value, everything, scale=0.05, score_mod=lambda s, b, h, q, k: s - (q - k) / 50
+    )
+    distance = torch.arange(300)[:, None] - torch.arange(300)
+    logits = 0.05 * query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3) - distance / 50
+    logits = logits.masked_fill(distance < 0, -torch.inf)
+    expected = logits.softmax(-1) @ value.double().repeat_interleave(2, 1)
+    assert relative_error(output, expected) <= 1e-5
+
+
+def test_the_mask_works_in_a_callers_own_compiled_model():
+    @torch.compile(fullgraph=True)
+    def model(query, key, value):
+        block_mask = create_prefill_block_mask(query, key, CONFIG)
+        own = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
+        return own, prefill_attention(query, key, value, CONFIG)
+
+    with torch.no_grad():
+        for length in (600, 900):
+            query, key, value = make_qkv(length, heads=4, kv_heads=2, device=DEVICE)
+            expected = masked_attention(query, key, value, search_blocks(query, key, CONFIG))
+            for output in model(query, key, value):
+                # a GPU's float32 products may be tf32
+                assert relative_error(output, expected) <= (1e-5 if DEVICE == "cpu" else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"value": torch.zeros(1, 2, 63, 64)}, ValueError, "value must have key's heads and length"),
+        ({"value": torch.zeros(1, 4, 64, 64)}, ValueError, "value must have key's heads and length"),
+        ({"value": torch.zeros(1, 2, 64, 64).half()}, TypeError, "value must have query's dtype"),
+        ({"value": torch.zeros(1, 2, 64, 20)}, ValueError, "value must have a head dimension.*D=20"),
+        ({"value": torch.zeros(1, 2, 64, 64, requires_grad=True)}, ValueError, "value requires grad"),
+        ({"value": torch.zeros(1, 2, 64, 64, device="meta")}, ValueError, "value must be on query's device"),
+        ({"value": None}, TypeError, "value must be a tensor"),
+        ({"query": torch.zeros(1, 4, 65, 64)}, ValueError, "query must be no longer than key"),
+        ({"score_mod": 1}, TypeError, "score_mod must be a function"),
+        ({"mask_mod": 1}, TypeError, "mask_mod must be a function"),
+        ({"config": None}, TypeError, "config must be a PrefillConfig, got NoneType"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"backend": "triton"}, FlexPrefillError, "backend 'triton' needs tensors on a CUDA device, got cpu"),
+        ({"backend": "flash"}, FlexPrefillError, "backend 'flash' needs tensors on a CUDA device, got cpu"),
+        ({"return_aux": AuxRequest(lse=True)}, FlexPrefillError, "return_aux is not supported.*cpu"),
+        ({"block_map": 3}, TypeError, "block_map must be a BlockMap, got int"),
+    ],
+)
+def test_a_wrong_argument_is_named(changes, error, message):
+    query, key, value = make_qkv(64, heads=4, kv_heads=2)
+    with pytest.raises(error, match=message):
+        prefill_attention(**({"query": query, "key": key, "value": value} | changes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        ((1, 4, 1, 1), (64, 65), "block_map must be of q_len=64 and kv_len=64, got q_len=64 and kv_len=65"),
+        ((1, 2, 1, 1), (64, 64), r"block_map must have query's batch size and heads \(1, 4\), got \(1, 2\)"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(shape, lengths, message):
+    query, key, value = make_qkv(64, heads=4, kv_heads=2)
+    ones = torch.ones(shape, dtype=torch.bool)
+    block_map = BlockMap.from_dense(ones, q_len=lengths[0], kv_len=lengths[1], block_size=128)
+    with pytest.raises(ValueError, match=message):
+        prefill_attention(query, key, value, block_map=block_map)
+
+
+def test_a_hit_recompile_limit_is_an_error_that_says_so():
+    query, key, value = make_qkv(64, heads=2, head_dim=32)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        prefill_attention(query, key, value)
+        with pytest.raises(FlexPrefillError, match="recompile limit"):
+            prefill_attention(*make_qkv(300, heads=2, head_dim=32))
+
+
+def test_never_runs_eagerly_where_flex_attention_would_be_dense():
+    query, key, value = make_qkv(64, heads=2, head_dim=32)
+    torch.compiler.set_stance("force_eager")
+    try:
+        with pytest.raises(FlexPrefillError, match=r"without torch\.compile"):
+            prefill_attention(query, key, value)
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_never_runs_eagerly_when_dynamo_is_switched_off():
+    code = (
+        "import torch; from flexprefill import prefill_attention, FlexPrefillError\n"
+        "try: prefill_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))\n"
+        "except FlexPrefillError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"TORCHDYNAMO_DISABLE": "1"}
+    )
+    assert "without torch.compile" in result.stdout, result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "q_len, kv_len, head_dim, block_size",
+    [(4096, 4096, 128, 128), (4001, 4001, 64, 128), (700, 3000, 128, 128), (1, 3000, 128, 128), (2000, 2000, 128, 64),
+     (1000, 1000, 64, 16), (1000, 1500, 256, 128), (1000, 1000, 96, 32)],
+)  # fmt: skip
+def test_the_gpu_error_is_at_most_twice_pytorchs_own(dtype, q_len, kv_len, head_dim, block_size):
+    query, key, value = make_qkv(q_len, kv_len, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda")
+    config = PrefillConfig(alpha=0.5, block_size=block_size, window_blocks=1)
+    block_map = search_blocks(query, key, config)
+    exact = masked_attention(query, key, value, block_map, dtype=torch.float32)
+    theirs = relative_error(masked_attention(query, key, value, block_map, dtype=dtype), exact)
+    check(query, key, value, config, tolerance=2 * theirs)
+    output, aux = prefill_attention(query, key, value, config, return_aux=AuxRequest(lse=True))
+    assert relative_error(output, exact) <= 2 * theirs and aux.lse.shape == query.shape[:3]
+
+
+@pytest.mark.gpu
+def test_search_and_attention_replay_in_a_cuda_graph():
+    tensors = make_qkv(2048, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    prefill_attention(*tensors, CONFIG)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = prefill_attention(*tensors, CONFIG)
+    for new, old in zip(
+        make_qkv(2048, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, seed=5), tensors, strict=True
+    ):
+        old.copy_(new)
+    graph.replay()
+    assert torch.equal(output, prefill_attention(*tensors, CONFIG))

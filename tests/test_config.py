@@ -1,0 +1,82 @@
+import dataclasses
+import math
+
+import pytest
+
+from flexprefill import PrefillConfig
+from flexprefill.config import PUBLISHED
+
+
+def test_defaults_are_those_of_the_design():
+    assert PrefillConfig().to_dict() == {
+        "alpha": 0.1,
+        "block_size": 128,
+        "sink_blocks": 2,
+        "window_blocks": 4,
+        "last_full_blocks": 2,
+        "min_blocks": 0,
+    }
+
+
+def test_is_hashable_frozen_and_survives_a_dictionary():
+    config = PrefillConfig(alpha=0.3, block_size=64, min_blocks=5)
+    assert PrefillConfig.from_dict(config.to_dict()) == config
+    assert len({config, PrefillConfig.from_dict(config.to_dict()), PrefillConfig()}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 0.5
+    assert PrefillConfig.from_dict({"alpha": 0.5}) == PrefillConfig(alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"alpha": 0}, ValueError),
+        ({"alpha": -0.1}, ValueError),
+        ({"alpha": 1.0001}, ValueError),
+        ({"alpha": math.nan}, ValueError),
+        ({"alpha": "0.1"}, TypeError),
+        ({"alpha": True}, TypeError),
+        ({"block_size": 100}, ValueError),
+        ({"block_size": 0}, ValueError),
+        ({"block_size": 256}, ValueError),
+        ({"block_size": 128.0}, TypeError),
+        ({"sink_blocks": -1}, ValueError),
+        ({"window_blocks": -1}, ValueError),
+        ({"last_full_blocks": 1.5}, TypeError),
+        ({"min_blocks": 2**31}, ValueError),
+        ({"min_blocks": None}, TypeError),
+    ],
+)
+def test_a_bad_setting_is_named(settings, error):
+    (name, got), *_ = settings.items()
+    with pytest.raises(error, match=name) as raised:
+        PrefillConfig(**settings)
+    assert repr(got) in str(raised.value)
+
+
+def test_unknown_names_in_a_dictionary_are_refused():
+    with pytest.raises(ValueError, match="sinks"):
+        PrefillConfig.from_dict({"sinks": 2})
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha"),
+    [
+        ("Llama-3.1-8B", 0.18),
+        ("meta-llama/Llama-3.1-8B-Instruct", 0.18),
+        ("meta-llama/Meta-Llama-3.1-8B", 0.18),
+        ("qwen/qwen2.5-7b-instruct-1m", 0.08),
+        ("Qwen3-30B-A3B", 0.12),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 0.10),
+        ("Qwen3-VL", 0.22),
+    ],
+)
+def test_published_settings(model, alpha):
+    assert PrefillConfig.published(model) == PrefillConfig(alpha=alpha)
+
+
+def test_published_v2_and_unknown_models():
+    assert PrefillConfig.published("FlashPrefill-V2") == PrefillConfig(alpha=0.1, last_full_blocks=8)
+    with pytest.raises(ValueError, match="Mistral") as raised:
+        PrefillConfig.published("Mistral-7B")
+    assert all(name in str(raised.value) for name in PUBLISHED)

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import make_qkv
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from flexprefill import BlockMap, PrefillConfig, create_prefill_block_mask, search_blocks
+from flexprefill.flex import causal_mask
+from flexprefill.lists import index_lists
+
+
+@st.composite
+def maps(draw):
+    block_size = draw(st.sampled_from([16, 32, 128]))
+    kv_len = draw(st.integers(1, 45 * block_size))
+    q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
+    shape = (
+        draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from([1, 3])),
+        -(-q_len // block_size),
+        -(-kv_len // block_size),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dense = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+    return BlockMap.from_dense(dense.to(DEVICE), q_len=q_len, kv_len=kv_len, block_size=block_size)
+
+
+def expected_lists(block_map, all_partial):
+    """Plain loops over the definition: full means every row of the block sees every key of a whole block."""
+    size, dense = block_map.block_size, block_map.to_dense().cpu()
+    for row in dense.flatten(0, 1).unbind(0):
+        for i, kept in enumerate(row):
+            kept = kept.nonzero().flatten().tolist()
+            first = block_map.offset + i * size
+            full = [] if all_partial else [j for j in kept if (j + 1) * size - 1 <= first]
+            yield [j for j in kept if j not in full], full
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("all_partial", [False, True])
+def test_the_lists_are_ascending_contiguous_equally_wide_with_zero_tails(all_partial):
+    @settings(deadline=None, max_examples=60)
+    @given(maps())
+    def check(block_map):
+        further = (lambda b, h, q, k: q >= 0) if all_partial else None
+        mask = block_map.to_block_mask(further)
+        lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert all(part.dtype == torch.int32 and part.is_contiguous() for part in lists)
+        assert mask.kv_indices.shape == mask.full_kv_indices.shape == block_map.shape
+        assert mask.kv_num_blocks.shape == mask.full_kv_num_blocks.shape == block_map.shape[:3]
+        assert mask.q_indices is None and mask.full_q_indices is None
+        rows = zip(*(part.cpu().flatten(0, 2) for part in lists), expected_lists(block_map, all_partial), strict=True)
+        for partial_num, partial, full_num, full, (expected_partial, expected_full) in rows:
+            columns = partial.shape[0]
+            assert partial_num == len(expected_partial) and full_num == len(expected_full)
+            assert partial.tolist() == expected_partial + [0] * (columns - len(expected_partial))
+            assert full.tolist() == expected_full + [0] * (columns - len(expected_full))
+        assert BlockMap.from_block_mask(mask) == block_map
+
+    check()
+
+
+@settings(deadline=None, max_examples=40)
+@given(maps(), st.booleans())
+def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
+    from flexprefill import lists_kernel
+
+    sizes = block_map.q_len, block_map.kv_len, block_map.block_size, all_partial
+    kernel = lists_kernel.index_lists(block_map.words, *sizes)
+    plain = index_lists(block_map.words.cpu(), *sizes)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, plain, strict=True))
+
+
+@pytest.mark.parametrize("length, block_size", [(512, 128), (384, 32)])
+def test_a_full_causal_map_equals_pytorchs_own_mask(length, block_size):
+    ones = torch.ones(1, 1, length // block_size, length // block_size, dtype=torch.bool)
+    mask = BlockMap.from_dense(ones, q_len=length, kv_len=length, block_size=block_size).to_block_mask()
+    theirs = create_block_mask(causal_mask, 1, 1, length, length, device="cpu", BLOCK_SIZE=block_size)
+    assert torch.equal(mask.to_dense(), theirs.to_dense())
+    assert torch.equal(mask.kv_num_blocks, theirs.kv_num_blocks)
+    assert torch.equal(mask.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert BlockMap.from_block_mask(theirs) == BlockMap.from_block_mask(mask)
+    assert mask.shape == (1, 1, length, length)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(50, 50), (50, 77), (1, 77)])
+def test_the_mask_mod_is_causal_at_the_offset_and_joins_a_callers(q_len, kv_len):
+    ones = torch.ones(1, 1, -(-q_len // 16), -(-kv_len // 16), dtype=torch.bool)
+    block_map = BlockMap.from_dense(ones, q_len=q_len, kv_len=kv_len, block_size=16)
+    q, k = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    zero = torch.zeros((), dtype=torch.int32)
+    causal = q + kv_len - q_len >= k
+    assert torch.equal(block_map.to_block_mask().mask_mod(zero, zero, q, k), causal)
+    further = block_map.to_block_mask(lambda b, h, q_idx, kv_idx: kv_idx % 2 == 0)
+    assert torch.equal(further.mask_mod(zero, zero, q, k), causal & (k % 2 == 0))
+
+
+def test_tails_behind_the_counts_are_not_read():
+    counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    indices = torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=16, mask_mod=causal_mask, compute_q_blocks=False)
+    assert BlockMap.from_block_mask(mask).to_dense().tolist() == [[[[True, False], [True, True]]]]
+    indices[0, 0, 0, 1] = 99
+    assert BlockMap.from_block_mask(mask).to_dense().tolist() == [[[[True, False], [True, True]]]]
+
+
+def test_create_prefill_block_mask_is_search_and_lists():
+    query, key, _ = make_qkv(300, heads=4, kv_heads=2, device=DEVICE)
+    config = PrefillConfig(block_size=16, alpha=0.6, window_blocks=1)
+    mask = create_prefill_block_mask(query, key, config, scale=0.3, last_chunk=False)
+    block_map = search_blocks(query, key, config, scale=0.3, last_chunk=False)
+    assert BlockMap.from_block_mask(mask) == block_map and mask.BLOCK_SIZE == (16, 16)
+    assert mask.shape == (1, 4, 300, 300)
+
+
+def test_masks_that_cannot_be_maps_are_refused():
+    with pytest.raises(TypeError, match="block_mask must be a BlockMask, got int"):
+        BlockMap.from_block_mask(3)
+    uneven = create_block_mask(causal_mask, 1, 1, 128, 128, device="cpu", BLOCK_SIZE=(64, 32))
+    with pytest.raises(ValueError, match=r"square blocks.*\(64, 32\)"):
+        BlockMap.from_block_mask(uneven)
+    longer = create_block_mask(causal_mask, 1, 1, 128, 64, device="cpu", BLOCK_SIZE=32)
+    with pytest.raises(ValueError, match="no more queries than keys"):
+        BlockMap.from_block_mask(longer)
+    query, key, _ = make_qkv(32)
+    with pytest.raises(TypeError, match="mask_mod must be a function.*str"):
+        create_prefill_block_mask(query, key, mask_mod="causal")
+
+
+@pytest.mark.parametrize("all_partial", [False, True])
+def test_the_operator_passes_opcheck(all_partial):
+    words = torch.full((1, 2, 5, 1), 3, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(index_lists, (words, 70, 90, 16, all_partial))

@@ -1,0 +1,273 @@
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import make_qkv
+from oracle import assert_follows_rule
+
+from flexprefill import PrefillConfig, search_blocks
+from flexprefill.search import op
+
+SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+
+
+@st.composite
+def cases(draw, *, max_length, dtypes, head_dims, max_group=8):
+    kv_len = draw(st.integers(1, max_length))
+    kv_heads = draw(st.sampled_from([1, 2]))
+    config = PrefillConfig(
+        alpha=draw(st.floats(0.001, 1)),
+        block_size=draw(st.sampled_from([16, 64, 128] if max_length <= 512 else [64, 128])),
+        sink_blocks=draw(st.integers(0, 3)),
+        window_blocks=draw(st.integers(0, 4)),
+        last_full_blocks=draw(st.integers(0, 3)),
+        min_blocks=draw(st.sampled_from([0, 0, 1, 3])),
+    )
+    query, key, _ = make_qkv(
+        draw(st.one_of(st.just(kv_len), st.integers(1, kv_len))),
+        kv_len,
+        batch=draw(st.sampled_from([1, 2])),
+        heads=kv_heads * draw(st.sampled_from([group for group in (1, 2, 4, 8) if group <= max_group])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from(head_dims)),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+    return (
+        query,
+        key,
+        {"config": config, "scale": draw(st.sampled_from([None, 0.3])), "last_chunk": draw(st.booleans())},
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(max_length=1300, dtypes=[torch.float32, torch.bfloat16, torch.float16], head_dims=[64, 128]))
+def test_the_reference_follows_the_rule(case):
+    query, key, arguments = case
+    block_map = search_blocks(query, key, implementation="reference", **arguments)
+    assert (block_map.q_len, block_map.kv_len) == (query.shape[2], key.shape[2])
+    assert_follows_rule(block_map, query, key, **arguments)
+
+
+@settings(deadline=None, max_examples=40 if DEVICE == "cpu" else 300)
+@given(
+    cases(
+        max_length=300 if DEVICE == "cpu" else 1300,
+        dtypes=[torch.float32, torch.bfloat16, torch.float16],
+        head_dims=[16, 64, 96, 128] if DEVICE == "cpu" else [16, 64, 72, 96, 128, 192, 256],
+        max_group=2,
+    )
+)
+def test_the_kernels_follow_the_rule(case):
+    query, key, arguments = case
+    query, key = query.to(DEVICE), key.to(DEVICE)
+    block_map = search_blocks(query, key, implementation="triton", **arguments)
+    assert_follows_rule(block_map, query, key, **arguments)
+
+
+def both_implementations(query, key, config, **arguments):
+    reference, triton = (
+        search_blocks(query.to(DEVICE), key.to(DEVICE), config, implementation=name, **arguments)
+        for name in ("reference", "triton")
+    )
+    assert reference == triton
+    return reference
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("q_len, kv_len", [(512, 512), (500, 500), (129, 129), (1, 1), (1, 400), (100, 399), (16, 500)])
+def test_both_implementations_write_every_word(q_len, kv_len):
+    query, key, _ = make_qkv(q_len, kv_len, heads=4, kv_heads=2)
+    both_implementations(query, key, SPARSE)
+    both_implementations(query, key, PrefillConfig(alpha=0.5, window_blocks=1, sink_blocks=0, last_full_blocks=0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_key_that_is_not_finite_keeps_its_block_and_touches_no_other(bad):
+    query, key, _ = make_qkv(400)
+    clean = both_implementations(query, key, SPARSE).to_dense()
+    key[0, 0, 37] = bad
+    spoilt = both_implementations(query, key, SPARSE).to_dense()
+    seen_by = torch.arange(25, device=DEVICE) >= 2
+    assert torch.equal(spoilt[..., 2], seen_by.expand(1, 2, 25))
+    others = torch.arange(25) != 2
+    clean_best_is_elsewhere = spoilt[..., others] >= clean[..., others]
+    assert clean_best_is_elsewhere.all()  # without block 2 the row's maximum can only fall
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_keeps_its_row_and_touches_no_other(bad):
+    query, key, _ = make_qkv(400)
+    clean = both_implementations(query, key, SPARSE).to_dense()
+    query[0, 1, 201] = bad
+    spoilt = both_implementations(query, key, SPARSE).to_dense()
+    row, others = 201 // 16, torch.arange(25) != 201 // 16
+    # the row of query 201 sees blocks 0 … 11 whole; its own block is in the window
+    assert spoilt[0, 1, row, : row + 1].all()
+    assert torch.equal(spoilt[0, 0], clean[0, 0]) and torch.equal(spoilt[0, 1, others], clean[0, 1, others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_scores_are_all_kept(dtype):
+    query, key = torch.ones(1, 1, 400, 64, dtype=dtype), torch.ones(1, 1, 400, 64, dtype=dtype)
+    config = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    dense = both_implementations(query, key, config).to_dense()
+    # ties at the threshold count; the diagonal has one row's score against sixteen, but is in the window
+    assert torch.equal(dense[0, 0].cpu(), torch.ones(25, 25, dtype=torch.bool).tril())
+
+
+def test_large_scores_and_one_huge_key():
+    query, key, _ = make_qkv(400, dtype=torch.bfloat16)
+    query, key = query.sign() * 60000, key.sign() * 60000
+    both_implementations(query, key, SPARSE)
+    query, key, _ = make_qkv(400)
+    key[0, 0, 100] = 1e4 * query[0, 0, 300]
+    dense = both_implementations(query, key, SPARSE).to_dense()
+    assert dense[0, 0, 300 // 16, 100 // 16]
+
+
+def test_min_blocks_are_the_best_and_alpha_alone_keeps_the_best():
+    query, key, _ = make_qkv(512, heads=1)
+    one = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=0, window_blocks=0, last_full_blocks=0)
+    assert (both_implementations(query, key, one).counts() == 1).all()
+    for min_blocks in (2, 5, 100):
+        config = PrefillConfig(**(one.to_dict() | {"min_blocks": min_blocks}))
+        counts = both_implementations(query, key, config).counts()
+        expected = torch.arange(1, 33, device=DEVICE).clamp(max=min_blocks)
+        assert torch.equal(counts[0, 0], expected.int())
+
+
+def test_chunks_of_whole_blocks_give_the_rows_of_the_whole_search():
+    query, key, _ = make_qkv(512)
+    whole = both_implementations(query, key, SPARSE).to_dense()
+    for start, end in ((0, 128), (128, 256), (256, 512)):
+        chunk = both_implementations(query[:, :, start:end], key[:, :, :end], SPARSE, last_chunk=end == 512)
+        assert torch.equal(chunk.to_dense(), whole[:, :, start // 16 : end // 16, : end // 16])
+
+
+def test_views_are_read_by_their_strides():
+    query, key, _ = make_qkv(300, heads=4, kv_heads=2)
+    expected = both_implementations(query, key, SPARSE)
+    strided = [torch.empty(1, 300, 2 * t.shape[1], 64, dtype=t.dtype)[:, :, ::2].transpose(1, 2) for t in (query, key)]
+    for view, tensor in zip(strided, (query, key), strict=True):
+        view.copy_(tensor)
+    assert both_implementations(*strided, SPARSE) == expected
+    expanded = key[:, :1].expand(1, 2, 300, 64)
+    assert both_implementations(query, expanded, SPARSE) == both_implementations(query, expanded.contiguous(), SPARSE)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_the_operator_passes_opcheck(implementation):
+    query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
+    torch.library.opcheck(op.search_words, (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, implementation))
+
+
+def test_traces_into_one_graph_for_all_lengths():
+    frames = []
+
+    def count(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q, k: search_blocks(q, k, SPARSE), fullgraph=True, backend=count)
+    for length in (300, 512, 400, 380, 700, 90):
+        query, key, _ = make_qkv(length, device=DEVICE)
+        assert compiled(query, key) == search_blocks(query, key, SPARSE)
+    assert len(frames) <= 2
+
+
+def wrong(**changes):
+    query, key, _ = make_qkv(64, heads=4, kv_heads=2)
+    return {"query": query, "key": key} | changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (wrong(query=torch.zeros(1, 3, 64, 64)), ValueError, r"query must have a multiple.*\[1, 3, 64, 64\]"),
+        (wrong(query=torch.zeros(1, 4, 65, 64)), ValueError, "query must be no longer than key.*S_q=65"),
+        (wrong(query=torch.zeros(2, 4, 64, 64)), ValueError, "key must have query's batch size 2, got 1"),
+        (
+            wrong(key=torch.zeros(1, 2, 64, 128)),
+            ValueError,
+            "key must have query's head dimension 64, got 128",
+        ),
+        (wrong(key=torch.zeros(1, 2, 64, 64).half()), TypeError, "key must have query's dtype.*float16"),
+        (
+            wrong(key=torch.zeros(1, 2, 64, 64, device="meta")),
+            ValueError,
+            "key must be on query's device cpu, got meta",
+        ),
+        (wrong(query=torch.zeros(1, 4, 64, 64).int()), TypeError, "query must be float16.*int32"),
+        (wrong(query=torch.zeros(1, 4, 64, 64).double()), TypeError, "query must be float16.*float64"),
+        (wrong(query=torch.zeros(4, 64, 64)), ValueError, r"query must be \[B, H, S, D\].*\[4, 64, 64\]"),
+        (wrong(key=torch.zeros(1, 2, 0, 64)), ValueError, r"key must be \[B, H, S, D\].*\[1, 2, 0, 64\]"),
+        (wrong(query=torch.zeros(1, 4, 64, 20)), ValueError, "query must have a head dimension.*D=20"),
+        (wrong(query=torch.zeros(1, 4, 64, 512)), ValueError, "query must have a head dimension.*D=512"),
+        (wrong(query=torch.zeros(1, 4, 64, 64, requires_grad=True)), ValueError, "query requires grad"),
+        (wrong(query=[1.0]), TypeError, "query must be a tensor.*list"),
+        (wrong(query=torch.zeros(1, 4, 64, 64).to_sparse()), TypeError, "query must be a strided tensor"),
+        (wrong(config={"alpha": 0.1}), TypeError, "config must be a PrefillConfig, got dict"),
+        (wrong(scale="1"), TypeError, "scale must be a number"),
+        (wrong(scale=float("inf")), ValueError, "scale must be finite"),
+        (wrong(last_chunk=None), TypeError, "last_chunk must be a bool"),
+        (wrong(implementation="cuda"), ValueError, "implementation must be one of.*'cuda'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        search_blocks(**arguments)
+
+
+def test_triton_on_the_cpu_without_the_interpreter_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="implementation 'triton' needs tensors on a CUDA device.*got cpu"):
+        search_blocks(**wrong(implementation="triton"))
+
+
+def test_parameters_may_require_grad_under_no_grad():
+    arguments = wrong(query=torch.zeros(1, 4, 64, 64, requires_grad=True))
+    with torch.no_grad():
+        search_blocks(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("q_len, kv_len", [(4096, 4096), (1000, 4000), (4001, 4001)])
+def test_the_kernels_equal_the_reference_at_4k(dtype, q_len, kv_len):
+    query, key, _ = make_qkv(q_len, kv_len, heads=8, kv_heads=2, head_dim=128, dtype=dtype, device="cuda")
+    for config in (PrefillConfig(), PrefillConfig(alpha=0.7, window_blocks=1, min_blocks=3), SPARSE):
+        kernels = search_blocks(query, key, config, implementation="triton")
+        reference = search_blocks(query, key, config, implementation="reference")
+        # sums in another order: a block within rounding of the threshold may fall on either side
+        assert (kernels ^ reference).counts().sum() <= 2e-5 * kernels.counts().sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_the_search_runs_at_length_in_constant_memory(length):
+    query, key, _ = make_qkv(length, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    search_blocks(query[:, :, :256], key)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    block_map = search_blocks(query, key)
+    transient = torch.cuda.max_memory_allocated() - before - block_map.words.nbytes
+    assert transient <= 64 * 2**20
+    tail = search_blocks(query[:, :, -512:], key, implementation="reference")
+    rows = block_map.to_dense()[:, :, -4:]
+    assert (rows != tail.to_dense()).sum() <= 2e-5 * rows.sum() + 1
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    query, key, _ = make_qkv(2000, heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    search_blocks(query, key).to_block_mask()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        search_blocks(query, key).to_block_mask()
+        search_blocks(query[:, :, :600], key).density()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
