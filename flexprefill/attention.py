@@ -61,8 +61,9 @@ def prefill_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        FlexPrefillError: the backend cannot run here, or torch.compile would not run (its recompile limit is
-            hit, or it is switched off): FlexAttention would then ignore the mask and be dense.
+        FlexPrefillError: the backend cannot run here; no C++ compiler is found, which the CPU needs; or
+            torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
+            would then ignore the mask and be dense.
     """
     check_attention_inputs(query, key, value)
     check_config(config)
@@ -91,6 +92,13 @@ def prefill_attention(
                 f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, or numbers that a mod "
                 "closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
                 'TORCH_LOGS="recompiles" shows what differed.'
+            ) from error
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if type(error.inner_exception).__name__ != "InvalidCxxCompiler":
+                raise
+            raise FlexPrefillError(
+                "torch.compile found no C++ compiler, which attention on the CPU needs: install g++ or clang, or "
+                f"name one in the environment variable CXX ({error.inner_exception})"
             ) from error
 
 

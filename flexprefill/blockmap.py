@@ -125,6 +125,15 @@ class BlockMap:
         return cls(pack_bits(kept), q_len, kv_len, block_size)
 
     @classmethod
+    def causal(
+        cls, batch: int, heads: int, *, q_len: int, kv_len: int, block_size: int, device: torch.device | str = "cpu"
+    ) -> BlockMap:
+        """The map that keeps every causally visible block: dense causal attention."""
+        check_sizes(q_len, kv_len, block_size)
+        words = pack_bits(causal_blocks(q_len, kv_len, block_size, device))
+        return cls(words.expand(batch, heads, -1, -1).contiguous(), q_len, kv_len, block_size)
+
+    @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockMap:
         """The blocks that a FlexAttention BlockMask visits, full or partial; its mask_mod is not kept.
 

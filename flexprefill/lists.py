@@ -33,7 +33,9 @@ def index_lists(
     if words.is_cuda:
         from flexprefill import lists_kernel  # imports triton
 
-        return lists_kernel.index_lists(words, q_len, kv_len, block_size, all_partial)
+        # Triton launches on the current device, which need not be the words'
+        with torch.cuda.device_of(words):
+            return lists_kernel.index_lists(words, q_len, kv_len, block_size, all_partial)
     columns = ceil_div(kv_len, block_size)
     kept = unpack_bits(words, columns)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)

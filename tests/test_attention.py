@@ -129,14 +129,13 @@ def test_a_wrong_argument_is_named(changes, error, message):
 @pytest.mark.parametrize(
     ("shape", "lengths", "message"),
     [
-        ((1, 4, 1, 1), (64, 65), "block_map must be of q_len=64 and kv_len=64, got q_len=64 and kv_len=65"),
-        ((1, 2, 1, 1), (64, 64), r"block_map must have query's batch size and heads \(1, 4\), got \(1, 2\)"),
+        ((1, 4), (64, 65), "block_map must be of q_len=64 and kv_len=64, got q_len=64 and kv_len=65"),
+        ((1, 2), (64, 64), r"block_map must have query's batch size and heads \(1, 4\), got \(1, 2\)"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(shape, lengths, message):
     query, key, value = make_qkv(64, heads=4, kv_heads=2)
-    ones = torch.ones(shape, dtype=torch.bool)
-    block_map = BlockMap.from_dense(ones, q_len=lengths[0], kv_len=lengths[1], block_size=128)
+    block_map = BlockMap.causal(*shape, q_len=lengths[0], kv_len=lengths[1], block_size=128)
     with pytest.raises(ValueError, match=message):
         prefill_attention(query, key, value, block_map=block_map)
 
@@ -169,6 +168,34 @@ def test_never_runs_eagerly_when_dynamo_is_switched_off():
         [sys.executable, "-c", code], capture_output=True, text=True, env={"TORCHDYNAMO_DISABLE": "1"}
     )
     assert "without torch.compile" in result.stdout, result.stderr
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    code = (
+        "import torch; from flexprefill import prefill_attention, FlexPrefillError\n"
+        "try: prefill_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))\n"
+        "except FlexPrefillError as error: print(error)"
+    )
+    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "found no C++ compiler" in result.stdout, result.stderr
+
+
+def test_low_precision_on_the_cpu_is_at_most_twice_pytorchs_own_error():
+    query, key, value = make_qkv(700, heads=4, kv_heads=2, dtype=torch.bfloat16)
+    block_map = search_blocks(query, key, CONFIG)
+    exact = masked_attention(query, key, value, block_map)
+    theirs = relative_error(masked_attention(query, key, value, block_map, dtype=torch.bfloat16), exact)
+    check(query, key, value, tolerance=2 * theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_may_be_on_another_device_than_the_current_one():
+    inputs = make_qkv(1000, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda:1")
+    output = prefill_attention(*inputs, CONFIG)
+    expected = prefill_attention(*(tensor.to("cuda:0") for tensor in inputs), CONFIG)
+    assert torch.equal(output.cpu(), expected.cpu())
 
 
 @pytest.mark.gpu

@@ -66,6 +66,15 @@ def test_a_dense_tensor_survives_without_its_causal_future(geometry, seed):
     torch.testing.assert_close(block_map.density().double(), expected, rtol=1e-6, atol=0)
 
 
+@settings(deadline=None, max_examples=60)
+@given(geometries())
+def test_the_causal_map_keeps_whatever_can_be_kept(geometry):
+    q_len, kv_len, block_size = geometry
+    causal = BlockMap.causal(2, 3, q_len=q_len, kv_len=kv_len, block_size=block_size)
+    assert causal == random_map(q_len, kv_len, block_size, batch=2, heads=3, share=1.0)[0]
+    assert (causal.density() == 1).all()
+
+
 def test_set_operations_and_equality():
     a, b = random_map(900, 1000, 16, seed=1)[0], random_map(900, 1000, 16, seed=2)[0]
     assert torch.equal((a & b).to_dense(), a.to_dense() & b.to_dense())

@@ -75,8 +75,7 @@ def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
 
 @pytest.mark.parametrize("length, block_size", [(512, 128), (384, 32)])
 def test_a_full_causal_map_equals_pytorchs_own_mask(length, block_size):
-    ones = torch.ones(1, 1, length // block_size, length // block_size, dtype=torch.bool)
-    mask = BlockMap.from_dense(ones, q_len=length, kv_len=length, block_size=block_size).to_block_mask()
+    mask = BlockMap.causal(1, 1, q_len=length, kv_len=length, block_size=block_size).to_block_mask()
     theirs = create_block_mask(causal_mask, 1, 1, length, length, device="cpu", BLOCK_SIZE=block_size)
     assert torch.equal(mask.to_dense(), theirs.to_dense())
     assert torch.equal(mask.kv_num_blocks, theirs.kv_num_blocks)
@@ -87,8 +86,7 @@ def test_a_full_causal_map_equals_pytorchs_own_mask(length, block_size):
 
 @pytest.mark.parametrize("q_len, kv_len", [(50, 50), (50, 77), (1, 77)])
 def test_the_mask_mod_is_causal_at_the_offset_and_joins_a_callers(q_len, kv_len):
-    ones = torch.ones(1, 1, -(-q_len // 16), -(-kv_len // 16), dtype=torch.bool)
-    block_map = BlockMap.from_dense(ones, q_len=q_len, kv_len=kv_len, block_size=16)
+    block_map = BlockMap.causal(1, 1, q_len=q_len, kv_len=kv_len, block_size=16)
     q, k = torch.arange(q_len)[:, None], torch.arange(kv_len)
     zero = torch.zeros((), dtype=torch.int32)
     causal = q + kv_len - q_len >= k

@@ -84,9 +84,8 @@ def measure(length, density, arguments):
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     config = config_of_density(query, key, density, **settings)
     block_map = search_blocks(query, key, config)
-    blocks = block_map.shape
-    everything = BlockMap.from_dense(
-        torch.ones(blocks, dtype=torch.bool, device=query.device), q_len=length, kv_len=length, block_size=128
+    everything = BlockMap.causal(
+        1, arguments.heads, q_len=length, kv_len=length, block_size=config.block_size, device=query.device
     )
     grouped = arguments.heads != arguments.kv_heads
 

@@ -36,7 +36,9 @@ def search_words(
         return pack_bits(reference.select_blocks(query, key, **rule))
     from flexprefill.search import kernels  # imports triton
 
-    return kernels.search_words(query, key, **rule)
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(query):
+        return kernels.search_words(query, key, **rule)
 
 
 @search_words.register_fake

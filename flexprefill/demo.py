@@ -1,0 +1,330 @@
+"""The demo: real text, four attention heads built from it, and what the search does to each.
+
+The text is the standard library's own source. The heads are built from random embeddings of its tokens: they
+have the patterns that papers on sparse prefill name, but there are no trained weights, so they have no model's
+statistics. One sharpness serves all four and is not fitted to the search: a key that matches fully outweighs
+some millions of unrelated ones. The same seed, length and standard library give the same heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import platform
+import re
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad, scaled_dot_product_attention
+
+from flexprefill._version import __version__
+from flexprefill.attention import prefill_attention
+from flexprefill.blockmap import BlockMap
+from flexprefill.config import PrefillConfig
+from flexprefill.errors import FlexPrefillError
+from flexprefill.inspection import attention_recall
+from flexprefill.plotting import plot_heads
+from flexprefill.search import search_blocks
+from flexprefill.store import save_masks
+
+HEADS = {
+    "local": "nearby positions",
+    "sink": "the first token, and half as much nearby positions",
+    "induction": "what followed earlier occurrences of this token",
+    "topic": "passages with the same words",
+}
+HEAD_DIM = 64
+SHARPNESS = 16.0  # logit of a full match, in nats; an unrelated key has one about 0
+TOPIC_TOKENS = 256  # what a topic is the average over: some 25 lines
+REPEATS = 9
+TOKEN = re.compile(r"\n[ \t]*|[^\W\d]+|\d+|[^\w\s]")  # line break with indentation, word, number, other sign
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+# names of the timed calls
+DENSE, SDPA, SPARSE = "dense FlexAttention", "dense SDPA", "sparse, search included"
+SEARCH, LISTS = "  its search alone", "  its index lists alone"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text as attention inputs.
+
+    Attributes:
+        tokens: int64 [S], numbers of vocabulary entries.
+        query, key, value: [1, 4, S, 64], a head for each name in HEADS.
+    """
+
+    tokens: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """What the search does to one head.
+
+    Attributes:
+        density: kept share of the causal blocks.
+        mass: share of the exact attention mass in the kept blocks, averaged over the rows.
+        error: norm of (sparse output - dense output) over the norm of the dense output.
+    """
+
+    name: str
+    density: float
+    mass: float
+    error: float
+
+
+def run(length: int, config: PrefillConfig, device: torch.device, output: Path, seed: int) -> None:
+    """Builds the heads, searches, measures, and prints and saves what came out.
+
+    Prints the figures to stdout and the progress to stderr; writes masks.safetensors and, with matplotlib,
+    masks.png.
+
+    Args:
+        length: tokens of text.
+        config: the rule's settings.
+        device: "cpu" (float32) or a CUDA device (bfloat16).
+        output: an existing folder.
+        seed: of the token embeddings.
+
+    Raises:
+        FlexPrefillError: the text is shorter than ``length``, or attention cannot be compiled here.
+        OSError: a file cannot be written.
+    """
+    start = time.perf_counter()
+    with stage("building heads, searching", 2) as advance:
+        prompt = build_prompt(read_tokens(length), device, seed)
+        advance(1)
+        block_map = search_blocks(prompt.query, prompt.key, config)
+        everything = BlockMap.causal(
+            1, len(HEADS), q_len=length, kv_len=length, block_size=config.block_size, device=device
+        )
+        advance(1)
+    print(describe(prompt, config), end="\n\n")
+
+    with stage("compiling, first runs", 2) as advance:
+        dense, compile_seconds = timed(lambda: attend(prompt, everything), device)
+        advance(1)
+        error = relative_error(attend(prompt, block_map), dense)
+        advance(1)
+    with stage("exact attention mass", len(HEADS) * block_map.shape[2]) as advance:
+        mass = attention_recall(prompt.query, prompt.key, block_map, progress=advance)[0].tolist()
+    figures = [
+        HeadFigures(*row) for row in zip(HEADS, block_map.density()[0].tolist(), mass, error.tolist(), strict=True)
+    ]
+    print(head_table(figures), end="\n\n")
+
+    calls: dict[str, Callable[[], Any]] = {
+        DENSE: lambda: attend(prompt, everything),
+        SDPA: lambda: scaled_dot_product_attention(prompt.query, prompt.key, prompt.value, is_causal=True),
+        SPARSE: lambda: prefill_attention(prompt.query, prompt.key, prompt.value, config),
+        SEARCH: lambda: search_blocks(prompt.query, prompt.key, config),
+        LISTS: block_map.to_block_mask,
+    }
+    with stage("timing", (1 + REPEATS) * len(calls)) as advance:
+        seconds = time_calls(calls, device, advance)
+    print(time_table(seconds, compile_seconds), end="\n\n")
+
+    print(save(block_map, config, output, seed))
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def read_tokens(length: int) -> Tensor:
+    """The first ``length`` tokens of the standard library's sources: int64 [length].
+
+    A token is a word, a number, a sign, or a line break with the indentation after it; its number is its
+    place in the order of first appearance.
+
+    Raises:
+        FlexPrefillError: there are fewer tokens.
+    """
+    words: list[str] = []
+    for path in source_files(sysconfig.get_path("stdlib")):
+        words += TOKEN.findall(path.read_text("utf-8", errors="replace"))
+        if len(words) >= length:
+            vocabulary: dict[str, int] = {}
+            return torch.tensor([vocabulary.setdefault(word, len(vocabulary)) for word in words[:length]])
+    raise FlexPrefillError(
+        f"length must be at most {len(words):,}, the tokens in this Python's standard library, got {length:,}"
+    )
+
+
+def source_files(root: str) -> Iterator[Path]:
+    """The .py files under a folder in a fixed order, without tests and installed packages."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
+def build_prompt(tokens: Tensor, device: torch.device | str, seed: int) -> Prompt:
+    """The four heads over a text; float32 on the CPU, bfloat16 on CUDA.
+
+    Queries and keys are about unit vectors, times a factor that gives a full match a logit of SHARPNESS at the
+    default scale. Values are the token embeddings.
+
+    Args:
+        tokens: int64 [S].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = normalize(torch.randn(int(tokens.max()) + 1, HEAD_DIM, generator=generator), dim=-1)
+    embedding = vocabulary[tokens]  # [S, D]
+    constant = torch.full((HEAD_DIM,), HEAD_DIM**-0.5)
+    local = rotate(normalize(constant + 0.5 * embedding, dim=-1))
+    topic = normalize(trailing_mean(embedding - embedding.mean(0), TOPIC_TOKENS), dim=-1)
+    previous = pad(embedding[:-1], (0, 0, 1, 0))  # the first token has none, and matches nothing
+    sink = torch.zeros(HEAD_DIM)
+    sink[-1] = 1  # in the slowest rotary pair, which hardly turns
+    sink_key = 0.5**0.5 * local
+    sink_query = sink + sink_key
+    sink_key[0] = sink
+
+    factor = (SHARPNESS * HEAD_DIM**0.5) ** 0.5  # half of it in the query, half in the key
+    query = factor * torch.stack([local, sink_query, embedding, topic])
+    key = factor * torch.stack([local, sink_key, previous, topic])
+    value = embedding.expand(len(HEADS), -1, -1)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return Prompt(tokens, *(x[None].contiguous().to(device, dtype) for x in (query, key, value)))
+
+
+def rotate(vectors: Tensor) -> Tensor:
+    """Rotary positions (base 10,000, interleaved pairs) applied to [S, D]."""
+    S, D = vectors.shape
+    angle = torch.arange(S)[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)  # [S, D / 2]
+    pairs = torch.view_as_complex(vectors.unflatten(1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(1)
+
+
+def trailing_mean(vectors: Tensor, width: int) -> Tensor:
+    """The mean of each row of [S, D] and of the ``width - 1`` rows before it, as far as there are any."""
+    sums = pad(vectors.double().cumsum(0), (0, 0, 1, 0))  # sums[i] is over the first i rows
+    end = torch.arange(1, vectors.shape[0] + 1)
+    first = (end - width).clamp(min=0)
+    return ((sums[end] - sums[first]) / (end - first)[:, None]).float()
+
+
+def always_kept(prompt: Prompt, config: PrefillConfig) -> float:
+    """The share of causal blocks that sinks, window and last blocks keep whatever the scores are."""
+    query, key = torch.ones_like(prompt.query[:, :1]), torch.zeros_like(prompt.key[:, :1])
+    key[:, :, : config.block_size] = 1  # the best block is a sink anyway, and alpha 1 keeps no other
+    return search_blocks(query, key, dataclasses.replace(config, alpha=1.0)).density().item()
+
+
+def attend(prompt: Prompt, block_map: BlockMap) -> Tensor:
+    """Compiled attention of the prompt over the blocks of a map: [1, 4, S, 64]."""
+    return prefill_attention(prompt.query, prompt.key, prompt.value, block_map=block_map)
+
+
+def relative_error(output: Tensor, exact: Tensor) -> Tensor:
+    """Norm of the difference over the norm of ``exact``, both [1, H, S, D], by head: float32 [H]."""
+    difference = (output.float() - exact.float()).flatten(2)  # [1, H, S · D]
+    return (difference.norm(dim=2) / exact.float().flatten(2).norm(dim=2))[0].cpu()
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What a call returns, and the seconds until the device has done it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
+    start = time.perf_counter()
+    result = call()
+    wait(device)
+    return result, time.perf_counter() - start
+
+
+def time_calls(
+    calls: dict[str, Callable[[], Any]], device: torch.device, advance: Callable[[int], None]
+) -> dict[str, list[float]]:
+    """Seconds of REPEATS runs of each call, taken in turns after one run that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + REPEATS):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, device)[1])
+            advance(1)
+    return {name: runs[1:] for name, runs in seconds.items()}
+
+
+@contextlib.contextmanager
+def stage(name: str, steps: int) -> Iterator[Callable[[int], None]]:
+    """Shows on stderr that a stage goes on: a bar with tqdm, else a line. Yields what to call as steps are done."""
+    if importlib.util.find_spec("tqdm") is None:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        yield lambda steps: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=name, leave=False, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def describe(prompt: Prompt, config: PrefillConfig) -> str:
+    """What is measured, on what."""
+    device, words = prompt.query.device, int(prompt.tokens.max()) + 1
+    cpu = f"CPU with {torch.get_num_threads()} threads"
+    return (
+        f"flexprefill {__version__}, torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}\n"
+        f"text   {prompt.tokens.shape[0]:,} tokens, {words:,} different ones, of the source of Python "
+        f"{platform.python_version()}'s standard library\n"
+        f"heads  {len(HEADS)}, built from the text without trained weights; head dimension {HEAD_DIM}, "
+        f"{str(prompt.query.dtype).removeprefix('torch.')}\n"
+        f"rule   alpha {config.alpha:g}, blocks of {config.block_size}; the sink, window and last blocks, "
+        f"always kept, are {100 * always_kept(prompt, config):.1f} % of the causal ones"
+    )
+
+
+def head_table(figures: Sequence[HeadFigures]) -> str:
+    """The figures by head, aligned."""
+    lines = ["head       density  exact mass kept  output error  attends to"]
+    lines += [
+        f"{row.name:<9}  {100 * row.density:5.1f} %  {100 * row.mass:13.2f} %  {row.error:12.4f}  {HEADS[row.name]}"
+        for row in figures
+    ]
+    return "\n".join(lines)
+
+
+def time_table(seconds: dict[str, list[float]], compile_seconds: float) -> str:
+    """The times of all calls, aligned, and how sparse compares with dense."""
+    lines = [f"{f'{REPEATS} runs each, in turns':<25}  median ms    fastest – slowest"]
+    for name, runs in seconds.items():
+        low, middle, high = (f"{1000 * t:,.1f}" for t in (min(runs), statistics.median(runs), max(runs)))
+        lines.append(f"{name:<25}  {middle:>9}  {low:>9} – {high}")
+    lines.append(f"not in these: the first call, which compiles, {compile_seconds:.1f} s")
+    lines += [compare(seconds[SPARSE], seconds[name], name) for name in (DENSE, SDPA)]
+    return "\n".join(lines)
+
+
+def compare(sparse: Sequence[float], dense: Sequence[float], name: str) -> str:
+    """One line on which of two sets of runs is faster, by their medians."""
+    ratio = statistics.median(dense) / statistics.median(sparse)
+    verdict = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+    overlap = min(dense) <= max(sparse) and min(sparse) <= max(dense)
+    doubt = " (single runs overlap)" if overlap else ""
+    return f"sparse, its search included, is {verdict} than {name} here{doubt}"
+
+
+def save(block_map: BlockMap, config: PrefillConfig, output: Path, seed: int) -> str:
+    """Writes the masks and, with matplotlib, their picture, and returns where they are."""
+    masks, picture = output / "masks.safetensors", output / "masks.png"
+    metadata = {"made_by": "flexprefill demo", "heads": ", ".join(HEADS), "seed": str(seed)}
+    save_masks(masks, {0: block_map}, config=config, metadata=metadata)
+    try:
+        plot_heads(block_map, picture, titles=list(HEADS))
+        drawn = str(picture)
+    except FlexPrefillError as error:
+        drawn = f"skipped: {error}"
+    return (
+        f"masks    {masks}\n"
+        f'         to open: from flexprefill import load_masks; load_masks("{masks}")[0]\n'
+        f"picture  {drawn}"
+    )

@@ -1,0 +1,169 @@
+"""Pictures of maps. matplotlib is optional, and imported only when something is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap, causal_blocks, unpack_bits
+from flexprefill.errors import FlexPrefillError
+
+MAX_CELLS = 512  # a side; larger maps are averaged down to it
+PANEL_PIXELS = 512  # the aim for a panel's longer side; each cell gets a whole number of pixels
+MIN_HEIGHT = 128  # pixels; of a panel with few query blocks
+COLUMNS = 4
+DPI = 200
+KEPT, DROPPED = "#14508c", "#e3e7ed"
+# pixels around the panels: titles and axis labels
+LEFT, RIGHT, TOP, BOTTOM, GAP_X, GAP_Y = 170, 50, 80, 200, 120, 190
+
+
+def plot_heads(
+    block_map: BlockMap,
+    path: str | os.PathLike[str],
+    *,
+    titles: Sequence[str] | None = None,
+    batch: int = 0,
+) -> None:
+    """Draws a map into a file, one panel a head: queries down, keys to the right, both in tokens.
+
+    Kept blocks are dark, causal blocks that are dropped light, and the causal future is blank. A map of more
+    than 512 blocks on a side is averaged: a cell then stands for several blocks, and its colour for the share
+    of its causal blocks that is kept.
+
+    Args:
+        block_map: [B, H, M, N].
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        titles: a name for each head; "head 0", "head 1", … if None.
+        batch: the batch entry to draw.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        FlexPrefillError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    batches, heads, rows, columns = block_map.shape
+    if not 0 <= batch < batches:
+        raise ValueError(f"batch must be one of 0 … {batches - 1}, got {batch}")
+    if titles is None:
+        titles = [f"head {head}" for head in range(heads)]
+    if len(titles) != heads:
+        raise ValueError(f"titles must have one entry for each of the {heads} heads, got {len(titles)}")
+
+    factor = math.ceil(max(rows, columns) / MAX_CELLS)
+    rows, columns = math.ceil(rows / factor), math.ceil(columns / factor)
+    scale = max(1, round(PANEL_PIXELS / max(rows, columns)))
+    width, height = columns * scale, rows * max(scale, math.ceil(MIN_HEIGHT / rows))
+    figure, panels = _panel_grid(heads, width, height)
+
+    density = block_map.density()[batch].tolist()
+    for head, axes in enumerate(panels):
+        image = _draw_panel(axes, block_map, batch, head, factor)
+        axes.set_title(f"{titles[head]}, {100 * density[head]:.1f} % kept", fontsize=11, pad=7)
+    for axes in panels[::COLUMNS]:
+        axes.set_ylabel("query token", fontsize=10)
+    for axes in panels[-COLUMNS:]:
+        axes.set_xlabel("key token", fontsize=10)
+    _add_key(figure, image, averaged=factor > 1)
+    figure.savefig(path, facecolor="white")
+
+
+def kept_shares(kept: Tensor, causal: Tensor, factor: int) -> Tensor:
+    """The kept share of the causal blocks in each cell of factor × factor blocks.
+
+    Args:
+        kept, causal: bool [M, N].
+
+    Returns:
+        float32 [ceil(M / factor), ceil(N / factor)], NaN where a cell has no causal block.
+    """
+    return _cell_sums(kept & causal, factor) / _cell_sums(causal, factor)
+
+
+def _cell_sums(blocks: Tensor, factor: int) -> Tensor:
+    rows, columns = blocks.shape
+    padded = torch.nn.functional.pad(blocks, (0, -columns % factor, 0, -rows % factor))
+    return padded.unflatten(1, (-1, factor)).unflatten(0, (-1, factor)).sum((1, 3)).float()
+
+
+def token_ticks(first: int, last: int) -> list[int]:
+    """Two to five positions from ``first`` to ``last``, multiples of a power of two."""
+    step = 1
+    while 4 * step < last - first:
+        step *= 2
+    return list(range(math.ceil(first / step) * step, last + 1, step))
+
+
+def token_label(tokens: int) -> str:
+    """A number of tokens, whole multiples of 1,024 as K."""
+    return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
+
+
+def _panel_grid(heads: int, width: int, height: int) -> tuple[Any, list[Any]]:
+    """A figure with one axes of exactly width × height pixels for each head."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlexPrefillError("drawing needs matplotlib: pip install 'flexprefill[viz]'") from error
+    columns = min(heads, COLUMNS)
+    rows = math.ceil(heads / columns)
+    total_width = LEFT + columns * width + (columns - 1) * GAP_X + RIGHT
+    total_height = TOP + rows * height + (rows - 1) * GAP_Y + BOTTOM
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    panels = []
+    for head in range(heads):
+        row, column = divmod(head, columns)
+        left = LEFT + column * (width + GAP_X)
+        bottom = BOTTOM + (rows - 1 - row) * (height + GAP_Y)
+        box = (left / total_width, bottom / total_height, width / total_width, height / total_height)
+        panels.append(figure.add_axes(box))
+    return figure, panels
+
+
+def _draw_panel(axes: Any, block_map: BlockMap, batch: int, head: int, factor: int) -> Any:
+    """Draws one head's cells and ticks, and returns the image."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    kept = unpack_bits(block_map.words[batch, head].cpu(), block_map.shape[3])
+    causal = causal_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, "cpu")
+    shares = kept_shares(kept, causal, factor)
+    cell, offset = factor * block_map.block_size, block_map.offset
+    image = axes.imshow(
+        shares.numpy(),
+        cmap=LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT]).with_extremes(bad="white"),
+        vmin=0,
+        vmax=1,
+        extent=(0, shares.shape[1] * cell, offset + shares.shape[0] * cell, offset),
+        aspect="auto",
+        interpolation="nearest",  # exact, since each cell is a whole number of pixels
+        zorder=3,  # above the tick marks, which begin half inside the panel
+    )
+    for axis, first in ((axes.xaxis, 0), (axes.yaxis, offset)):
+        axis.set_ticks(ticks := token_ticks(first, block_map.kv_len), [token_label(tick) for tick in ticks])
+    axes.tick_params(labelsize=9, length=2, width=0.5, pad=2)
+    axes.spines[:].set_visible(False)  # a frame would cover part of the outer cells
+    return image
+
+
+def _add_key(figure: Any, image: Any, *, averaged: bool) -> None:
+    """What the colours mean, below the panels: two patches, or a colour bar where cells are averages."""
+    from matplotlib.patches import Patch
+
+    if averaged:
+        width, height = figure.get_size_inches() * DPI
+        bar = figure.add_axes((0.5 - 150 / width, 62 / height, 300 / width, 16 / height))
+        figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
+        bar.set_title("share of a cell's blocks that is kept", fontsize=8, pad=3)
+        bar.tick_params(labelsize=8, length=2, width=0.5)
+        return
+    patches = [Patch(color=KEPT, label="kept block"), Patch(color=DROPPED, label="dropped block")]
+    figure.legend(handles=patches, loc="lower center", ncols=2, frameon=False, fontsize=10, borderaxespad=0.8)
