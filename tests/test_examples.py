@@ -1,0 +1,49 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "use_block_mask.py",
+        "compile_model.py",
+        "inspect_saved_masks.py",
+    }
+
+
+def test_use_block_mask():
+    lines = run(EXAMPLES / "use_block_mask.py").splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        density, error = re.search(r"(\d+)% of the causal blocks, output error ([\d.]+)", line).groups()
+        assert float(density) < 60 and float(error) < 0.1
+
+
+def test_compile_model():
+    assert run(EXAMPLES / "compile_model.py").count("next-token logits (1, 256)") == 4
+
+
+def test_inspect_saved_masks():
+    printed = run(EXAMPLES / "inspect_saved_masks.py")
+    assert "alpha=0.5" in printed and printed.count("density") == 8
+    assert all(0 < float(share) < 100 for share in re.findall(r"density ([\d.]+)%", printed))
+
+
+def test_the_benchmark_runs_small(tmp_path):
+    output = tmp_path / "results.json"
+    printed = run(
+        EXAMPLES / "benchmarks" / "prefill_attention.py",
+        *("--device", "cpu", "--lengths", 1024, "--densities", 0.5, "--repeats", 1, "--output", output),
+    )
+    assert "SDPA flash" in printed and '"median_ms"' in output.read_text()
