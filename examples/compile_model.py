@@ -1,6 +1,6 @@
 """A small decoder compiled into one graph, which builds its block masks inside. Runs on the CPU in a minute.
 
-    python examples/compile_model.py
+python examples/compile_model.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The search's BlockMask in your own flex_attention call. Runs on the CPU in about half a minute.
 
-    python examples/use_block_mask.py
+python examples/use_block_mask.py
 """
 
 import torch
