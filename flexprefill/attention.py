@@ -74,7 +74,7 @@ def prefill_attention(
     if block_map is not None:
         _check_map(block_map, query, key)
     block_size = config.block_size if block_map is None else block_map.block_size
-    kernel_options = _kernel_options(backend, query, block_size, return_aux)
+    kernel_options = _kernel_options(backend, query, key, value, block_size, return_aux)
     if block_map is None:
         block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk)
     block_mask = to_block_mask(block_map, mask_mod)
@@ -168,7 +168,9 @@ def _check_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.device}")
 
 
-def _kernel_options(backend: str, query: Tensor, block_size: int, return_aux: AuxRequest | None) -> dict[str, Any]:
+def _kernel_options(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, block_size: int, return_aux: AuxRequest | None
+) -> dict[str, Any]:
     """FlexAttention's kernel options for a backend, or an error that says why it cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -179,7 +181,7 @@ def _kernel_options(backend: str, query: Tensor, block_size: int, return_aux: Au
             raise FlexPrefillError(f"return_aux is not supported by FlexAttention on {query.device}, got {return_aux}")
         return {}
     if backend == "flash":
-        return _flash_options(query, block_size, return_aux)
+        return _flash_options(query, key, value, block_size, return_aux)
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if block_size < 128:
         # a kernel tile must divide the mask's blocks
@@ -187,13 +189,22 @@ def _kernel_options(backend: str, query: Tensor, block_size: int, return_aux: Au
     return options
 
 
-def _flash_options(query: Tensor, block_size: int, return_aux: AuxRequest | None) -> dict[str, Any]:
+def _flash_options(
+    query: Tensor, key: Tensor, value: Tensor, block_size: int, return_aux: AuxRequest | None
+) -> dict[str, Any]:
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         raise FlexPrefillError("backend 'flash' needs the package flash-attn-4, which is not installed")
-    if query.dtype == torch.float32 or block_size != 128 or query.shape[3] > 128:
+    head_dim = max(query.shape[3], value.shape[3])
+    if query.dtype == torch.float32 or block_size != 128 or head_dim > 128:
         raise FlexPrefillError(
             "backend 'flash' takes float16 or bfloat16, blocks of 128 and D up to 128, got "
-            f"{query.dtype}, block_size={block_size}, D={query.shape[3]}; 'triton' takes them"
+            f"{query.dtype}, block_size={block_size}, D={head_dim}; 'triton' takes them"
+        )
+    if query.shape[2] != key.shape[2]:
+        # the mask_mod's captured offset does not compile in torch 2.11's flash backend
+        raise FlexPrefillError(
+            "backend 'flash' takes whole prompts only, got "
+            f"S_q={query.shape[2]} and S_kv={key.shape[2]}; 'triton' takes queries at an offset"
         )
     if return_aux is not None:
         raise FlexPrefillError(

@@ -230,3 +230,42 @@ def test_search_and_attention_replay_in_a_cuda_graph():
         old.copy_(new)
     graph.replay()
     assert torch.equal(output, prefill_attention(*tensors, CONFIG))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length, head_dim, kv_heads", [(4096, 128, 2), (1001, 128, 4), (2000, 64, 1)])
+def test_flash_is_right_where_it_is_installed(length, head_dim, kv_heads):
+    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
+    inputs = make_qkv(
+        length, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    block_map = search_blocks(*inputs[:2], CONFIG)
+    exact = masked_attention(*inputs, block_map, dtype=torch.float32)
+    theirs = relative_error(masked_attention(*inputs, block_map, dtype=torch.bfloat16), exact)
+    assert relative_error(prefill_attention(*inputs, CONFIG, backend="flash"), exact) <= 2 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"dtype": torch.float32}, {}, "float32"),
+        ({"head_dim": 256}, {}, "D=256"),
+        ({}, {"config": PrefillConfig(block_size=64)}, "block_size=64"),
+        ({}, {"return_aux": AuxRequest(lse=True)}, "return_aux"),
+        ({"q_len": 256}, {}, "S_q=256 and S_kv=512"),
+    ],
+)
+def test_flash_says_what_it_cannot_do(changes, arguments, message):
+    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
+    shape = {"q_len": 512, "kv_len": 512, "dtype": torch.bfloat16} | changes
+    with pytest.raises(FlexPrefillError, match=message):
+        prefill_attention(*make_qkv(**shape, device="cuda"), backend="flash", **arguments)
+
+
+@pytest.mark.gpu
+def test_flash_that_is_not_installed_raises(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    inputs = make_qkv(512, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(FlexPrefillError, match="needs the package flash-attn-4"):
+        prefill_attention(*inputs, backend="flash")

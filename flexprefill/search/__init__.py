@@ -11,6 +11,7 @@ from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.search import op
+from flexprefill.search.rule import Rule
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -50,21 +51,18 @@ def search_blocks(
     """
     check_attention_inputs(query, key)
     check_config(config)
-    scale = resolve_scale(scale, query.shape[3])
     if not isinstance(last_chunk, bool):
         raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
-    words = op.search_words(
-        query,
-        key,
-        scale,
+    rule = Rule(
+        resolve_scale(scale, query.shape[3]),
         config.log2_alpha,
         config.block_size,
         config.sink_blocks,
         config.window_blocks,
         config.last_full_blocks if last_chunk else 0,
         config.min_blocks,
-        _resolve_implementation(implementation, query.device),
     )
+    words = op.search_words(query, key, *rule, _resolve_implementation(implementation, query.device))
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div
+from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
 TILE_J = 64  # key-block means a step: the first operand of the product, one warpgroup's rows
@@ -256,26 +257,15 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     return means.to(key.dtype)
 
 
-def search_words(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    log2_alpha: float,
-    block_size: int,
-    sink_blocks: int,
-    window_blocks: int,
-    last_full_blocks: int,
-    min_blocks: int,
-) -> Tensor:
+def search_words(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """The words of the map that the rule gives: int32 [B, Hq, M, ceil(N / 32)]. See PrefillConfig."""
-    means = pool_keys(key, block_size)
+    means = pool_keys(key, rule.block_size)
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
     batch, heads, q_len, head_dim = query.shape
     kv_len, columns = key.shape[2], means.shape[2]
-    rows = ceil_div(q_len, block_size)
+    rows = ceil_div(q_len, rule.block_size)
     width = ceil_div(columns, WORD_BITS)
     tiles = batch * heads * rows
     head_pad = triton.next_power_of_2(head_dim)
@@ -297,15 +287,15 @@ def search_words(
         tiles,
         heads,
         heads // key.shape[1],
-        scale * LOG2_E,
-        log2_alpha,
-        sink_blocks,
-        window_blocks,
-        last_full_blocks,
-        min_blocks,
+        rule.scale * LOG2_E,
+        rule.log2_alpha,
+        rule.sink_blocks,
+        rule.window_blocks,
+        rule.last_full_blocks,
+        rule.min_blocks,
         D=head_dim,
         D_PAD=head_pad,
-        BLOCK=block_size,
+        BLOCK=rule.block_size,
         TILE=TILE_J,
         # float32 goes through D in steps: its products are exact, not tensor-core ones, and registers are few
         D_STEP=min(32, head_pad) if query.dtype == torch.float32 else head_pad,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div, pack_bits
 from flexprefill.search import reference
+from flexprefill.search.rule import Rule
 
 
 @torch.library.custom_op("flexprefill::search_words", mutates_args=())
@@ -23,37 +24,18 @@ def search_words(
     implementation: str,
 ) -> Tensor:
     """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
-    rule = {
-        "scale": scale,
-        "log2_alpha": log2_alpha,
-        "block_size": block_size,
-        "sink_blocks": sink_blocks,
-        "window_blocks": window_blocks,
-        "last_full_blocks": last_full_blocks,
-        "min_blocks": min_blocks,
-    }
+    rule = Rule(scale, log2_alpha, block_size, sink_blocks, window_blocks, last_full_blocks, min_blocks)
     if implementation == "reference":
-        return pack_bits(reference.select_blocks(query, key, **rule))
+        return pack_bits(reference.select_blocks(query, key, rule))
     from flexprefill.search import kernels  # imports triton
 
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(query):
-        return kernels.search_words(query, key, **rule)
+        return kernels.search_words(query, key, rule)
 
 
 @search_words.register_fake
-def _(
-    query,
-    key,
-    scale,
-    log2_alpha,
-    block_size,
-    sink_blocks,
-    window_blocks,
-    last_full_blocks,
-    min_blocks,
-    implementation,
-):
+def _(query, key, scale, log2_alpha, block_size, *rest):
     batch, heads, q_len, _ = query.shape
     width = ceil_div(ceil_div(key.shape[2], block_size), WORD_BITS)
     return query.new_empty((batch, heads, ceil_div(q_len, block_size), width), dtype=torch.int32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap import causal_blocks, ceil_div
+from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
 
@@ -64,35 +65,25 @@ def log_scores(query: Tensor, means: Tensor, kv_len: int, scale: float, block_si
     return rearrange(L, "B H g M N -> B (H g) M N"), scored
 
 
-def select_blocks(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    log2_alpha: float,
-    block_size: int,
-    sink_blocks: int,
-    window_blocks: int,
-    last_full_blocks: int,
-    min_blocks: int,
-) -> Tensor:
+def select_blocks(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """The kept blocks: bool [B, Hq, M, N]. See PrefillConfig for the rule."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    means = pool_keys(key, block_size)
-    L, scored = log_scores(query, means, kv_len, scale, block_size)
+    means = pool_keys(key, rule.block_size)
+    L, scored = log_scores(query, means, kv_len, rule.scale, rule.block_size)
 
     # a block whose score is not finite is kept, and takes no part in its row's maximum
     finite = L.isfinite()
     comparable = torch.where(finite, L, -torch.inf)
     best = comparable.amax(-1, keepdim=True)
-    keep = scored & (~finite | (best + log2_alpha <= L))
-    if min_blocks:
-        k = min(min_blocks, L.shape[-1])
-        keep |= finite & (comparable.topk(k, dim=-1).values[..., -1:] <= L)
+    keep = scored & (~finite | (L >= best + rule.log2_alpha))
+    if rule.min_blocks:
+        k = min(rule.min_blocks, L.shape[-1])
+        keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    causal = causal_blocks(q_len, kv_len, block_size, query.device)  # [M, N]
+    causal = causal_blocks(q_len, kv_len, rule.block_size, query.device)  # [M, N]
     I = torch.arange(causal.shape[0], device=query.device)[:, None]
     J = torch.arange(causal.shape[1], device=query.device)
     last_visible = causal.sum(-1, keepdim=True) - 1
-    forced = (sink_blocks > J) | (last_visible - window_blocks < J) | (causal.shape[0] - last_full_blocks <= I)
+    last_rows = I >= causal.shape[0] - rule.last_full_blocks
+    forced = (J < rule.sink_blocks) | (J > last_visible - rule.window_blocks) | last_rows
     return causal & (keep | forced)
