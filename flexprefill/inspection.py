@@ -46,7 +46,7 @@ def attention_recall(
     dense = block_map.to_dense().unflatten(1, (kv_heads, group))  # [B, Hkv, g, M, N]
     grouped = query.unflatten(1, (kv_heads, group))
     column = torch.arange(kv_len, device=key.device)
-    kept_mass = torch.zeros(batch, kv_heads, group, device=query.device)
+    kept_mass = torch.zeros(batch, kv_heads, group, device=query.device, dtype=torch.float32)
     for b in range(batch):
         for head in range(kv_heads):
             keys = key[b, head].float()

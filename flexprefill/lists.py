@@ -39,7 +39,7 @@ def index_lists(
     columns = ceil_div(kv_len, block_size)
     kept = unpack_bits(words, columns)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)
-    whole = full_blocks(q_len, kv_len, block_size, words.device)[:, None] > J
+    whole = J < full_blocks(q_len, kv_len, block_size, words.device)[:, None]
     if all_partial:
         whole = torch.zeros_like(whole)
     return *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from inputs import make_qkv
 from oracle import assert_follows_rule
 
-from flexprefill import PrefillConfig, search_blocks
+from flexprefill import PrefillConfig, attention_recall, search_blocks
 from flexprefill.search import op
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
@@ -271,3 +271,16 @@ def test_nothing_waits_for_the_device():
         search_blocks(query[:, :, :600], key).density()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_default_dtype_changes_nothing():
+    query, key, _ = make_qkv(300)
+    expected = both_implementations(query, key, SPARSE)
+    recall = attention_recall(query, key, expected.to("cpu"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert both_implementations(query, key, SPARSE) == expected
+        assert torch.equal(attention_recall(query, key, expected.to("cpu")), recall)
+        assert expected.density().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

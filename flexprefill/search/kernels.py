@@ -165,7 +165,7 @@ def search_kernel(
         short = q_len < (I + 1) * BLOCK
         unmasked = tl.where(short, 0, (first + 1) // BLOCK // TILE * TILE)
         window_start = visible - window
-        if (rows - last_full <= I) | (visible <= sink):
+        if (I >= rows - last_full) | (visible <= sink):
             window_start = 0
         if window_start <= 0:  # all is kept whatever the scores
             scored = 0
@@ -226,7 +226,7 @@ def search_kernel(
             w = w0 + tl.arange(0, 4)
             j = w[:, None] * 32 + lane[None, :]
             L = tl.load(scratch_row + j, mask=j < scored, other=float("-inf"))
-            chosen = (j < scored) & ((threshold <= L) | ((tl.abs(L) < float("inf")) == 0))
+            chosen = (j < scored) & ((L >= threshold) | ((tl.abs(L) < float("inf")) == 0))
             forced = (j < sink) | (j >= window_start)
             keep = (j < visible) & (chosen | forced)
             bits = tl.sum(keep.to(tl.int32) << lane[None, :], 1)

@@ -54,7 +54,7 @@ def log_scores(query: Tensor, means: Tensor, kv_len: int, scale: float, block_si
 
     padded = pad(query.float(), (0, 0, 0, rows * block_size - q_len))
     grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=block_size)
-    L = torch.empty(*grouped.shape[:4], columns, device=device)  # [B, Hkv, g, M, N]
+    L = torch.empty(*grouped.shape[:4], columns, device=device, dtype=torch.float32)  # [B, Hkv, g, M, N]
     for batch in range(means.shape[0]):
         for head in range(means.shape[1]):  # one key head at a time bounds the memory
             s = (scale * LOG2_E) * (grouped[batch, head] @ means[batch, head].float().T)  # [g, M, b, N]
