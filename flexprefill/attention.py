@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
+from flexprefill.checks import check_attention_inputs, check_block_map, check_config, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import MaskMod, to_block_mask
@@ -39,7 +39,7 @@ def prefill_attention(
     """Causal attention of a prompt over the blocks that matter: exact softmax over the kept blocks alone.
 
     The compiled flex_attention is made once a process for each combination of device, dtype, heads, head
-    dimensions, block size and mods, and kept; the first call of a kind therefore compiles for some seconds. It
+    dimensions, block size, scale and mods, and kept; the first call of a kind therefore compiles for some seconds. It
     traces inside a caller's own ``torch.compile(fullgraph=True)``.
 
     Args:
@@ -72,7 +72,7 @@ def prefill_attention(
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
     if block_map is not None:
-        _check_map(block_map, query, key)
+        check_block_map(block_map, query, key)
     block_size = config.block_size if block_map is None else block_map.block_size
     kernel_options = _kernel_options(backend, query, key, value, block_size, return_aux)
     if block_map is None:
@@ -83,7 +83,7 @@ def prefill_attention(
     with torch.no_grad():
         attend = _attend
         if not torch.compiler.is_compiling():
-            attend = _compiled_attend(_signature(query, key, value, block_map, mask_mod, score_mod))
+            attend = _compiled_attend(_signature(query, key, value, block_map, scale, mask_mod, score_mod))
         try:
             return attend(query, key, value, score_mod, block_mask, scale, kernel_options, return_aux)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -136,13 +136,14 @@ def _signature(
     key: Tensor,
     value: Tensor,
     block_map: BlockMap,
+    scale: float,
     mask_mod: MaskMod | None,
     score_mod: Callable[..., Tensor] | None,
 ) -> tuple[Any, ...]:
     """What flex_attention compiles statically; lengths and batch sizes become dynamic."""
     shapes = query.shape[1], key.shape[1], query.shape[3], value.shape[3], block_map.block_size
     functions = (getattr(function, "__code__", type(function)) for function in (mask_mod, score_mod))
-    return query.device.type, query.dtype, *shapes, block_map.offset > 0, *functions
+    return query.device.type, query.dtype, scale, *shapes, block_map.offset > 0, *functions
 
 
 @functools.cache
@@ -150,22 +151,6 @@ def _compiled_attend(signature: tuple[Any, ...]) -> Callable[..., Any]:
     # torch.compile counts recompiles by code object: one each, so that models do not use up each other's
     attend = types.FunctionType(_attend.__code__.replace(), _attend.__globals__)
     return torch.compile(attend, fullgraph=True)
-
-
-def _check_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
-    if (block_map.q_len, block_map.kv_len) != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"block_map must be of q_len={query.shape[2]} and kv_len={key.shape[2]}, "
-            f"got q_len={block_map.q_len} and kv_len={block_map.kv_len}"
-        )
-    if block_map.shape[:2] != query.shape[:2]:
-        raise ValueError(
-            f"block_map must have query's batch size and heads {tuple(query.shape[:2])}, got {block_map.shape[:2]}"
-        )
-    if block_map.device != query.device:
-        raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.device}")
 
 
 def _kernel_options(

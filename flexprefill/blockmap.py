@@ -89,18 +89,15 @@ class BlockMap:
     block_size: int
 
     def __post_init__(self) -> None:
-        # pytree functions may put anything in a leaf's place
-        if not isinstance(self.words, Tensor):
-            return
         check_sizes(self.q_len, self.kv_len, self.block_size)
-        if self.words.dtype != torch.int32:
-            raise TypeError(f"words must be int32, got {self.words.dtype}")
+        if not isinstance(self.words, Tensor) or self.words.dtype != torch.int32:
+            raise TypeError(f"words must be an int32 tensor, got {_kind(self.words)}")
         rows = ceil_div(self.q_len, self.block_size)
         width = ceil_div(ceil_div(self.kv_len, self.block_size), WORD_BITS)
-        if self.words.dim() != 4 or self.words.shape[2] != rows or self.words.shape[3] != width:
+        if self.words.dim() != 4 or self.words.shape[2:] != (rows, width) or 0 in self.words.shape:
             raise ValueError(
-                f"words must be [B, H, {rows}, {width}] for q_len={self.q_len}, kv_len={self.kv_len}, "
-                f"block_size={self.block_size}, got {list(self.words.shape)}"
+                f"words must be [B, H, {rows}, {width}] with no size of 0 for q_len={self.q_len}, "
+                f"kv_len={self.kv_len}, block_size={self.block_size}, got {list(self.words.shape)}"
             )
 
     @classmethod
@@ -112,9 +109,8 @@ class BlockMap:
             ValueError: its shape does not fit the lengths.
         """
         check_sizes(q_len, kv_len, block_size)
-        if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
-            got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
-            raise TypeError(f"dense must be a bool tensor, got {got}")
+        if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.layout != torch.strided:
+            raise TypeError(f"dense must be a bool tensor, got {_kind(dense)}")
         rows, columns = ceil_div(q_len, block_size), ceil_div(kv_len, block_size)
         if dense.dim() != 4 or dense.shape[2] != rows or dense.shape[3] != columns:
             raise ValueError(
@@ -130,15 +126,20 @@ class BlockMap:
     ) -> BlockMap:
         """The map that keeps every causally visible block: dense causal attention."""
         check_sizes(q_len, kv_len, block_size)
+        for name, size in (("batch", batch), ("heads", heads)):
+            _check_size(name, size)
         words = pack_bits(causal_blocks(q_len, kv_len, block_size, device))
         return cls(words.expand(batch, heads, -1, -1).contiguous(), q_len, kv_len, block_size)
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockMap:
-        """The blocks that a FlexAttention BlockMask visits, full or partial; its mask_mod is not kept.
+        """The blocks that a FlexAttention BlockMask visits, full or partial.
+
+        Its mask_mod is not kept, and neither are blocks in the causal future, which a map never holds.
 
         Raises:
-            ValueError: its blocks are not square, or it has more queries than keys.
+            TypeError: it is no BlockMask.
+            ValueError: its blocks are not square, it has more queries than keys, or it is a slice of rows.
         """
         from flexprefill import flex  # flex is a room below this one: it knows FlexAttention
 
@@ -222,6 +223,8 @@ class BlockMap:
     __hash__ = None  # compared by content, and a tensor's content can change
 
     def __repr__(self) -> str:
+        if not isinstance(self.words, Tensor):
+            return f"BlockMap(words={self.words!r}, q_len={self.q_len}, kv_len={self.kv_len})"
         batch, heads, rows, columns = self.shape
         return (
             f"BlockMap(B={batch}, H={heads}, blocks={rows}x{columns}, q_len={self.q_len}, "
@@ -250,18 +253,37 @@ class BlockMap:
 def check_sizes(q_len: int, kv_len: int, block_size: int) -> None:
     """Raises unless 1 <= q_len <= kv_len and block_size is positive."""
     for name, size in (("q_len", q_len), ("kv_len", kv_len), ("block_size", block_size)):
-        if isinstance(size, (bool, float, str)) or size is None:
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        _check_size(name, size)
     if q_len > kv_len:
         raise ValueError(f"q_len must be at most kv_len (queries are the last positions), got {q_len} > {kv_len}")
+
+
+def _check_size(name: str, size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if not 1 <= size < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
+
+
+def _kind(thing: Any) -> str:
+    return f"{thing.dtype}, {thing.layout}" if isinstance(thing, Tensor) else type(thing).__name__
+
+
+def _unflatten(children: Any, sizes: Any) -> BlockMap:
+    (words,) = children
+    if isinstance(words, Tensor):
+        return BlockMap(words, *sizes)
+    # pytree functions put anything in a leaf's place for a while
+    block_map = object.__new__(BlockMap)
+    for name, part in zip(("words", "q_len", "kv_len", "block_size"), (words, *sizes), strict=True):
+        object.__setattr__(block_map, name, part)
+    return block_map
 
 
 pytree.register_pytree_node(
     BlockMap,
     lambda block_map: ([block_map.words], (block_map.q_len, block_map.kv_len, block_map.block_size)),
-    lambda children, sizes: BlockMap(*children, *sizes),
+    _unflatten,
     flatten_with_keys_fn=lambda block_map: (
         [(pytree.GetAttrKey("words"), block_map.words)],
         (block_map.q_len, block_map.kv_len, block_map.block_size),

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from flexprefill.blockmap import BlockMap
 from flexprefill.config import PrefillConfig
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,6 +46,23 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
         )
 
 
+def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
+    """Raises unless a map is of query's batch size, heads, lengths and device."""
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    if (block_map.q_len, block_map.kv_len) != (query.shape[2], key.shape[2]):
+        raise ValueError(
+            f"block_map must be of q_len={query.shape[2]} and kv_len={key.shape[2]}, "
+            f"got q_len={block_map.q_len} and kv_len={block_map.kv_len}"
+        )
+    if block_map.shape[:2] != query.shape[:2]:
+        raise ValueError(
+            f"block_map must have query's batch size and heads {tuple(query.shape[:2])}, got {block_map.shape[:2]}"
+        )
+    if block_map.device != query.device:
+        raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.device}")
+
+
 def check_config(config: PrefillConfig) -> None:
     """Raises TypeError unless config is a PrefillConfig."""
     if not isinstance(config, PrefillConfig):
@@ -61,7 +79,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

@@ -77,10 +77,13 @@ class PrefillConfig:
         """The config that :meth:`to_dict` gave; settings left out take their defaults.
 
         Raises:
+            TypeError: ``settings`` is no mapping.
             ValueError: a name that is no setting.
         """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"settings must be a mapping of names to numbers, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(known))
+        unknown = sorted(str(name) for name in set(settings) - set(known))
         if unknown:
             raise ValueError(f"settings has unknown names {unknown}; known are {known}")
         return cls(**settings)
@@ -95,8 +98,11 @@ class PrefillConfig:
         first four layers dense, which is the model's matter, not a mask's.
 
         Raises:
+            TypeError: ``model`` is no string.
             ValueError: no published setting has this name.
         """
+        if not isinstance(model, str):
+            raise TypeError(f"model must be a string such as 'Llama-3.1-8B', got {model!r}")
         name = model.rsplit("/", 1)[-1].lower()
         matches = [known for known in PUBLISHED if f"-{known}-".lower() in f"-{name}-"]
         if not matches:

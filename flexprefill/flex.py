@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import index_lists
 from flexprefill.search import search_blocks
@@ -90,7 +90,12 @@ def from_block_mask(block_mask: BlockMask) -> BlockMap:
     if q_len > kv_len:
         raise ValueError(f"block_mask must have no more queries than keys, got seq_lengths={(q_len, kv_len)}")
     block_size = block_mask.BLOCK_SIZE[0]
-    columns = -(-kv_len // block_size)
+    columns = ceil_div(kv_len, block_size)
+    if block_mask.kv_num_blocks.dim() != 3 or block_mask.kv_num_blocks.shape[2] != ceil_div(q_len, block_size):
+        raise ValueError(
+            f"block_mask must list {ceil_div(q_len, block_size)} rows of blocks [B, H, rows] for q_len={q_len}, "
+            f"got {list(block_mask.kv_num_blocks.shape)}: a slice of rows has no place among the keys"
+        )
     kept = _to_dense(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
     if block_mask.full_kv_num_blocks is not None:
         kept |= _to_dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)

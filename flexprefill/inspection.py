@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, resolve_scale
+from flexprefill.checks import check_attention_inputs, check_block_map, resolve_scale
 
 
 def attention_recall(
@@ -36,11 +36,9 @@ def attention_recall(
         TypeError, ValueError: the tensors or the map do not fit together.
     """
     check_attention_inputs(query, key)
+    check_block_map(block_map, query, key)
     batch, heads, q_len, _ = query.shape
     kv_len, kv_heads = key.shape[2], key.shape[1]
-    lengths = (block_map.q_len, block_map.kv_len)
-    if lengths != (q_len, kv_len) or block_map.shape[:2] != (batch, heads):
-        raise ValueError(f"block_map must fit query {list(query.shape)} and key {list(key.shape)}, got {block_map}")
     scale = resolve_scale(scale, query.shape[3])
     size, group = block_map.block_size, heads // kv_heads
     dense = block_map.to_dense().unflatten(1, (kv_heads, group))  # [B, Hkv, g, M, N]

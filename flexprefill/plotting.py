@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,11 +50,18 @@ def plot_heads(
     """
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file name, got {type(path).__name__}")
+    if not Path(path).suffix:
+        raise ValueError(f"path must end in the kind of picture, such as .png, got {str(path)!r}")
     batches, heads, rows, columns = block_map.shape
+    if isinstance(batch, bool) or not isinstance(batch, int):
+        raise TypeError(f"batch must be an int, got {batch!r}")
     if not 0 <= batch < batches:
         raise ValueError(f"batch must be one of 0 … {batches - 1}, got {batch}")
-    if titles is None:
-        titles = [f"head {head}" for head in range(heads)]
+    titles = [f"head {head}" for head in range(heads)] if titles is None else titles
+    if isinstance(titles, str) or not isinstance(titles, Sequence):
+        raise TypeError(f"titles must be a list of names, got {titles!r}")
     if len(titles) != heads:
         raise ValueError(f"titles must have one entry for each of the {heads} heads, got {len(titles)}")
 

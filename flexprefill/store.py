@@ -73,7 +73,10 @@ def save_masks(
             raise TypeError(f"masks[{layer}] must be a BlockMap, got {type(block_map).__name__}")
     if config is not None and not isinstance(config, PrefillConfig):
         raise TypeError(f"config must be a PrefillConfig or None, got {type(config).__name__}")
-    for name, entry in (metadata or {}).items():
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping of str to str or None, got {type(metadata).__name__}")
+    for name, entry in metadata.items():
         if not isinstance(name, str) or not isinstance(entry, str):
             raise TypeError(f"metadata must map str to str, got {name!r}: {entry!r}")
 
@@ -86,13 +89,20 @@ def save_masks(
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config and config.to_dict()),
         "layers": json.dumps(layers),
-        "user": json.dumps(dict(metadata or {})),
+        "user": json.dumps(dict(metadata)),
     }
-    tensors = {_tensor_name(layer): block_map.words.cpu().contiguous() for layer, block_map in masks.items()}
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        whole = Path(folder) / path.name
+    # copies: a map may stand in two layers, and safetensors refuses tensors that share memory
+    tensors = {
+        _tensor_name(layer): block_map.words.to("cpu", copy=True).contiguous() for layer, block_map in masks.items()
+    }
+    path = Path(os.path.realpath(_checked_path(path)))  # a link stays one, and its target is replaced
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path must be a file or not exist yet, got {path}")
+    with tempfile.TemporaryDirectory(prefix=".flexprefill-", dir=path.parent) as folder:
+        whole, plain = Path(folder, "masks"), Path(folder, "plain")
         save_file(tensors, whole, header)
+        plain.touch()
+        whole.chmod(plain.stat().st_mode)  # safetensors writes for the owner alone; this is what the umask says
         os.replace(whole, path)
 
 
@@ -113,16 +123,17 @@ def load_masks(
 
     Raises:
         MaskFileError: the file is missing, truncated, of another kind or of a newer format, or inconsistent.
+        TypeError: ``layers`` or ``heads`` is no list of ints.
         ValueError: the file has no such layer or head.
     """
+    layers, heads = _number_list("layers", layers), _number_list("heads", heads)
     with _opened(path) as file:
         info = _read_info(path, file)
-        chosen = list(info.layers) if layers is None else list(layers)
+        chosen = list(info.layers) if layers is None else layers
         missing = [layer for layer in chosen if layer not in info.layers]
         if missing:
             raise ValueError(f"layers has {missing}, but {path} holds {list(info.layers)}")
-        head_list = None if heads is None else list(heads)
-        return {layer: _load_layer(path, file, info, layer, head_list).to(device) for layer in chosen}
+        return {layer: _load_layer(path, file, info, layer, heads).to(device) for layer in chosen}
 
 
 def read_mask_info(path: str | os.PathLike[str]) -> MaskFileInfo:
@@ -139,10 +150,27 @@ def _tensor_name(layer: int) -> str:
     return f"layer.{layer}"
 
 
+def _number_list(name: str, numbers: Iterable[int] | None) -> list[int] | None:
+    if numbers is None:
+        return None
+    listed = list(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, (str, bytes)) else [None]
+    if not all(type(number) is int for number in listed):
+        raise TypeError(f"{name} must be a list of ints or None, got {numbers!r}")
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"{name} must name at least one and none twice, got {listed}")
+    return listed
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file name, got {type(path).__name__}")
+    return path
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(_checked_path(path), framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise MaskFileError(f"{path} is no readable mask file: {error}") from error
@@ -166,9 +194,9 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> MaskFileInfo:
         config = None if settings is None else PrefillConfig.from_dict(settings)
         layers = {int(layer): _checked_sizes(sizes) for layer, sizes in json.loads(header["layers"]).items()}
         user = json.loads(header["user"])
-        if not isinstance(user, dict):
-            raise ValueError(f"user metadata must be a dictionary, got {user!r}")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if not isinstance(user, dict) or not all(isinstance(entry, str) for entry in user.values()):
+            raise ValueError(f"user metadata must map str to str, got {user!r}")
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MaskFileError(f"{path} has a damaged header: {error!r}") from error
     if {_tensor_name(layer) for layer in layers} != set(file.keys()):
         raise MaskFileError(f"{path} lists layers {list(layers)}, but holds the tensors {sorted(file.keys())}")
@@ -198,7 +226,7 @@ def _load_layer(
         words = file.get_tensor(_tensor_name(layer))
     else:
         outside = [head for head in heads if not 0 <= head < sizes["shape"][1]]
-        if outside or not heads:
+        if outside:
             raise ValueError(
                 f"heads must be some of 0 … {sizes['shape'][1] - 1} for layer {layer} of {path}, got {heads}"
             )

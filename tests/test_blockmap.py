@@ -102,7 +102,7 @@ def test_maps_of_different_lengths_do_not_combine():
     [
         ({"dense": torch.ones(1, 1, 2, 3)}, TypeError, "dense must be a bool tensor, got torch.float32"),
         ({"dense": torch.ones(1, 2, 3, dtype=torch.bool)}, ValueError, r"dense must be \[B, H, 2, 3\]"),
-        ({"q_len": 0}, ValueError, "q_len must be at least 1, got 0"),
+        ({"q_len": 0}, ValueError, "q_len must be at least 1 and below 2.*31, got 0"),
         ({"q_len": 600}, ValueError, "q_len must be at most kv_len"),
         ({"block_size": 0}, ValueError, "block_size"),
         ({"kv_len": "300"}, TypeError, "kv_len"),
@@ -122,6 +122,13 @@ def test_from_dense_names_what_is_wrong(change, error, message):
 def test_words_of_a_wrong_kind_are_refused():
     with pytest.raises(TypeError, match="int64"):
         BlockMap(torch.zeros(1, 1, 1, 1, dtype=torch.int64), 100, 100, 128)
+    with pytest.raises(TypeError, match="words must be an int32 tensor, got str"):
+        BlockMap("x", 100, 100, 128)
+    with pytest.raises(ValueError, match=r"\[B, H, 1, 1\]"):
+        BlockMap(torch.zeros(1, 0, 1, 1, dtype=torch.int32), 100, 100, 128)
+    for heads, error in ((-1, ValueError), ("a", TypeError), (None, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="heads must be"):
+            BlockMap.causal(1, heads, q_len=100, kv_len=100, block_size=128)
     with pytest.raises(ValueError, match=r"\[B, H, 1, 1\]"):
         BlockMap(torch.zeros(1, 1, 1, 2, dtype=torch.int32), 100, 100, 128)
 
@@ -131,6 +138,7 @@ def test_is_a_pytree_and_says_what_it_is():
     leaves, spec = pytree.tree_flatten({"layer": block_map})
     assert len(leaves) == 1 and pytree.tree_unflatten(leaves, spec)["layer"] == block_map
     assert pytree.tree_map(lambda leaf: leaf.to("meta"), block_map).device.type == "meta"
+    assert "None" in repr(pytree.tree_map(lambda leaf: None, block_map))
     assert block_map.to("cpu") is block_map
     assert "q_len=900" in repr(block_map) and "H=2" in repr(block_map)
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec

@@ -33,5 +33,7 @@ def test_all_blocks_hold_all_mass_and_none_hold_none():
 def test_a_map_that_does_not_fit_is_refused():
     query, key, _ = make_qkv(200)
     other = search_blocks(*make_qkv(201)[:2])
-    with pytest.raises(ValueError, match="block_map must fit query"):
+    with pytest.raises(ValueError, match="block_map must be of q_len=200 and kv_len=200, got q_len=201"):
         attention_recall(query, key, other)
+    with pytest.raises(TypeError, match="block_map must be a BlockMap, got NoneType"):
+        attention_recall(query, key, None)

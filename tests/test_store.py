@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def rewrite(path, *, words=None, drop=(), **header):
         ({"layers": json.dumps({"0": {"q_len": 1}})}, "damaged header"),
         ({"config": '{"alpha": 7}'}, "damaged header"),
         ({"user": "3"}, "damaged header"),
+        ({"user": '{"a": 1}'}, "damaged header"),
+        ({"layers": "[" * 100_000}, "damaged header"),
         ({"words": {"layer.9": torch.zeros(1)}}, "lists layers"),
         ({"words": {"layer.0": torch.zeros(1, 4, 57, 2)}}, "should be int32"),
         ({"words": {"layer.0": torch.zeros(1, 4, 57, 3, dtype=torch.int32)}}, "does not fit its sizes"),
@@ -126,6 +129,7 @@ def test_a_truncated_foreign_or_missing_file_is_refused(path, tmp_path):
         ({"masks": {"0": random_map(9, 9, 16)[0]}}, TypeError, "layer numbers as keys, got '0'"),
         ({"masks": {-1: random_map(9, 9, 16)[0]}}, ValueError, "layer numbers from 0 up as keys, got -1"),
         ({"config": {}}, TypeError, "config must be a PrefillConfig"),
+        ({"metadata": [1]}, TypeError, "metadata must be a mapping.*list"),
         ({"metadata": {"n": 1}}, TypeError, "metadata must map str to str"),
     ],
 )
@@ -133,3 +137,36 @@ def test_a_wrong_argument_is_named(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         save_masks(tmp_path / "masks", **({"masks": {0: random_map(9, 9, 16)[0]}} | arguments))
     assert not any(tmp_path.iterdir())
+
+
+def test_one_map_may_stand_in_two_layers(tmp_path, masks):
+    save_masks(tmp_path / "masks", {0: masks[0], 1: masks[0]})
+    assert load_masks(tmp_path / "masks") == {0: masks[0], 1: masks[0]}
+
+
+def test_a_link_stays_and_the_umask_decides_who_reads(tmp_path, masks):
+    save_masks(tmp_path / "file", masks)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    save_masks(tmp_path / "link", {3: masks[0]})
+    assert (tmp_path / "link").is_symlink() and load_masks(tmp_path / "file") == {3: masks[0]}
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_only_a_file_is_ever_replaced(tmp_path, masks):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/"):
+        with pytest.raises(ValueError, match="path must be a file or not exist yet"):
+            save_masks(path, masks)
+    with pytest.raises(TypeError, match="path must be a file name, got int"):
+        save_masks(3, masks)
+
+
+@pytest.mark.parametrize("name", ["layers", "heads"])
+@pytest.mark.parametrize("numbers", [3, [False], [0.0], [[0]], ["0"], "0", b"\0"])
+def test_layers_and_heads_are_lists_of_ints(path, name, numbers):
+    with pytest.raises(TypeError, match=f"{name} must be a list of ints or None"):
+        load_masks(path, **{name: numbers})
+    for wrong in ([], [0, 0]):
+        with pytest.raises(ValueError, match=f"{name} must name at least one and none twice"):
+            load_masks(path, **{name: wrong})
