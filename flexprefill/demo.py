@@ -9,7 +9,6 @@ some millions of unrelated ones. The same seed, length and standard library give
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import platform
@@ -34,7 +33,8 @@ from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import attention_recall
 from flexprefill.plotting import plot_heads
-from flexprefill.search import search_blocks
+from flexprefill.search import reference, search_blocks
+from flexprefill.search.rule import Rule
 from flexprefill.store import save_masks
 
 HEADS = {
@@ -214,11 +214,12 @@ def trailing_mean(vectors: Tensor, width: int) -> Tensor:
     return ((sums[end] - sums[first]) / (end - first)[:, None]).float()
 
 
-def always_kept(prompt: Prompt, config: PrefillConfig) -> float:
+def always_kept(length: int, config: PrefillConfig) -> float:
     """The share of causal blocks that sinks, window and last blocks keep whatever the scores are."""
-    query, key = torch.ones_like(prompt.query[:, :1]), torch.zeros_like(prompt.key[:, :1])
-    key[:, :, : config.block_size] = 1  # the best block is a sink anyway, and alpha 1 keeps no other
-    return search_blocks(query, key, dataclasses.replace(config, alpha=1.0)).density().item()
+    rule = Rule.of(config, scale=HEAD_DIM**-0.5, last_chunk=True)
+    kept = reference.always_kept(length, length, rule, "cpu")
+    sizes = {"q_len": length, "kv_len": length, "block_size": config.block_size}
+    return BlockMap.from_dense(kept[None, None], **sizes).density().item()
 
 
 def attend(prompt: Prompt, block_map: BlockMap) -> Tensor:
@@ -279,7 +280,7 @@ def describe(prompt: Prompt, config: PrefillConfig) -> str:
         f"heads  {len(HEADS)}, built from the text without trained weights; head dimension {HEAD_DIM}, "
         f"{str(prompt.query.dtype).removeprefix('torch.')}\n"
         f"rule   alpha {config.alpha:g}, blocks of {config.block_size}; the sink, window and last blocks, "
-        f"always kept, are {100 * always_kept(prompt, config):.1f} % of the causal ones"
+        f"always kept, are {100 * always_kept(prompt.tokens.shape[0], config):.1f} % of the causal ones"
     )
 
 

@@ -158,27 +158,24 @@ def test_never_runs_eagerly_where_flex_attention_would_be_dense():
         torch.compiler.set_stance("default")
 
 
-def test_never_runs_eagerly_when_dynamo_is_switched_off():
+def error_in_a_process(**environment):
+    """What prefill_attention raises on the CPU in a process with this environment alone."""
     code = (
         "import torch; from flexprefill import prefill_attention, FlexPrefillError\n"
         "try: prefill_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))\n"
         "except FlexPrefillError as error: print(error)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"TORCHDYNAMO_DISABLE": "1"}
-    )
-    assert "without torch.compile" in result.stdout, result.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return result.stdout or result.stderr
+
+
+def test_never_runs_eagerly_when_dynamo_is_switched_off():
+    assert "without torch.compile" in error_in_a_process(TORCHDYNAMO_DISABLE="1")
 
 
 def test_a_missing_compiler_is_named(tmp_path):
-    code = (
-        "import torch; from flexprefill import prefill_attention, FlexPrefillError\n"
-        "try: prefill_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))\n"
-        "except FlexPrefillError as error: print(error)"
-    )
-    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert "found no C++ compiler" in result.stdout, result.stderr
+    error = error_in_a_process(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert "found no C++ compiler" in error
 
 
 def test_low_precision_on_the_cpu_is_at_most_twice_pytorchs_own_error():

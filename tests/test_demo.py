@@ -146,10 +146,10 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     torch.testing.assert_close(turned[250] @ turned[200], turned[60] @ turned[10], rtol=1e-4, atol=1e-4)
 
 
-def test_the_share_that_is_always_kept_is_counted(prompt):
+def test_the_share_that_is_always_kept_is_counted():
     # 16 blocks a side: sinks 2, window 4, last rows 2
     kept = sum(i + 1 if i >= 14 else min(i + 1, 6) for i in range(16))
-    assert demo.always_kept(prompt, PrefillConfig()) == pytest.approx(kept / 136)
+    assert demo.always_kept(LENGTH, PrefillConfig()) == pytest.approx(kept / 136)
 
 
 def test_without_tqdm_a_stage_is_a_line(capsys, monkeypatch):

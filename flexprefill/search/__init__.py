@@ -53,15 +53,7 @@ def search_blocks(
     check_config(config)
     if not isinstance(last_chunk, bool):
         raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
-    rule = Rule(
-        resolve_scale(scale, query.shape[3]),
-        config.log2_alpha,
-        config.block_size,
-        config.sink_blocks,
-        config.window_blocks,
-        config.last_full_blocks if last_chunk else 0,
-        config.min_blocks,
-    )
+    rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
     words = op.search_words(query, key, *rule, _resolve_implementation(implementation, query.device))
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 

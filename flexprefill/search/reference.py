@@ -80,10 +80,14 @@ def select_blocks(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    causal = causal_blocks(q_len, kv_len, rule.block_size, query.device)  # [M, N]
-    I = torch.arange(causal.shape[0], device=query.device)[:, None]
-    J = torch.arange(causal.shape[1], device=query.device)
+    return keep | always_kept(q_len, kv_len, rule, query.device)
+
+
+def always_kept(q_len: int, kv_len: int, rule: Rule, device: torch.device | str) -> Tensor:
+    """The sinks, the window and the last query blocks, kept whatever the scores are: bool [M, N]."""
+    causal = causal_blocks(q_len, kv_len, rule.block_size, device)
+    I = torch.arange(causal.shape[0], device=device)[:, None]
+    J = torch.arange(causal.shape[1], device=device)
     last_visible = causal.sum(-1, keepdim=True) - 1
     last_rows = I >= causal.shape[0] - rule.last_full_blocks
-    forced = (J < rule.sink_blocks) | (J > last_visible - rule.window_blocks) | last_rows
-    return causal & (keep | forced)
+    return causal & ((J < rule.sink_blocks) | (J > last_visible - rule.window_blocks) | last_rows)

@@ -1,6 +1,10 @@
 """The rule's settings as the implementations read them."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
+
+from flexprefill.config import PrefillConfig
 
 
 class Rule(NamedTuple):
@@ -13,3 +17,15 @@ class Rule(NamedTuple):
     window_blocks: int
     last_full_blocks: int  # 0 if a later chunk of queries follows
     min_blocks: int
+
+    @classmethod
+    def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
+        return cls(
+            scale,
+            config.log2_alpha,
+            config.block_size,
+            config.sink_blocks,
+            config.window_blocks,
+            config.last_full_blocks if last_chunk else 0,
+            config.min_blocks,
+        )
