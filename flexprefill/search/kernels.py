@@ -259,12 +259,16 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
 
 def search_words(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """The words of the map that the rule gives: int32 [B, Hq, M, ceil(N / 32)]. See PrefillConfig."""
-    means = pool_keys(key, rule.block_size)
+    return score_words(query, pool_keys(key, rule.block_size), key.shape[2], rule)
+
+
+def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor:
+    """As :func:`search_words`, from the means of the kv_len keys' blocks: [B, Hkv, N, D]."""
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
     batch, heads, q_len, head_dim = query.shape
-    kv_len, columns = key.shape[2], means.shape[2]
+    columns = means.shape[2]
     rows = ceil_div(q_len, rule.block_size)
     width = ceil_div(columns, WORD_BITS)
     tiles = batch * heads * rows
@@ -286,7 +290,7 @@ def search_words(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
         width,
         tiles,
         heads,
-        heads // key.shape[1],
+        heads // means.shape[1],
         rule.scale * LOG2_E,
         rule.log2_alpha,
         rule.sink_blocks,
