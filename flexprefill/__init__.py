@@ -7,12 +7,14 @@ from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError, MaskFileError
 from flexprefill.flex import create_prefill_block_mask
 from flexprefill.inspection import attention_recall
+from flexprefill.lists import ListBuffers
 from flexprefill.search import search_blocks
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
     "BlockMap",
     "FlexPrefillError",
+    "ListBuffers",
     "MaskFileError",
     "MaskFileInfo",
     "PrefillConfig",

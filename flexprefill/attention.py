@@ -17,6 +17,7 @@ from flexprefill.checks import check_attention_inputs, check_block_map, check_co
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import MaskMod, to_block_mask
+from flexprefill.lists import ListBuffers
 from flexprefill.search import search_blocks
 
 BACKENDS = ("auto", "triton", "flash")
@@ -35,6 +36,7 @@ def prefill_attention(
     last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
+    buffers: ListBuffers | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
     """Causal attention of a prompt over the blocks that matter: exact softmax over the kept blocks alone.
 
@@ -55,6 +57,8 @@ def prefill_attention(
         backend: "triton" (CUDA), "flash" (CUDA with the package flash-attn-4), or "auto": triton on CUDA, and
             FlexAttention's own C++ kernel on the CPU.
         return_aux: as in flex_attention; not on the CPU, nor with "flash".
+        buffers: memory for the index lists, shared by calls that follow each other on one stream; not inside
+            torch.compile.
 
     Returns:
         [B, Hq, S_q, Dv], and with ``return_aux`` a pair of it and flex_attention's AuxOutput.
@@ -77,7 +81,7 @@ def prefill_attention(
     kernel_options = _kernel_options(backend, query, key, value, block_size, return_aux)
     if block_map is None:
         block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk)
-    block_mask = to_block_mask(block_map, mask_mod)
+    block_mask = to_block_mask(block_map, mask_mod, buffers)
 
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -132,6 +135,39 @@ class BlockMap:
         return cls(words.expand(batch, heads, -1, -1).contiguous(), q_len, kv_len, block_size)
 
     @classmethod
+    def from_chunks(cls, chunks: Sequence[BlockMap]) -> BlockMap:
+        """Joins the maps of query chunks that follow each other into the map of all their queries.
+
+        Raises:
+            TypeError: ``chunks`` holds something else.
+            ValueError: there are none; a chunk does not start where the one before ends, or not on a block's
+                edge; or batch, heads, block size or device differ.
+        """
+        chunks = list(chunks)
+        if not chunks:
+            raise ValueError("chunks must hold at least one BlockMap, got none")
+        for chunk in chunks:
+            if not isinstance(chunk, BlockMap):
+                raise TypeError(f"chunks must be BlockMaps, got {type(chunk).__name__}")
+        first, last = chunks[0], chunks[-1]
+        for before, chunk in pairwise(chunks):
+            for name, theirs, ours in (
+                ("batch and heads", chunk.words.shape[:2], first.words.shape[:2]),
+                ("block_size", chunk.block_size, first.block_size),
+                ("device", chunk.device, first.device),
+                ("offset", chunk.offset, before.kv_len),
+            ):
+                if theirs != ours:
+                    raise ValueError(f"chunks must follow each other: a chunk's {name} must be {ours}, got {theirs}")
+            if before.q_len % first.block_size:
+                raise ValueError(
+                    f"every chunk but the last must be whole blocks of {first.block_size}, got q_len={before.q_len}"
+                )
+        width = last.words.shape[3]
+        words = torch.cat([pad(chunk.words, (0, width - chunk.words.shape[3])) for chunk in chunks], 2)
+        return cls(words, sum(chunk.q_len for chunk in chunks), last.kv_len, first.block_size)
+
+    @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockMap:
         """The blocks that a FlexAttention BlockMask visits, full or partial.
 
@@ -145,7 +181,7 @@ class BlockMap:
 
         return flex.from_block_mask(block_mask)
 
-    def to_block_mask(self, mask_mod: Any = None) -> BlockMask:
+    def to_block_mask(self, mask_mod: Any = None, *, buffers: Any = None) -> BlockMask:
         """This map as a FlexAttention BlockMask, causal per element.
 
         Blocks that the causal edge crosses are in the partial list, all others in the full list, ascending.
@@ -153,14 +189,19 @@ class BlockMap:
         Args:
             mask_mod: a further mask_mod that hides elements (documents, padding). All kept blocks are then
                 partial, since any of them may be cut.
+            buffers: a ListBuffers, whose memory the lists then take; the next mask made with it overwrites them.
+                None allocates new memory. Not inside torch.compile.
 
         Returns:
             A BlockMask with int32 lists [B, H, M, N], contiguous, without the transposed lists that only a
-            backward pass needs.
+            backward pass needs. Behind each list's last entry are zeros.
+
+        Raises:
+            TypeError: mask_mod is no function, or buffers no ListBuffers.
         """
         from flexprefill import flex
 
-        return flex.to_block_mask(self, mask_mod)
+        return flex.to_block_mask(self, mask_mod, buffers)
 
     @property
     def offset(self) -> int:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.config import PrefillConfig
-from flexprefill.lists import index_lists
+from flexprefill.lists import ListBuffers, make_lists
 from flexprefill.search import search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -42,6 +42,7 @@ def create_prefill_block_mask(
     scale: float | None = None,
     last_chunk: bool = True,
     implementation: str = "auto",
+    buffers: ListBuffers | None = None,
 ) -> BlockMask:
     """The BlockMask of the blocks that :func:`search_blocks` finds, for a compiled flex_attention.
 
@@ -49,6 +50,7 @@ def create_prefill_block_mask(
         query, key, config, scale, last_chunk, implementation: as in :func:`search_blocks`.
         mask_mod: a further mask_mod that hides elements; it is applied inside the kept blocks, and the
             search does not know of it.
+        buffers: memory for the index lists, as in :meth:`BlockMap.to_block_mask`.
 
     Returns:
         A BlockMask for [B, Hq, S_q, S_kv], causal per element. Call flex_attention under torch.compile with
@@ -58,15 +60,17 @@ def create_prefill_block_mask(
         TypeError, ValueError: as :func:`search_blocks`.
     """
     block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation)
-    return to_block_mask(block_map, mask_mod)
+    return to_block_mask(block_map, mask_mod, buffers)
 
 
-def to_block_mask(block_map: BlockMap, mask_mod: MaskMod | None = None) -> BlockMask:
+def to_block_mask(
+    block_map: BlockMap, mask_mod: MaskMod | None = None, buffers: ListBuffers | None = None
+) -> BlockMask:
     """See BlockMap.to_block_mask."""
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
     q_len, kv_len, block_size = block_map.q_len, block_map.kv_len, block_map.block_size
-    lists = index_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None)
+    lists = make_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None, buffers)
     causal = causal_mask
     if kv_len != q_len:
         # filled on the device: a copy from the host would wait, and cannot be captured

@@ -17,6 +17,50 @@ def full_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device |
     return (first_row + (kv_len - q_len) + 1) // block_size
 
 
+class ListBuffers:
+    """Memory for the index lists of one BlockMask at a time, used again for the next of the same shape.
+
+    At 256K tokens and 32 heads the lists take 1 GiB, most of it zeros behind the entries. With buffers, the layers
+    of a model share that memory, and only what the last mask listed is cleared instead of all of it.
+
+    A BlockMask made with buffers is overwritten by the next one made with them: use it, on the same stream, before
+    making another. Memory is allocated at the first use and whenever the shape changes.
+    """
+
+    def __init__(self) -> None:
+        self._lists: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self._lists or ())
+
+    def lists_of(self, words: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
+        counts = words.shape[:3]
+        held = self._lists
+        if held is None or held[1].shape != (*counts, columns) or held[1].device != words.device:
+            self._lists = None  # before the new ones: both at once may not fit
+            shapes = (counts, (*counts, columns)) * 2
+            self._lists = tuple(torch.zeros(shape, dtype=torch.int32, device=words.device) for shape in shapes)
+        return self._lists
+
+
+def make_lists(
+    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, buffers: ListBuffers | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`index_lists`, in the memory of buffers if there are any."""
+    if buffers is None:
+        return index_lists(words, q_len, kv_len, block_size, all_partial)
+    if not isinstance(buffers, ListBuffers):
+        raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
+    if torch.compiler.is_compiling():
+        raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
+    lists = buffers.lists_of(words, ceil_div(kv_len, block_size))
+    _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=True)
+    return lists
+
+
 @torch.library.custom_op("flexprefill::index_lists", mutates_args=())
 def index_lists(
     words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool
@@ -30,19 +74,38 @@ def index_lists(
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
+    shapes = (words.shape[:3], (*words.shape[:3], ceil_div(kv_len, block_size))) * 2
+    lists = tuple(torch.empty(shape, dtype=torch.int32, device=words.device) for shape in shapes)
+    _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=False)
+    return lists
+
+
+def _fill(
+    words: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    all_partial: bool,
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    reused: bool,
+) -> None:
     if words.is_cuda:
         from flexprefill import lists_kernel  # imports triton
 
         # Triton launches on the current device, which need not be the words'
         with torch.cuda.device_of(words):
-            return lists_kernel.index_lists(words, q_len, kv_len, block_size, all_partial)
+            lists_kernel.fill_lists(words, q_len, kv_len, block_size, all_partial, lists, reused)
+        return
     columns = ceil_div(kv_len, block_size)
     kept = unpack_bits(words, columns)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)
     whole = J < full_blocks(q_len, kv_len, block_size, words.device)[:, None]
     if all_partial:
         whole = torch.zeros_like(whole)
-    return *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)
+    filled = *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)
+    for target, tensor in zip(lists, filled, strict=True):
+        target.copy_(tensor)
 
 
 def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:

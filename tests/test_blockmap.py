@@ -170,3 +170,36 @@ def test_operations_on_the_gpu_equal_those_on_the_cpu():
         assert a == x
     again = BlockMap.from_dense(x.to_dense(), q_len=5000, kv_len=9000, block_size=16)
     assert again == x
+
+
+def test_chunks_that_follow_each_other_join():
+    dense = torch.rand(1, 2, 70, 70) < 0.5
+    whole = BlockMap.from_dense(dense, q_len=1113, kv_len=1113, block_size=16)
+    chunks = [
+        BlockMap.from_dense(
+            dense[:, :, start:end, :end],
+            q_len=min(16 * end, 1113) - 16 * start,
+            kv_len=min(16 * end, 1113),
+            block_size=16,
+        )
+        for start, end in ((0, 3), (3, 40), (40, 70))
+    ]
+    assert BlockMap.from_chunks(chunks) == whole
+    later = BlockMap.from_chunks(chunks[1:])
+    assert later.offset == 48 and torch.equal(later.to_dense(), whole.to_dense()[:, :, 3:])
+    assert BlockMap.from_chunks(iter(chunks[:1])) == chunks[0]
+    for wrong, message in (
+        ([], "at least one"),
+        (chunks[::2], "offset must be 48, got 640"),
+        ([chunks[0], chunks[1].to("meta")], "device must be cpu, got meta"),
+        ([chunks[0], BlockMap.causal(1, 1, q_len=16, kv_len=64, block_size=16)], "batch and heads must be"),
+        ([BlockMap.causal(1, 1, q_len=n, kv_len=k, block_size=16) for n, k in ((20, 20), (16, 36))], "q_len=20"),
+        (
+            [BlockMap.causal(1, 1, q_len=32, kv_len=k, block_size=b) for k, b in ((32, 16), (64, 32))],
+            "block_size must be",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlockMap.from_chunks(wrong)
+    with pytest.raises(TypeError, match="chunks must be BlockMaps, got int"):
+        BlockMap.from_chunks([3])

@@ -18,6 +18,7 @@ def test_every_example_is_tested():
         "use_block_mask.py",
         "compile_model.py",
         "inspect_saved_masks.py",
+        "prefill_in_chunks.py",
     }
 
 
@@ -39,10 +40,6 @@ def test_inspect_saved_masks():
     assert all(0 < float(share) < 100 for share in re.findall(r"density ([\d.]+)%", printed))
 
 
-def test_the_benchmark_runs_small(tmp_path):
-    output = tmp_path / "results.json"
-    printed = run(
-        EXAMPLES / "benchmarks" / "prefill_attention.py",
-        *("--device", "cpu", "--lengths", 1024, "--densities", 0.5, "--repeats", 1, "--output", output),
-    )
-    assert "SDPA flash" in printed and '"median_ms"' in output.read_text()
+def test_prefill_in_chunks():
+    printed = run(EXAMPLES / "prefill_in_chunks.py", "--length", 1500, "--chunk", 512, "--heads", 2, "--compare")
+    assert printed.count("of the causal blocks") == 3 and "the same blocks as in one search" in printed

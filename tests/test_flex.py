@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from flexprefill import BlockMap, PrefillConfig, create_prefill_block_mask, search_blocks
 from flexprefill.flex import causal_mask
-from flexprefill.lists import index_lists
+from flexprefill.lists import ListBuffers, index_lists
 
 
 @st.composite
@@ -68,9 +68,70 @@ def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
     from flexprefill import lists_kernel
 
     sizes = block_map.q_len, block_map.kv_len, block_map.block_size, all_partial
-    kernel = lists_kernel.index_lists(block_map.words, *sizes)
     plain = index_lists(block_map.words.cpu(), *sizes)
+    kernel = tuple(torch.full(tensor.shape, 7, dtype=torch.int32, device=DEVICE) for tensor in plain)
+    lists_kernel.fill_lists(block_map.words.to(DEVICE), *sizes, kernel, False)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, plain, strict=True))
+    # lists that a fuller and an emptier map left behind
+    for other in (BlockMap.causal(*block_map.shape[:2], **sizes_of(block_map)), block_map, block_map ^ block_map):
+        lists_kernel.fill_lists(other.words.to(DEVICE), *sizes, kernel, True)
+        expected = index_lists(other.words.cpu(), *sizes)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, expected, strict=True))
+
+
+def sizes_of(block_map):
+    return {"q_len": block_map.q_len, "kv_len": block_map.kv_len, "block_size": block_map.block_size}
+
+
+def test_buffers_are_used_again_and_hold_no_stale_index():
+    buffers = ListBuffers()
+    query, key, _ = make_qkv(300, heads=4, kv_heads=2, device=DEVICE)
+    addresses = set()
+    for alpha in (0.01, 0.9, 0.3):
+        config = PrefillConfig(block_size=16, alpha=alpha, window_blocks=1)
+        ours = create_prefill_block_mask(query, key, config, buffers=buffers)
+        fresh = create_prefill_block_mask(query, key, config)
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            assert torch.equal(getattr(ours, name), getattr(fresh, name))
+            assert getattr(ours, name).is_contiguous()
+        addresses.add(ours.kv_indices.data_ptr())
+    assert len(addresses) == 1
+    assert buffers.nbytes == 2 * 4 * (4 * 19 + 4 * 19 * 19)
+    longer = search_blocks(*make_qkv(400, heads=4, kv_heads=2, device=DEVICE)[:2], config)
+    assert BlockMap.from_block_mask(longer.to_block_mask(buffers=buffers)) == longer
+    with pytest.raises(TypeError, match="buffers must be a ListBuffers, got dict"):
+        longer.to_block_mask(buffers={})
+
+
+def test_create_prefill_block_mask_traces_into_one_graph_for_all_lengths():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = PrefillConfig(block_size=16, alpha=0.6, window_blocks=1)
+
+    @torch.compile(fullgraph=True, backend=count)
+    def lists(query, key):
+        mask = create_prefill_block_mask(query, key, config)
+        return mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+
+    for length in (300, 512, 401, 700, 90):
+        query, key, _ = make_qkv(length, heads=4, kv_heads=2, device=DEVICE)
+        mask = create_prefill_block_mask(query, key, config)
+        expected = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+        assert all(torch.equal(a, b) for a, b in zip(lists(query, key), expected, strict=True))
+    assert len(graphs) <= 2
+
+
+def test_buffers_inside_a_compiled_function_are_refused():
+    query, key, _ = make_qkv(90, device=DEVICE)
+    compiled = torch.compile(
+        lambda q, k: create_prefill_block_mask(q, k, buffers=ListBuffers()).kv_indices, fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="buffers cannot be used inside torch.compile"):
+        compiled(query, key)
 
 
 @pytest.mark.parametrize("length, block_size", [(512, 128), (384, 32)])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from inputs import make_qkv
 from oracle import assert_follows_rule
 
-from flexprefill import PrefillConfig, attention_recall, search_blocks
+from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.search import op
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
@@ -127,6 +129,34 @@ def test_large_scores_and_one_huge_key():
     assert dense[0, 0, 300 // 16, 100 // 16]
 
 
+@pytest.mark.parametrize("scale", [30.0, -30.0, -0.1, 0.0, 1e-40])
+def test_any_scale(scale):
+    # at 30 the scores of a row are further apart than float32 powers of two reach
+    query, key, _ = make_qkv(400)
+    both_implementations(query, key, SPARSE, scale=scale)
+
+
+@pytest.mark.parametrize("alpha", [1e-20, 1e-35, 1e-300])
+def test_a_tiny_alpha_keeps_what_a_power_of_two_would_lose(alpha):
+    query, key, _ = make_qkv(400)
+    both_implementations(query, key, PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0), scale=10.0)
+
+
+@pytest.mark.parametrize("level", [-3, -1, 0, 1])
+def test_ties_exactly_at_the_threshold_are_kept(level):
+    # with this scale, scores are whole powers of two: block j's keys give 2^(its level)
+    query, key = torch.zeros(1, 1, 400, 64), torch.zeros(1, 1, 400, 64)
+    query[..., 0] = 1.0
+    levels = torch.tensor([0, -1, -2, -3, 1] * 5)
+    key[..., 0] = levels.repeat_interleave(16)
+    config = PrefillConfig(block_size=16, alpha=2.0 ** (level - 1), sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    dense = both_implementations(query, key, config, scale=math.log(2)).to_dense()[0, 0].cpu()
+    row = torch.arange(25)
+    best = levels.cummax(0).values.roll(1)  # of the blocks before the diagonal, which sixteen rows see
+    expected = (levels >= best[:, None] + level - 1) & (row <= row[:, None]) | (row == row[:, None])
+    assert torch.equal(dense[5:], expected[5:])
+
+
 def test_min_blocks_are_the_best_and_alpha_alone_keeps_the_best():
     query, key, _ = make_qkv(512, heads=1)
     one = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=0, window_blocks=0, last_full_blocks=0)
@@ -232,23 +262,123 @@ def test_parameters_may_require_grad_under_no_grad():
         search_blocks(**arguments)
 
 
+@pytest.fixture(params=["hopper", "portable"])
+def kernel(request, monkeypatch):
+    """Both scoring kernels on inputs that either takes."""
+    from flexprefill.search import kernels
+
+    if torch.cuda.get_device_capability()[0] != 9 and request.param == "hopper":
+        pytest.skip("needs a Hopper GPU")
+    taken = []
+
+    def takes(query, rule, choose=kernels.hopper_takes):
+        taken.append(request.param == "hopper" and choose(query, rule))
+        return taken[-1]
+
+    monkeypatch.setattr(kernels, "hopper_takes", takes)
+    yield request.param
+    assert any(taken) == (request.param == "hopper")
+
+
+def published_shape(q_len, kv_len=None, *, head_dim=128, dtype=torch.bfloat16, seed=0):
+    return make_qkv(q_len, kv_len, heads=8, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", seed=seed)[:2]
+
+
+LEAN = PrefillConfig(alpha=0.7, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+
+
+def assert_equal_but_for_rounding(query, key, config, **arguments):
+    kernels = search_blocks(query, key, config, implementation="triton", **arguments)
+    reference = search_blocks(query, key, config, implementation="reference", **arguments)
+    # sums in another order: a block within rounding of the threshold may fall on either side
+    assert (kernels ^ reference).counts().sum() <= 2e-5 * kernels.counts().sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory", "kernel")
+@pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float16)])
+@pytest.mark.parametrize(
+    "q_len, kv_len",
+    [(4096, 4096), (20001, 20001), (1000, 4000), (3000, 20000), (1, 1), (127, 127), (128, 128), (129, 129), (1, 700)],
+)
+def test_each_kernel_equals_the_reference(q_len, kv_len, head_dim, dtype):
+    query, key = published_shape(q_len, kv_len, head_dim=head_dim, dtype=dtype)
+    for config in (LEAN, PrefillConfig()):
+        assert_equal_but_for_rounding(query, key, config)
+        assert_equal_but_for_rounding(query, key, config, scale=-0.2, last_chunk=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory", "kernel")
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 4096])
+@pytest.mark.parametrize(
+    "name",
+    ["constant", "huge key", "equal scores", "60000", "far apart", "zero scale", "nan", "inf", "-inf", "all inf"],
+)
+def test_each_kernel_equals_the_reference_on_adversarial_inputs(name, length):
+    query, key = published_shape(length)
+    config, scale, middle = LEAN, None, length // 3
+    if name == "constant":
+        key = key[:, :, :1].expand(-1, -1, length, -1)
+    elif name == "huge key":
+        key[0, 0, middle] = 1e4 * query[0, 0, -1]
+    elif name == "equal scores":
+        query, key, config = torch.ones_like(query), torch.ones_like(key), PrefillConfig(alpha=1.0, window_blocks=1)
+    elif name == "60000":
+        query, key = query.sign() * 60000, key.sign() * 60000
+    elif name == "far apart":
+        scale = 20.0
+    elif name == "zero scale":
+        scale = 0.0
+    elif name == "all inf":
+        key = torch.full_like(key, float("inf"))
+    else:
+        key[0, 0, middle] = float(name)
+        both_implementations(query, key, config)
+        query[0, 1, middle] = float(name)
+    both_implementations(query, key, config, scale=scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("kernel")
+def test_each_kernel_keeps_ties_exactly_at_the_threshold():
+    query, key = torch.zeros(1, 1, 4096, 128), torch.zeros(1, 1, 4096, 128)
+    query[..., 0] = 1.0
+    levels = torch.tensor([0, -1, -2, -3] * 8)
+    key[..., 0] = levels.repeat_interleave(128)
+    for alpha in (1.0, 0.5, 0.25):
+        config = PrefillConfig(alpha=alpha, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+        block_map = both_implementations(query.bfloat16(), key.bfloat16(), config, scale=math.log(2))
+        row = torch.arange(32)
+        expected = (2.0**levels >= alpha) & (row <= row[:, None]) | (row == row[:, None])
+        assert torch.equal(block_map.to_dense()[0, 0].cpu()[1:], expected[1:])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("q_len, kv_len", [(4096, 4096), (1000, 4000), (4001, 4001)])
 def test_the_kernels_equal_the_reference_at_4k(dtype, q_len, kv_len):
     query, key, _ = make_qkv(q_len, kv_len, heads=8, kv_heads=2, head_dim=128, dtype=dtype, device="cuda")
     for config in (PrefillConfig(), PrefillConfig(alpha=0.7, window_blocks=1, min_blocks=3), SPARSE):
-        kernels = search_blocks(query, key, config, implementation="triton")
-        reference = search_blocks(query, key, config, implementation="reference")
-        # sums in another order: a block within rounding of the threshold may fall on either side
-        assert (kernels ^ reference).counts().sum() <= 2e-5 * kernels.counts().sum()
+        assert_equal_but_for_rounding(query, key, config)
+
+
+def lengthy(length, heads, kv_heads):
+    """Made on the device: at these lengths the host would take minutes."""
+    generator = torch.Generator("cuda").manual_seed(length)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    stretches = normal(1, kv_heads, length // 500 + 1, 128).repeat_interleave(500, 2)[:, :, :length]
+    return 2 * normal(1, heads, length, 128), stretches + normal(1, kv_heads, length, 128)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("length", [32768, 131072])
-def test_the_search_runs_at_length_in_constant_memory(length):
-    query, key, _ = make_qkv(length, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("length, heads, kv_heads", [(32768, 4, 1), (131072, 4, 1), (262144, 32, 8)])
+def test_the_search_runs_at_length_in_constant_memory(length, heads, kv_heads):
+    query, key = lengthy(length, heads, kv_heads)
     search_blocks(query[:, :, :256], key)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -262,13 +392,53 @@ def test_the_search_runs_at_length_in_constant_memory(length):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("length, chunk", [(65536, 8192), (20000, 4096)])
+def test_long_chunks_give_the_bits_of_the_whole_search(length, chunk):
+    query, key = lengthy(length, 8, 2)
+    chunks = [
+        search_blocks(query[:, :, start : start + chunk], key[:, :, : start + chunk], LEAN, last_chunk=False)
+        for start in range(0, length, chunk)
+    ]
+    assert BlockMap.from_chunks(chunks) == search_blocks(query, key, LEAN, last_chunk=False)
+
+
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device():
-    query, key, _ = make_qkv(2000, heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    search_blocks(query, key).to_block_mask()
+    query, key, value = make_qkv(2000, heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    buffers = ListBuffers()
+
+    def run():
+        search_blocks(query, key).to_block_mask()
+        search_blocks(query, key, PrefillConfig(block_size=64, min_blocks=2)).to_block_mask(buffers=buffers)
+        search_blocks(query[:, :, :600], key).density()
+        prefill_attention(query, key, value)
+
+    run()
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        search_blocks(query, key).to_block_mask()
-        search_blocks(query[:, :, :600], key).density()
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # the profiler itself synchronizes where it stops
+    assert waits_in(run) == waits_in(lambda: None)
+    assert waits_in(lambda: search_blocks(query, key).density().max().item()) != waits_in(lambda: None)
+
+
+def waits_in(function):
+    """How often each call that waits for the device, and each copy, shows in a profile."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        function()
+    words = "Synchronize", "Memcpy", "EventQuery"
+    return {event.key: event.count for event in profile.key_averages() if any(word in event.key for word in words)}
+
+
+@pytest.mark.gpu
+def test_a_wait_would_be_noticed():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            search_blocks(*published_shape(500)).density().max().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from flexprefill.blockmap import WORD_BITS, ceil_div
 from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
-TILE_J = 64  # key-block means a step: the first operand of the product, one warpgroup's rows
-# Measured on an H200 (bf16, 32 heads, D 128, 256K): 3 programs a multiprocessor with registers capped so that all
-# three fit 6.4 ms, 2 uncapped 7.8 ms, 3 uncapped 10.3 ms (only two fit, and the third waits)
-CAPPED_PROGRAMS, CAPPED_REGISTERS = 3, 168
-UNCAPPED_PROGRAMS = 2
-INTERPRETED_PROGRAMS = 2  # the interpreter runs programs one by one; two exercise the persistent loop
+SMALLEST_SCALE = 2.0**-126
+SMALLEST_LOG2_ALPHA = tl.constexpr(-100.0)  # below it a block kept could underflow
+LARGE = tl.constexpr(1e30)  # products below it are far from overflow in float32
 
 
 @triton.jit
@@ -35,8 +34,12 @@ def pool_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    LAUNCH_DEPENDENTS: tl.constexpr,
 ):
     """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous."""
+    if LAUNCH_DEPENDENTS:
+        # a kernel launched for it may start, and waits where it reads the means
+        gdc_launch_dependents()
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     s = J * BLOCK + tl.arange(0, BLOCK)
@@ -51,51 +54,79 @@ def pool_kernel(
 
 
 @triton.jit
-def _tile_scores(
+def _tile_products(
     means_base,
     query_base,
     q_t,
     j,
-    j_end,
+    columns,
     row,
+    offset,
     q_len,
+    kv_len,
     stride_s,
     stride_d,
+    hidden,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     D_STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Products of a tile of means with the query block, transposed: float32 [J, rows]."""
+    """Products of a tile of means with the query blocks, transposed: float32 [J, query blocks, rows].
+
+    MASKED puts hidden where a row does not see the whole of block j, or is past the end.
+    """
     if D_STEP == D_PAD:
         d = tl.arange(0, D_PAD)
-        mask = (j[:, None] < j_end) & (d[None, :] < D)
-        means = tl.load(means_base + j[:, None] * D + d[None, :], mask=mask, other=0.0)
+        pointers = means_base + j[:, None] * D + d[None, :]
+        if MASKED or D_PAD != D:
+            means = tl.load(pointers, mask=(j[:, None] < columns) & (d[None, :] < D), other=0.0)
+        else:
+            means = tl.load(pointers)
         products = tl.dot(means, q_t, input_precision="ieee")
     else:
         products = tl.zeros([j.shape[0], row.shape[0]], tl.float32)
         for d0 in range(0, D_PAD, D_STEP):
             d = d0 + tl.arange(0, D_STEP)
-            mask = (j[:, None] < j_end) & (d[None, :] < D)
+            mask = (j[:, None] < columns) & (d[None, :] < D)
             means = tl.load(means_base + j[:, None] * D + d[None, :], mask=mask, other=0.0)
             q_offsets = row.to(tl.int64)[None, :] * stride_s + d[:, None] * stride_d
             q_mask = (row[None, :] < q_len) & (d[:, None] < D)
             part = tl.load(query_base + q_offsets, mask=q_mask, other=0.0)
             products = tl.dot(means, part, products, input_precision="ieee")
-    return products
+    if MASKED:
+        first_to_see = tl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset
+        products = tl.where((row[None, :] >= first_to_see[:, None]) & (row[None, :] < q_len), products, hidden)
+    return tl.reshape(products, [j.shape[0], row.shape[0] // BLOCK, BLOCK])
 
 
 @triton.jit
-def _store_scores(scratch_row, scores, sees, j, columns, best, MASKED: tl.constexpr):
-    """Reduces scores [J, rows] to log2 of the block scores, stores them, returns the running finite maxima."""
-    if MASKED:
-        scores = tl.where(sees, scores, float("-inf"))
-    m = tl.max(scores, 1)
-    # an all -inf column must not become NaN through -inf - -inf: those blocks are told apart by position
-    shift = tl.where(m == float("-inf"), 0.0, m)
-    L = m + tl.log2(tl.sum(tl.exp2(scores - shift[:, None]), 1))
-    tl.store(scratch_row + j, L, mask=j < columns)
-    comparable = (tl.abs(L) < float("inf")) & (j < columns)
-    return tl.maximum(best, tl.where(comparable, L, float("-inf")))
+def _sums(products, qk_scale, shift):
+    """Block scores relative to 2^shift [query blocks]: sums over the rows, [J, query blocks]."""
+    # fused by name: columns of equal products get equal sums, masked or not
+    terms = tl.exp2(tl.fma(products, qk_scale, -shift[None, :, None]))
+    # in two steps: one long chain of additions in each thread would wait for itself
+    return tl.sum(tl.sum(tl.reshape(terms, [terms.shape[0], terms.shape[1], 8, terms.shape[2] // 8]), 2), 2)
+
+
+@triton.jit
+def _log_sums(products, qk_scale):
+    """log2 of the block scores, each sum taken relative to the block's own largest score: [J, query blocks]."""
+    best = tl.where(qk_scale > 0, tl.max(products, 2), tl.min(products, 2))
+    # an all -inf column must not become NaN through -inf - -inf
+    shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
+    # products of huge size differ before they are scaled: their scaled values round too coarsely to be subtracted
+    return best * qk_scale + tl.log2(tl.sum(tl.exp2((products - shift[:, :, None]) * qk_scale), 2))
+
+
+@triton.jit
+def _store(scratch_base, scores, j, columns, stride, best):
+    """Stores block scores [J, query blocks] and returns the running maxima of the finite ones."""
+    q = tl.arange(0, scores.shape[1])
+    inside = j[:, None] < columns
+    tl.store(scratch_base + q[None, :] * stride + j[:, None], scores, mask=inside)
+    return tl.maximum(best, tl.where((tl.abs(scores) < float("inf")) & inside, scores, float("-inf")))
 
 
 @triton.jit(
@@ -120,7 +151,7 @@ def search_kernel(
     stride_b,
     stride_h,
     stride_s,
-    stride_d,
+    scratch_stride,
     q_len,
     kv_len,
     rows,
@@ -135,104 +166,244 @@ def search_kernel(
     window,
     last_full,
     min_blocks,
+    stride_d,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     D_STEP: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """A persistent grid over (query block, head): scores into a scratch row of the program, then the bits.
+    """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, head): scores into scratch rows of the
+    program, then the bits.
 
-    The products are transposed, means × queries, so that the maximum and the sum over the query rows run
-    along each thread's own registers. Query blocks go from the last, which sees most, to the first.
+    The products are transposed, means × queries, so that the sums over the query rows run along each thread's own
+    registers, and neighbouring query blocks share each tile of means. The sums are taken relative to the largest
+    score of the first tile; where that could overflow or hide a score that is not finite, the row is scored again
+    relative to each block's own maximum. Query blocks go from the last, which see most, to the first.
     """
     program = tl.program_id(0)
     offset = kv_len - q_len
-    scratch_row = scratch_ptr + program.to(tl.int64) * columns
-    r = tl.arange(0, BLOCK)
-    lane = tl.arange(0, 32)
-    heads_total = tiles // rows
+    scratch_base = scratch_ptr + program.to(tl.int64) * QUERY_BLOCKS * scratch_stride
+    hidden = tl.where(qk_scale > 0, float("-inf"), float("inf"))
+    q = tl.arange(0, QUERY_BLOCKS)
+    r = tl.arange(0, QUERY_BLOCKS * BLOCK)
+    groups = (rows + QUERY_BLOCKS - 1) // QUERY_BLOCKS
+    heads_total = tiles // groups
     for tile in range(program, tiles, tl.num_programs(0)):
-        I = rows - 1 - tile // heads_total
+        I0 = (groups - 1 - tile // heads_total) * QUERY_BLOCKS
         batch_head = (tile % heads_total).to(tl.int64)
-        batch = batch_head // HEADS
-        head = batch_head % HEADS
-        first = offset + I * BLOCK  # position of the block's first row
-        last = offset + tl.minimum((I + 1) * BLOCK, q_len) - 1
+        I = I0 + q
+        last = offset + tl.minimum((I + 1) * BLOCK, q_len) - 1  # position of the block's last row
         visible = last // BLOCK + 1
-        # blocks that the last row sees whole, and blocks that every row sees whole
-        scored = tl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
-        short = q_len < (I + 1) * BLOCK
-        unmasked = tl.where(short, 0, (first + 1) // BLOCK // TILE * TILE)
-        window_start = visible - window
-        if (I >= rows - last_full) | (visible <= sink):
-            window_start = 0
-        if window_start <= 0:  # all is kept whatever the scores
-            scored = 0
-            unmasked = 0
-        best = tl.full([TILE], float("-inf"), tl.float32)
-        if scored > 0:
-            row = I * BLOCK + r
-            query_base = query_ptr + batch * stride_b + head * stride_h
+        window_start = tl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
+        compares = (I < rows) & (window_start > 0)  # else all is kept whatever the scores
+        # blocks that the last row sees whole
+        scored = tl.where(compares, tl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK), 0)
+        most = tl.max(scored, 0)
+        threshold = tl.zeros([QUERY_BLOCKS], tl.float32)
+        if most > 0:
+            best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
+            row = I0 * BLOCK + r
+            query_base = query_ptr + (batch_head // HEADS) * stride_b + (batch_head % HEADS) * stride_h
             means_base = means_ptr + (batch_head // GROUP) * columns * D
             q_t = 0.0
+            exact = True
             if D_STEP == D_PAD:
                 d = tl.arange(0, D_PAD)
                 q_offsets = row.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
                 q_mask = (row[:, None] < q_len) & (d[None, :] < D)
-                q_t = tl.trans(tl.load(query_base + q_offsets, mask=q_mask, other=0.0))
-            for j0 in range(0, unmasked, TILE):
-                j = j0 + tl.arange(0, TILE)
-                scores = qk_scale * _tile_scores(
-                    means_base, query_base, q_t, j, columns, row, q_len, stride_s, stride_d, D, D_PAD, D_STEP
-                )
-                best = _store_scores(scratch_row, scores, scores == scores, j, columns, best, False)
-            for j0 in range(unmasked, scored, TILE):
-                j = j0 + tl.arange(0, TILE)
-                scores = qk_scale * _tile_scores(
-                    means_base, query_base, q_t, j, scored, row, q_len, stride_s, stride_d, D, D_PAD, D_STEP
-                )
-                last_key = tl.minimum((j + 1) * BLOCK, kv_len) - 1
-                sees = (last_key[:, None] <= (offset + row)[None, :]) & (row[None, :] < q_len)
-                sees = sees & (j[:, None] < scored)
-                best = _store_scores(scratch_row, scores, sees, j, columns, best, True)
+                queries = tl.load(query_base + q_offsets, mask=q_mask, other=0.0)
+                q_t = tl.trans(queries)
+                exact = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
+                if not exact:
+                    j = tl.arange(0, TILE)
+                    products = _tile_products(
+                        means_base,
+                        query_base,
+                        q_t,
+                        j,
+                        columns,
+                        row,
+                        offset,
+                        q_len,
+                        kv_len,
+                        stride_s,
+                        stride_d,
+                        hidden,
+                        D,
+                        D_PAD,
+                        D_STEP,
+                        BLOCK,
+                        True,
+                    )
+                    shift = tl.max(tl.max(products * qk_scale, 2), 0)
+                    shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+                    sums = _sums(products, qk_scale, shift)
+                    best = _store(scratch_base, sums, j, columns, scratch_stride, best)
+                    doubtful = (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
+                    # blocks in tiles that every row sees whole
+                    unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
+                    if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
+                        unmasked = 0
+                    for j0 in range(TILE, unmasked, TILE):
+                        j = j0 + tl.arange(0, TILE)
+                        products = _tile_products(
+                            means_base,
+                            query_base,
+                            q_t,
+                            j,
+                            columns,
+                            row,
+                            offset,
+                            q_len,
+                            kv_len,
+                            stride_s,
+                            stride_d,
+                            hidden,
+                            D,
+                            D_PAD,
+                            D_STEP,
+                            BLOCK,
+                            False,
+                        )
+                        sums = _sums(products, qk_scale, shift)
+                        best = _store(scratch_base, sums, j, columns, scratch_stride, best)
+                        doubtful |= (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
+                    for j0 in range(tl.maximum(unmasked, TILE), most, TILE):
+                        j = j0 + tl.arange(0, TILE)
+                        products = _tile_products(
+                            means_base,
+                            query_base,
+                            q_t,
+                            j,
+                            columns,
+                            row,
+                            offset,
+                            q_len,
+                            kv_len,
+                            stride_s,
+                            stride_d,
+                            hidden,
+                            D,
+                            D_PAD,
+                            D_STEP,
+                            BLOCK,
+                            True,
+                        )
+                        sums = _sums(products, qk_scale, shift)
+                        best = _store(scratch_base, sums, j, columns, scratch_stride, best)
+                        doubtful |= (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
+                    exact = tl.max(doubtful.to(tl.int32)) != 0
+                    threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
+            if exact:
+                best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
+                for j0 in range(0, most, TILE):
+                    j = j0 + tl.arange(0, TILE)
+                    products = _tile_products(
+                        means_base,
+                        query_base,
+                        q_t,
+                        j,
+                        columns,
+                        row,
+                        offset,
+                        q_len,
+                        kv_len,
+                        stride_s,
+                        stride_d,
+                        hidden,
+                        D,
+                        D_PAD,
+                        D_STEP,
+                        BLOCK,
+                        True,
+                    )
+                    best = _store(scratch_base, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
+                threshold = tl.max(best, 0) + log2_alpha
             # the scores were written by other threads of this program
             tl.debug_barrier()
-        maximum = tl.max(best, 0)
-        threshold = maximum + log2_alpha
 
         if min_blocks > 0:
             # the min_blocks-th best score, ties counted together: step down from one distinct value to the next
-            kth = float("inf")
-            count = 0
+            kth = tl.full([QUERY_BLOCKS], float("inf"), tl.float32)
+            count = tl.zeros([QUERY_BLOCKS], tl.int32)
             for _ in range(0, min_blocks):
-                if count < min_blocks:
-                    below = tl.full([TILE], float("-inf"), tl.float32)
-                    for j0 in range(0, scored, TILE):
-                        j = j0 + tl.arange(0, TILE)
-                        L = tl.load(scratch_row + j, mask=j < scored, other=float("-inf"))
-                        below = tl.maximum(below, tl.where((tl.abs(L) < float("inf")) & (kth > L), L, float("-inf")))
-                    kth = tl.max(below, 0)
-                    equal = tl.zeros([TILE], tl.int32)
-                    for j0 in range(0, scored, TILE):
-                        j = j0 + tl.arange(0, TILE)
-                        L = tl.load(scratch_row + j, mask=j < scored, other=float("nan"))
-                        equal += (kth == L).to(tl.int32)
-                    count += tl.sum(equal, 0)
+                below = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
+                for j0 in range(0, most, TILE):
+                    j = j0 + tl.arange(0, TILE)
+                    mask = j[:, None] < scored[None, :]
+                    L = tl.load(scratch_base + q[None, :] * scratch_stride + j[:, None], mask=mask, other=float("-inf"))
+                    below = tl.maximum(
+                        below, tl.where((tl.abs(L) < float("inf")) & (kth[None, :] > L), L, float("-inf"))
+                    )
+                kth = tl.where(count < min_blocks, tl.max(below, 0), kth)
+                equal = tl.zeros([TILE, QUERY_BLOCKS], tl.int32)
+                for j0 in range(0, most, TILE):
+                    j = j0 + tl.arange(0, TILE)
+                    mask = j[:, None] < scored[None, :]
+                    L = tl.load(scratch_base + q[None, :] * scratch_stride + j[:, None], mask=mask, other=float("nan"))
+                    equal += (L >= kth[None, :]).to(tl.int32)
+                count = tl.sum(equal, 0)
             threshold = tl.minimum(threshold, kth)
 
-        words_row = words_ptr + (batch_head * rows + I) * width
-        for w0 in range(0, width, 4):
-            w = w0 + tl.arange(0, 4)
-            j = w[:, None] * 32 + lane[None, :]
-            L = tl.load(scratch_row + j, mask=j < scored, other=float("-inf"))
-            chosen = (j < scored) & ((L >= threshold) | ((tl.abs(L) < float("inf")) == 0))
-            forced = (j < sink) | (j >= window_start)
-            keep = (j < visible) & (chosen | forced)
-            bits = tl.sum(keep.to(tl.int32) << lane[None, :], 1)
-            tl.store(words_row + w, bits, mask=w < width)
+        words_row = words_ptr + (batch_head * rows + I0) * width
+        for w0 in range(0, width, WORDS):
+            w = w0 + tl.arange(0, WORDS)
+            j = w[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+            scored_here = j < scored[:, None, None]
+            L = tl.load(scratch_base + q[:, None, None] * scratch_stride + j, mask=scored_here, other=float("-inf"))
+            chosen = scored_here & ((L >= threshold[:, None, None]) | ((tl.abs(L) < float("inf")) == 0))
+            keep = (j < visible[:, None, None]) & (chosen | (j < sink) | (j >= window_start[:, None, None]))
+            bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 32)[None, None, :], 2)
+            tl.store(words_row + q[:, None] * width + w[None, :], bits, mask=(w[None, :] < width) & (I[:, None] < rows))
         # the next tile overwrites scores that other threads may still read
         tl.debug_barrier()
+
+
+class Launch(NamedTuple):
+    """How score_words launches a kernel."""
+
+    hopper: bool  # hopper.search_kernel
+    tile: int  # means a step: the first operand of the product, one warpgroup's rows
+    query_rows: int  # of the neighbouring query blocks that share each tile of means
+    d_step: int  # of the head dimension, a product
+    warps: int
+    stages: int
+    programs: int  # a multiprocessor
+    registers: int | None  # a cap a thread
+
+
+def _launch(query: Tensor, rule: Rule) -> Launch:
+    head_dim = query.shape[3]
+    if hopper_takes(query, rule):
+        return Launch(True, 64, 128, 128, 4, 1, 4, 128)
+    if query.dtype == torch.float32 and query.is_cuda:
+        # its products are exact, not tensor-core ones, and registers are few
+        return Launch(False, 64, 128, 32, 4, 2, 2, None)
+    if head_dim > 128:
+        return Launch(False, 64, 128, 256, 4, 2, 2, None)
+    return Launch(False, 64, 128, 128, 4, 2, 3, 168)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def hopper_takes(query: Tensor, rule: Rule) -> bool:
+    """Whether hopper.search_kernel can do this search: the common case, on a Hopper GPU."""
+    aligned = query.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in query.stride()[:3])
+    return (
+        _is_hopper(query.device)
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[3] in (64, 128)
+        and query.stride(3) == 1
+        and aligned
+        and rule.block_size == 128
+        and rule.min_blocks == 0
+        and rule.log2_alpha >= SMALLEST_LOG2_ALPHA.value
+    )
 
 
 def pool_keys(key: Tensor, block_size: int) -> Tensor:
@@ -252,6 +423,7 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=block_size,
+        LAUNCH_DEPENDENTS=_is_hopper(key.device),
         num_warps=4,
     )
     return means.to(key.dtype)
@@ -271,47 +443,51 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
     columns = means.shape[2]
     rows = ceil_div(q_len, rule.block_size)
     width = ceil_div(columns, WORD_BITS)
-    tiles = batch * heads * rows
-    head_pad = triton.next_power_of_2(head_dim)
-    capped = head_pad <= 128 and query.dtype != torch.float32  # larger tiles would spill
-    programs = min(tiles, _program_limit(query.device, capped))
+    launch = _launch(query, rule)
+    query_blocks = max(1, launch.query_rows // rule.block_size)
+    tiles = batch * heads * ceil_div(rows, query_blocks)
+    programs = min(tiles, launch.programs * _multiprocessors(query.device))
+    scratch_stride = ceil_div(columns, launch.tile) * launch.tile
     words = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=query.device)
-    scratch = torch.empty(programs, columns, dtype=torch.float32, device=query.device)
+    scratch = torch.empty(programs, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
+    # not 0, which times a hidden product's -inf would be NaN
+    qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
+    arguments = (
+        *(query, means, words, scratch, *query.stride()[:3], scratch_stride),
+        *(q_len, kv_len, rows, columns, width, tiles, heads, heads // means.shape[1], qk_scale, rule.log2_alpha),
+        *(rule.sink_blocks, rule.window_blocks, rule.last_full_blocks),
+    )
+    if launch.hopper:
+        from flexprefill.search import hopper
+
+        hopper.search_kernel[(programs,)](
+            *arguments,
+            D=head_dim,
+            WORDS=8 if width <= 8 else 64,
+            num_warps=launch.warps,
+            maxnreg=launch.registers,
+            launch_pdl=True,  # beside pool_kernel, for whose means it waits
+        )
+        return words
+    head_pad = triton.next_power_of_2(head_dim)
     search_kernel[(programs,)](
-        query,
-        means,
-        words,
-        scratch,
-        *query.stride(),
-        q_len,
-        kv_len,
-        rows,
-        columns,
-        width,
-        tiles,
-        heads,
-        heads // means.shape[1],
-        rule.scale * LOG2_E,
-        rule.log2_alpha,
-        rule.sink_blocks,
-        rule.window_blocks,
-        rule.last_full_blocks,
+        *arguments,
         rule.min_blocks,
+        query.stride(3),
         D=head_dim,
         D_PAD=head_pad,
         BLOCK=rule.block_size,
-        TILE=TILE_J,
-        # float32 goes through D in steps: its products are exact, not tensor-core ones, and registers are few
-        D_STEP=min(32, head_pad) if query.dtype == torch.float32 else head_pad,
-        num_warps=4,
-        num_stages=2,
-        maxnreg=CAPPED_REGISTERS if capped else None,
+        QUERY_BLOCKS=query_blocks,
+        TILE=launch.tile,
+        D_STEP=min(launch.d_step, head_pad),
+        WORDS=max(1, 32 // query_blocks),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        maxnreg=launch.registers,
     )
     return words
 
 
-def _program_limit(device: torch.device, capped: bool) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    each = CAPPED_PROGRAMS if capped else UNCAPPED_PROGRAMS
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+def _multiprocessors(device: torch.device) -> int:
+    # the interpreter runs programs one by one; two exercise the persistent loop
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

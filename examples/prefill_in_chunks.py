@@ -1,0 +1,66 @@
+"""A prompt too long to hold all its queries at once: search and attention chunk by chunk.
+
+python examples/prefill_in_chunks.py
+python examples/prefill_in_chunks.py --device cuda --length 1048576 --chunk 65536 --heads 32 --kv-heads 8 --head-dim 128
+"""
+
+import argparse
+import time
+
+import torch
+
+from flexprefill import BlockMap, ListBuffers, PrefillConfig, prefill_attention, search_blocks
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--length", type=int, default=4096, help="tokens of the prompt (default: %(default)s)")
+parser.add_argument("--chunk", type=int, default=1024, help="tokens a chunk, whole blocks (default: %(default)s)")
+parser.add_argument("--heads", type=int, default=4)
+parser.add_argument("--kv-heads", type=int, default=2)
+parser.add_argument("--head-dim", type=int, default=64)
+parser.add_argument("--compare", action="store_true", help="also search all queries at once and compare the bits")
+arguments = parser.parse_args()
+length, chunk, device = arguments.length, arguments.chunk, arguments.device
+gpu = device != "cpu"
+dtype = torch.bfloat16 if gpu else torch.float32
+config = PrefillConfig(alpha=0.3)
+
+torch.manual_seed(0)
+# stretches of 500 keys share a direction, so that blocks differ in what they weigh
+directions = torch.randn(1, arguments.kv_heads, length // 500 + 1, arguments.head_dim, device=device, dtype=dtype)
+key = directions.repeat_interleave(500, 2)[:, :, :length]
+key = key + torch.randn(1, 1, length, arguments.head_dim, device=device, dtype=dtype)
+value = torch.randn(1, arguments.kv_heads, length, arguments.head_dim, device=device, dtype=dtype)
+
+
+def queries(start: int, end: int) -> torch.Tensor:
+    """As a model would project them from the hidden states of the chunk."""
+    generator = torch.Generator(device).manual_seed(start)
+    shape = 1, arguments.heads, end - start, arguments.head_dim
+    return 2 * torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+
+maps = []
+buffers = ListBuffers()
+if gpu:
+    torch.cuda.reset_peak_memory_stats()
+begin = time.perf_counter()
+for start in range(0, length, chunk):
+    end = min(start + chunk, length)
+    query = queries(start, end)
+    seen = key[:, :, :end], value[:, :, :end]
+    block_map = search_blocks(query, seen[0], config, last_chunk=end == length)
+    output = prefill_attention(query, *seen, block_map=block_map, buffers=buffers)
+    assert output.isfinite().all()
+    maps.append(block_map.to("cpu"))
+    print(f"tokens {start:>8} to {end:>8}: {block_map.density().mean():6.2%} of the causal blocks", flush=True)
+print(f"{time.perf_counter() - begin:.1f} s, compiling included")
+if gpu:
+    print(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most, keys and values included")
+joined = BlockMap.from_chunks(maps)
+print(f"{joined}: {joined.words.nbytes / 2**20:.1f} MiB")
+
+if arguments.compare:
+    query = torch.cat([queries(start, min(start + chunk, length)) for start in range(0, length, chunk)], 2)
+    assert search_blocks(query, key, config).to("cpu") == joined
+    print("the same blocks as in one search over all queries")

@@ -1,0 +1,172 @@
+"""What is timed: the parts of prefill_attention, the whole, and the dense attentions it competes with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from flexprefill.attention import prefill_attention
+from flexprefill.bench import floors
+from flexprefill.bench.inputs import Case
+from flexprefill.bench.timing import reason
+from flexprefill.errors import FlexPrefillError
+from flexprefill.lists import ListBuffers
+from flexprefill.search import search_blocks
+from flexprefill.search.rule import Rule
+
+PART, WHOLE, DENSE = "part", "whole", "dense"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time.
+
+    Attributes:
+        name: as tables and pictures show it.
+        kind: PART of prefill_attention, the WHOLE, or DENSE attention.
+        prepare: the call to time on a case; what need not be timed is done before.
+        work: what bounds it, if that is known.
+    """
+
+    name: str
+    kind: str
+    prepare: Callable[[Case], Callable[[], Any]]
+    work: Callable[[Case], floors.Work] | None = None
+
+
+def ready(contestant: Contestant, case: Case) -> Callable[[], Any]:
+    """The contestant's call on a case, after a first run of it (which compiles).
+
+    Raises:
+        FlexPrefillError: it cannot run here; the message says why.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            call = contestant.prepare(case)
+            call()
+            if case.query.is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:
+            raise FlexPrefillError(reason(error, *_sdpa_reasons(error, said))) from error
+    return call
+
+
+def _sdpa_reasons(error: Exception, said: list[warnings.WarningMessage]) -> list[str]:
+    """What SDPA warned of the backend that was asked for; the error itself only says that there is none."""
+    if "No available kernel" not in str(error):
+        return []
+    messages = [str(warning.message).split(" (Triggered")[0] for warning in said]
+    return [text for text in messages if "runtime disabled" not in text and "not used because" not in text]
+
+
+def _pooling(case: Case) -> Callable[[], Any]:
+    from flexprefill.search import kernels  # imports triton
+
+    return lambda: kernels.pool_keys(case.key, case.config.block_size)
+
+
+def _scoring(case: Case) -> Callable[[], Any]:
+    from flexprefill.search import kernels  # imports triton
+
+    rule = Rule.of(case.config, scale=case.query.shape[3] ** -0.5, last_chunk=True)
+    means = kernels.pool_keys(case.key, case.config.block_size)
+    return lambda: kernels.score_words(case.query, means, case.length, rule)
+
+
+def _search(case: Case) -> Callable[[], Any]:
+    return lambda: search_blocks(case.query, case.key, case.config)
+
+
+def _lists(case: Case) -> Callable[[], Any]:
+    return case.block_map.to_block_mask
+
+
+def _lists_again(case: Case) -> Callable[[], Any]:
+    buffers = ListBuffers()
+    return lambda: case.block_map.to_block_mask(buffers=buffers)
+
+
+def _attention(backend: str) -> Callable[[Case], Callable[[], Any]]:
+    def prepare(case: Case) -> Callable[[], Any]:
+        return lambda: prefill_attention(case.query, case.key, case.value, block_map=case.block_map, backend=backend)
+
+    return prepare
+
+
+def _prefill_attention(case: Case) -> Callable[[], Any]:
+    return lambda: prefill_attention(case.query, case.key, case.value, case.config)
+
+
+def _dense_flex(case: Case) -> Callable[[], Any]:
+    everything = case.everything()
+    return lambda: prefill_attention(case.query, case.key, case.value, block_map=everything)
+
+
+def _sdpa(case: Case) -> Callable[[], Any]:
+    return lambda: scaled_dot_product_attention(
+        case.query, case.key, case.value, is_causal=True, enable_gqa=case.grouped
+    )
+
+
+def _sdpa_by(backend: SDPBackend) -> Callable[[Case], Callable[[], Any]]:
+    def prepare(case: Case) -> Callable[[], Any]:
+        attend = _sdpa(case)
+
+        def call() -> Any:
+            with sdpa_kernel(backend):
+                return attend()
+
+        return call
+
+    return prepare
+
+
+def _flash_attention_4(case: Case) -> Callable[[], Any]:
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ModuleNotFoundError as error:
+        raise FlexPrefillError(f"the package flash-attn-4 is not installed: {error}") from error
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (case.query, case.key, case.value))  # [1, S, H, D]
+    return lambda: flash_attn_func(query, key, value, causal=True)
+
+
+_FLASH_2, _CUDNN = _sdpa_by(SDPBackend.FLASH_ATTENTION), _sdpa_by(SDPBackend.CUDNN_ATTENTION)
+_SEARCH = Contestant("search", PART, _search)
+_LISTS = Contestant("lists", PART, _lists, floors.lists_work)
+_LISTS_AGAIN = Contestant("lists, buffers", PART, _lists_again)
+_WHOLE = Contestant("prefill_attention", WHOLE, _prefill_attention)
+_DENSE_FLEX = Contestant("FlexAttention dense", DENSE, _dense_flex, floors.dense_attention_work)
+
+# by device, then by the name that --only takes
+CONTESTANTS: dict[str, dict[str, Contestant]] = {
+    "cuda": {
+        "pooling": Contestant("pooling", PART, _pooling, floors.pooling_work),
+        "scoring": Contestant("scoring", PART, _scoring, floors.scoring_work),
+        "search": _SEARCH,
+        "lists": _LISTS,
+        "lists-buffers": _LISTS_AGAIN,
+        "attention-triton": Contestant("attention, triton", PART, _attention("triton"), floors.sparse_attention_work),
+        "attention-flash": Contestant("attention, flash", PART, _attention("flash"), floors.sparse_attention_work),
+        "prefill-attention": _WHOLE,
+        "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
+        "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),
+        "flash-attention-4": Contestant("FlashAttention-4", DENSE, _flash_attention_4, floors.dense_attention_work),
+        "flex-dense": _DENSE_FLEX,
+    },
+    "cpu": {
+        "search": _SEARCH,
+        "lists": _LISTS,
+        "lists-buffers": _LISTS_AGAIN,
+        "attention": Contestant("attention", PART, _attention("auto")),
+        "prefill-attention": _WHOLE,
+        "sdpa": Contestant("SDPA", DENSE, _sdpa),
+        "flex-dense": _DENSE_FLEX,
+    },
+}

@@ -1,0 +1,118 @@
+"""Measures one length: every contestant that can run, in turns on the same inputs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexprefill.bench.contestants import CONTESTANTS, Contestant, ready
+from flexprefill.bench.floors import Floor, Machine, floor_of
+from flexprefill.bench.inputs import Case, make_case, make_qkv
+from flexprefill.bench.settings import Settings
+from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, take_turns
+from flexprefill.demo import stage
+from flexprefill.errors import FlexPrefillError
+
+LONGEST_GRAPH = 16_384  # tokens; beyond, launches are short against the work
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant at one length; times in milliseconds.
+
+    Attributes:
+        kind: "part", "whole" or "dense".
+        timing, note: as in Watch.
+        floor_ms, bound: as in Floor; None if there is none.
+        reached: floor_ms over median_ms.
+    """
+
+    name: str
+    kind: str
+    timing: str
+    note: str | None
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    repeats_ms: Sequence[float]
+    floor_ms: float | None
+    bound: str | None
+    reached: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All contestants at one length.
+
+    Attributes:
+        density: what was reached, the mean over the heads; None, like config, if the inputs could not be made.
+        contestants: results by name; absent: for the others, why there are none.
+    """
+
+    length: int
+    asked_density: float
+    density: float | None
+    config: dict[str, Any] | None
+    contestants: dict[str, Result]
+    absent: dict[str, str]
+
+
+def measure_length(settings: Settings, length: int, density: float, machine: Machine | None) -> Run:
+    """Times the chosen contestants at one length; those that fail are absent with the reason.
+
+    Args:
+        machine: the rates for the floors; None leaves the floors out.
+    """
+    chosen = {name: CONTESTANTS[settings.device.type][name] for name in settings.only}
+    try:
+        sizes = settings.heads, settings.kv_heads, settings.head_dim
+        qkv = make_qkv(length, *sizes, settings.dtype, settings.device)
+        case = make_case(qkv, density, settings.rule)
+    except RuntimeError as error:  # out of memory, above all
+        why = f"no inputs of this length: {reason(error)}"
+        return Run(length, density, None, None, {}, dict.fromkeys(chosen, why))
+
+    watches: dict[str, Watch] = {}
+    repeats: dict[str, int] = {}
+    absent: dict[str, str] = {}
+    with stage(f"{length:,} tokens, first runs", len(chosen)) as advance:
+        for name, contestant in chosen.items():
+            try:
+                call = ready(contestant, case)
+                watch = make_watch(call, settings.device, graph=length <= LONGEST_GRAPH)
+                repeats[name] = repeats_within_budget(settings.repeats, watch, watch.measure())
+                watches[name] = watch
+            except FlexPrefillError as error:
+                absent[name] = str(error)
+            except Exception as error:
+                absent[name] = reason(error)
+            advance(1)
+    with stage(f"{length:,} tokens, timing", sum(repeats.values())) as advance:
+        times, failed = take_turns(watches, repeats, advance)
+    results = {name: _result(chosen[name], case, watches[name], series, machine) for name, series in times.items()}
+    reached = case.block_map.density().mean().item()
+    return Run(length, density, reached, case.config.to_dict(), results, absent | failed)
+
+
+def _result(
+    contestant: Contestant, case: Case, watch: Watch, series: Sequence[float], machine: Machine | None
+) -> Result:
+    median = statistics.median(series)
+    floor: Floor | None = None
+    if machine is not None and contestant.work is not None:
+        floor = floor_of(contestant.work(case), machine)
+    return Result(
+        contestant.name,
+        contestant.kind,
+        watch.timing,
+        watch.note,
+        median,
+        min(series),
+        max(series),
+        series,
+        floor and floor.ms,
+        floor and floor.bound,
+        floor and floor.ms / median,
+    )

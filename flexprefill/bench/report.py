@@ -1,0 +1,225 @@
+"""What a benchmark hands over: tables to read, lines to draw, and the file with every repeat."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexprefill._version import __version__
+from flexprefill.bench.contestants import DENSE, WHOLE
+from flexprefill.bench.measure import Result, Run
+from flexprefill.bench.settings import Settings
+from flexprefill.plotting import TimeLine, token_label
+
+WIDTH = 118
+NAME_WIDTH, CELL_WIDTH = 23, 13
+BOUNDS = {"matrix": "mat", "exponentials": "exp", "bytes": "mem"}
+ABSENT = "–"
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Names of the machine that measures, ready for JSON; what it does not tell is None."""
+    if device.type != "cuda":
+        name = f"CPU, {platform.processor() or platform.machine()}"
+        return {"name": name, "threads": torch.get_num_threads(), "driver": None}
+    return {"name": torch.cuda.get_device_name(device), "threads": torch.get_num_threads(), "driver": _driver()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what takes part; None for a package that is not installed."""
+    found: dict[str, str | None] = {
+        "flexprefill": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("triton", "flash-attn-4"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def describe_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that all lengths share, ready for JSON."""
+    rule = settings.rule.to_dict()
+    del rule["alpha"]  # each length has its own
+    return {
+        "device": str(settings.device),
+        "heads": settings.heads,
+        "kv_heads": settings.kv_heads,
+        "head_dim": settings.head_dim,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "repeats": settings.repeats,
+        "only": list(settings.only),
+        "rule": rule,
+    }
+
+
+def heading(record: Mapping[str, Any]) -> str:
+    """What is measured and on what, from the record's first fields."""
+    machine, settings = record["machine"], record["settings"]
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    installed = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    rule = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in settings["rule"].items())
+    return (
+        f"{machine['name']}{driver}, {machine['threads']} CPU threads\n{installed}\n"
+        f"B 1, {settings['heads']} query and {settings['kv_heads']} key heads, D {settings['head_dim']}, "
+        f"{settings['dtype']}; up to {settings['repeats']} repeats, in turns\n{rule}"
+    )
+
+
+def row(run: Run) -> str:
+    """One line on a length that is done."""
+    start = f"{run.length:>9,} tokens"
+    if run.density is None:
+        return f"{start}  not measured: {next(iter(run.absent.values()))}"
+    parts = [start, f"density {100 * run.density:.1f} %"]
+    whole, dense = _whole(run), best_dense(run)
+    parts += [f"{result.name} {format_ms(result.median_ms)} ms" for result in (whole, dense) if result]
+    if whole and dense:
+        parts.append(f"{dense.median_ms / whole.median_ms:.2f}×")
+    if not (whole or dense):
+        parts.append(f"{len(run.contestants)} of {len(run.contestants) + len(run.absent)} measured")
+    return "  ".join(parts)
+
+
+def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None) -> str:
+    """The times of all runs, contestants down and lengths across, what is reached of the floors, and the gaps.
+
+    Args:
+        names: what to call each contestant, in order.
+        no_floors: why there are no floors; None if there are.
+    """
+    header = _line("", [token_label(run.length) for run in runs])
+    lines = [
+        "median ms ± half of the range of the middle half of the repeats",
+        header,
+        _line("density", [_density(run) for run in runs]),
+    ]
+    lines += [_line(name, [_time_cell(run.contestants.get(key)) for run in runs]) for key, name in names.items()]
+    speedups = [_speedup(run) for run in runs]
+    if set(speedups) != {ABSENT}:
+        lines.append(_line("faster than best dense", speedups))
+    lines.append("")
+
+    if no_floors:
+        lines.append(f"no floors: {no_floors}")
+    else:
+        lines += ["part of the theoretical floor reached, bound by matrix work, exponentials or memory", header]
+        for key, name in names.items():
+            cells = [_floor_cell(run.contestants.get(key)) for run in runs]
+            if set(cells) != {ABSENT}:
+                lines.append(_line(name, cells))
+
+    absent = _by_text(runs, names, lambda run, key: run.absent.get(key))
+    notes = _by_text(runs, names, lambda run, key: run.contestants[key].note if key in run.contestants else None)
+    for title, found in ((f"{ABSENT} not measured", absent), ("* eager, host time included; no graph", notes)):
+        if found:
+            lines += ["", title, *found]
+    return "\n".join(lines)
+
+
+def time_lines(runs: Sequence[Run], names: Mapping[str, str]) -> list[TimeLine]:
+    """The medians as lines to draw, of the contestants that have any."""
+    lines = []
+    for key, name in names.items():
+        found = {run.length: run.contestants[key] for run in runs if key in run.contestants}
+        if found:
+            kind = next(iter(found.values())).kind
+            lines.append(TimeLine(name, kind, {length: result.median_ms for length, result in found.items()}))
+    return lines
+
+
+def write_json(path: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Writes the record and its runs, whole or not at all."""
+    text = json.dumps({**record, "runs": [dataclasses.asdict(run) for run in runs]}, indent=1) + "\n"
+    with tempfile.TemporaryDirectory(prefix=".flexprefill-", dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.write_text(text)
+        os.replace(whole, path)
+
+
+def best_dense(run: Run) -> Result | None:
+    """The fastest dense contestant, if any was measured."""
+    dense = [result for result in run.contestants.values() if result.kind == DENSE]
+    return min(dense, key=lambda result: result.median_ms, default=None)
+
+
+def half_range(series: Sequence[float]) -> float:
+    """Half of the range of a series' middle half, which a stray repeat leaves as it is; 0 for one repeat."""
+    if len(series) == 1:
+        return 0.0
+    first, _, third = statistics.quantiles(series, n=4, method="inclusive")
+    return (third - first) / 2
+
+
+def format_ms(ms: float) -> str:
+    """Three digits, at most four of them behind the point."""
+    decimals = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3 if ms >= 0.1 else 4
+    return f"{ms:,.{decimals}f}"
+
+
+def _whole(run: Run) -> Result | None:
+    return next((result for result in run.contestants.values() if result.kind == WHOLE), None)
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+
+
+def _density(run: Run) -> str:
+    return ABSENT if run.density is None else f"{100 * run.density:.1f} %"
+
+
+def _time_cell(result: Result | None) -> str:
+    if result is None:
+        return ABSENT
+    spread = 100 * half_range(result.repeats_ms) / result.median_ms
+    return f"{format_ms(result.median_ms)} ±{spread:.0f}%{'*' if result.note else ''}"
+
+
+def _speedup(run: Run) -> str:
+    whole, dense = _whole(run), best_dense(run)
+    return f"{dense.median_ms / whole.median_ms:.2f}×" if whole and dense else ABSENT
+
+
+def _floor_cell(result: Result | None) -> str:
+    if result is None or result.reached is None or result.bound is None:
+        return ABSENT
+    return f"{100 * result.reached:.0f}% {BOUNDS[result.bound]}"
+
+
+def _by_text(runs: Sequence[Run], names: Mapping[str, str], text_of: Callable[[Run, str], str | None]) -> list[str]:
+    """Each contestant's texts, once each, with the lengths that they are about unless that is all."""
+    lines = []
+    for key, name in names.items():
+        about: dict[str, list[int]] = {}
+        for run in runs:
+            if text := text_of(run, key):
+                about.setdefault(text, []).append(run.length)
+        for text, lengths in about.items():
+            where = "" if len(lengths) == len(runs) else f" ({', '.join(map(token_label, lengths))})"
+            lines.append(textwrap.fill(f"{name}{where}: {text}", WIDTH, initial_indent="  ", subsequent_indent="    "))
+    return lines
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.split("\n", 1)[0].strip() or None

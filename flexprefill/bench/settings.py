@@ -1,0 +1,74 @@
+"""What a benchmark measures, and what it does if it is not told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flexprefill.config import PrefillConfig
+
+# by device: densities by length in tokens; on CUDA after FlashPrefill's published runs
+DENSITIES: dict[str, dict[int, float]] = {
+    "cuda": {4096: 0.46, 8192: 0.25, 16384: 0.13, 32768: 0.068, 65536: 0.04, 131072: 0.025, 262144: 0.017},
+    "cpu": {1024: 0.1, 2048: 0.1, 4096: 0.1, 8192: 0.1},
+}
+# on the CPU the rule's own sinks, window and last blocks would keep more than a tenth at any of these lengths
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "dtype": torch.bfloat16,
+        "sink_blocks": PrefillConfig.sink_blocks,
+        "window_blocks": PrefillConfig.window_blocks,
+        "last_full_blocks": PrefillConfig.last_full_blocks,
+    },
+    "cpu": {
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 64,
+        "dtype": torch.float32,
+        "sink_blocks": 1,
+        "window_blocks": 1,
+        "last_full_blocks": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        lengths: in tokens; densities: what each is searched at, in (0, 1].
+        rule: the rule's settings; its alpha is not used.
+        repeats: of each contestant at each length, fewer where they take long.
+        only: names of contestants, keys of CONTESTANTS for the device.
+    """
+
+    lengths: Sequence[int]
+    densities: Sequence[float]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    rule: PrefillConfig
+    repeats: int
+    device: torch.device
+    only: Sequence[str]
+
+
+def default_density(device_type: str, length: int) -> float:
+    """The density for a length: straight in log-log between the known ones, beyond them that of the nearest."""
+    known = DENSITIES[device_type]
+    length = min(max(length, min(known)), max(known))
+    below = max(other for other in known if other <= length)
+    above = min(other for other in known if other >= length)
+    if below == above:
+        return known[below]
+    part = math.log(length / below) / math.log(above / below)
+    return known[below] * (known[above] / known[below]) ** part

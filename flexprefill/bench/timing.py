@@ -1,0 +1,161 @@
+"""How a call is timed: in a CUDA graph, by events, or by the wall clock; several calls take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GRAPH_CALLS = 10  # calls in a row in a graph
+WARM_UPS = 3
+LEAD_CYCLES = 5_000_000  # some 2.5 ms, in which the host gets ahead of the device
+BUDGET_MS = 3000.0  # of each contestant at each length
+MIN_REPEATS = 3
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One call, ready to be timed.
+
+    Attributes:
+        timing: "graph of N" (N calls in a CUDA graph, divided by N) or "events" (around one call, the host
+            being ahead), both the device's time alone; "eager" (events around one call, host time included);
+            "wall clock" (CPU).
+        call: what is timed; kept here because a graph does not keep the tensors that it reads.
+        measure: times once and returns the milliseconds of one call.
+        calls: how many calls a measurement makes.
+        note: for "eager", why no graph could be captured.
+    """
+
+    timing: str
+    call: Call
+    measure: Callable[[], float]
+    calls: int = 1
+    note: str | None = None
+
+
+def make_watch(call: Call, device: torch.device, *, graph: bool) -> Watch:
+    """The watch for a call that has run at least once, on the current CUDA device or the CPU.
+
+    Args:
+        graph: on CUDA, captures the call; one that cannot be captured is timed eagerly.
+    """
+    if device.type == "cpu":
+        return Watch("wall clock", call, lambda: _wall_ms(call))
+    if not graph:
+        return Watch("events", call, lambda: _device_ms(call))
+    try:
+        captured = _capture(call)
+    except Exception as error:
+        # a failed capture reports the end of it, and the cause as what came before
+        return Watch("eager", call, lambda: _eager_ms(call), note=reason(error.__context__ or error))
+    return Watch(f"graph of {GRAPH_CALLS}", call, lambda: _device_ms(captured.replay) / GRAPH_CALLS, GRAPH_CALLS)
+
+
+def repeats_within_budget(repeats: int, watch: Watch, ms: float) -> int:
+    """How often to measure a call of ``ms``: ``repeats``, or what fits the budget, but at least 3 times."""
+    return min(repeats, max(MIN_REPEATS, int(BUDGET_MS / max(ms * watch.calls, 1e-6))))
+
+
+def take_turns(
+    watches: Mapping[str, Watch], repeats: Mapping[str, int], advance: Callable[[int], None]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Measures each call as often as ``repeats`` says, one of each in a round.
+
+    Returns:
+        the milliseconds of each repeat of the calls that went through, and the reasons of those that failed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in watches}
+    failed: dict[str, str] = {}
+    for turn in range(max(repeats.values(), default=0)):
+        for name, watch in watches.items():
+            if turn >= repeats[name] or name in failed:
+                continue
+            try:
+                times[name].append(watch.measure())
+            except Exception as error:
+                failed[name] = reason(error)
+            advance(1)
+    return {name: series for name, series in times.items() if name not in failed}, failed
+
+
+def reason(error: BaseException, *details: str) -> str:
+    """An error in one line: its kind unless it is a plain refusal, the start of its message, and details."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join([*lines[:2], *details])[:300]
+    return text if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
+def _wall_ms(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _device_ms(call: Call) -> float:
+    """Events around a call that the device only reaches when all of it is enqueued."""
+    torch.cuda._sleep(LEAD_CYCLES)
+    return _events_ms(call)
+
+
+def _eager_ms(call: Call) -> float:
+    torch.cuda.synchronize()
+    return _events_ms(call)
+
+
+def _events_ms(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _capture(call: Call) -> torch.cuda.CUDAGraph:
+    """A graph of GRAPH_CALLS calls in a row.
+
+    Raises:
+        Exception: whatever keeps the call from being captured; the device stays usable.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side), _refusing_waits():
+        for _ in range(WARM_UPS):
+            call()
+    current.wait_stream(side)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            for _ in range(GRAPH_CALLS):
+                call()
+    except BaseException:
+        torch.cuda.set_stream(current)
+        # torch 2.11 leaves its allocator in a broken-off capture, and the next one then fails (pytorch pull 180395)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch.cuda.synchronize()
+        raise
+    return graph
+
+
+@contextlib.contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """PyTorch's calls that wait for the device raise here, rather than later break a capture off."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
