@@ -172,7 +172,7 @@ def test_only_the_chosen_are_measured_in_the_tables_order(tmp_path):
     [
         (
             ["--only", "search,speed"],
-            "--only: must be of search, lists, attention, prefill-attention, sdpa, flex-dense",
+            "--only: must be of search, lists, lists-buffers, attention, prefill-attention, sdpa, flex-dense",
         ),
         (["--only", "search,speed"], "on cpu, got 'speed'"),
         (["--lengths", "64"], "--lengths: must be at least 128 and below 2**31, got 64"),

@@ -403,6 +403,23 @@ def test_long_chunks_give_the_bits_of_the_whole_search(length, chunk):
 
 
 @pytest.mark.gpu
+def test_a_million_tokens_in_chunks():
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    length, chunk = 2**20, 2**17
+    query, key = lengthy(length, 32, 8)
+    parts = [(query[:, :, end - chunk : end], key[:, :, :end]) for end in range(chunk, length + 1, chunk)]
+    search_blocks(*parts[0], LEAN)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    chunks = [search_blocks(*part, LEAN, last_chunk=part[1].shape[2] == length) for part in parts]
+    output = sum(block_map.words.nbytes for block_map in chunks)
+    assert torch.cuda.max_memory_allocated() - before - output <= 64 * 2**20
+    assert BlockMap.from_chunks(chunks) == search_blocks(query, key, LEAN)
+
+
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     query, key, value = make_qkv(2000, heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
     buffers = ListBuffers()
