@@ -29,12 +29,6 @@ def _bounds(I, offset, q_len, kv_len, rows, columns, sink, window, last_full):
 
 
 @gluon.jit
-def _wait_for_means():
-    """Waits for the kernel before this one, beside which it was launched. See triton.language.extra.cuda.gdc_wait."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _copy_query(q_smem, base, row, q_len, stride_s, D: gl.constexpr, COPY: gl.constexpr):
     r = row + gl.arange(0, BLOCK, gl.SliceLayout(1, COPY))
     d = gl.arange(0, D, gl.SliceLayout(0, COPY))
@@ -147,7 +141,6 @@ def _start(
     k_smem,
     D: gl.constexpr,
     COPY: gl.constexpr,
-    FIRST: gl.constexpr,
 ):
     """Starts the copies of a query block and of its first means, if it needs them."""
     I = rows - 1 - tile // heads_total
@@ -156,9 +149,6 @@ def _start(
     if scored > 0:
         query = query_ptr + (batch_head // HEADS) * stride_b + (batch_head % HEADS) * stride_h
         _copy_query(q_smem, query, I * BLOCK, q_len, stride_s, D, COPY)
-    if FIRST:
-        _wait_for_means()
-    if scored > 0:
         _copy_means(k_smem, means_ptr + (batch_head // GROUP) * columns * D, 0, columns, D, COPY)
 
 
@@ -222,7 +212,6 @@ def search_kernel(
         k_smem,
         D,
         COPY,
-        True,
     )
     for tile in range(program, tiles, gl.num_programs(0)):
         I = rows - 1 - tile // heads_total
@@ -291,7 +280,6 @@ def search_kernel(
                 k_smem,
                 D,
                 COPY,
-                False,
             )
         words_row = words_ptr + (batch_head * rows + I) * width
         _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS)

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from flexprefill.blockmap import WORD_BITS, ceil_div
 from flexprefill.search.rule import Rule
@@ -34,12 +33,8 @@ def pool_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    LAUNCH_DEPENDENTS: tl.constexpr,
 ):
     """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous."""
-    if LAUNCH_DEPENDENTS:
-        # a kernel launched for it may start, and waits where it reads the means
-        gdc_launch_dependents()
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     s = J * BLOCK + tl.arange(0, BLOCK)
@@ -423,7 +418,6 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
         D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim),
         BLOCK=block_size,
-        LAUNCH_DEPENDENTS=_is_hopper(key.device),
         num_warps=4,
     )
     return means.to(key.dtype)
@@ -466,7 +460,6 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
             WORDS=8 if width <= 8 else 64,
             num_warps=launch.warps,
             maxnreg=launch.registers,
-            launch_pdl=True,  # beside pool_kernel, for whose means it waits
         )
         return words
     head_pad = triton.next_power_of_2(head_dim)
