@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from flexprefill import BlockMap, ListBuffers, PrefillConfig, prefill_attention, search_blocks
+from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cpu")
@@ -41,7 +41,6 @@ def queries(start: int, end: int) -> torch.Tensor:
 
 
 maps = []
-buffers = ListBuffers()
 if gpu:
     torch.cuda.reset_peak_memory_stats()
 begin = time.perf_counter()
@@ -50,7 +49,7 @@ for start in range(0, length, chunk):
     query = queries(start, end)
     seen = key[:, :, :end], value[:, :, :end]
     block_map = search_blocks(query, seen[0], config, last_chunk=end == length)
-    output = prefill_attention(query, *seen, block_map=block_map, buffers=buffers)
+    output = prefill_attention(query, *seen, block_map=block_map)
     assert output.isfinite().all()
     maps.append(block_map.to("cpu"))
     print(f"tokens {start:>8} to {end:>8}: {block_map.density().mean():6.2%} of the causal blocks", flush=True)

@@ -3,27 +3,34 @@
 from flexprefill._version import __version__
 from flexprefill.attention import prefill_attention
 from flexprefill.blockmap import BlockMap
+from flexprefill.cache import CachedPrompt, CacheStats, MaskCache
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError, MaskFileError
 from flexprefill.flex import create_prefill_block_mask
 from flexprefill.inspection import attention_recall
 from flexprefill.lists import ListBuffers
+from flexprefill.recording import Recording, record_masks
 from flexprefill.search import search_blocks
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
     "BlockMap",
+    "CacheStats",
+    "CachedPrompt",
     "FlexPrefillError",
     "ListBuffers",
+    "MaskCache",
     "MaskFileError",
     "MaskFileInfo",
     "PrefillConfig",
+    "Recording",
     "__version__",
     "attention_recall",
     "create_prefill_block_mask",
     "load_masks",
     "prefill_attention",
     "read_mask_info",
+    "record_masks",
     "save_masks",
     "search_blocks",
 ]

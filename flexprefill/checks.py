@@ -114,3 +114,8 @@ def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
         raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
     if tensor.shape[0] != query.shape[0]:
         raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}")
+
+
+def check_last_chunk(last_chunk: object) -> None:
+    if not isinstance(last_chunk, bool):
+        raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")

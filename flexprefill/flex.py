@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
+from flexprefill.recording import note
 from flexprefill.search import search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -69,6 +70,7 @@ def to_block_mask(
     """See BlockMap.to_block_mask."""
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    note(block_map)
     q_len, kv_len, block_size = block_map.q_len, block_map.kv_len, block_map.block_size
     lists = make_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None, buffers)
     causal = causal_mask

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
+from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.search import op
 from flexprefill.search.rule import Rule
@@ -51,8 +51,7 @@ def search_blocks(
     """
     check_attention_inputs(query, key)
     check_config(config)
-    if not isinstance(last_chunk, bool):
-        raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
+    check_last_chunk(last_chunk)
     rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
     words = op.search_words(query, key, *rule, _resolve_implementation(implementation, query.device))
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)

@@ -15,6 +15,7 @@ from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2.0**-126
+GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; hopper.py is written in its experimental dialect
 SMALLEST_LOG2_ALPHA = tl.constexpr(-100.0)  # below it a block kept could underflow
 LARGE = tl.constexpr(1e30)  # products below it are far from overflow in float32
 
@@ -358,7 +359,7 @@ def search_kernel(
 
 
 class Launch(NamedTuple):
-    """How score_words launches a kernel."""
+    """How score_words launches a kernel. The choice depends on shapes and dtype alone: nothing is tuned at run time."""
 
     hopper: bool  # hopper.search_kernel
     tile: int  # means a step: the first operand of the product, one warpgroup's rows
@@ -370,6 +371,7 @@ class Launch(NamedTuple):
     registers: int | None  # a cap a thread
 
 
+# Measured on an H200 (docs/search_kernel.md)
 def _launch(query: Tensor, rule: Rule) -> Launch:
     head_dim = query.shape[3]
     if hopper_takes(query, rule):
@@ -382,15 +384,13 @@ def _launch(query: Tensor, rule: Rule) -> Launch:
     return Launch(False, 64, 128, 128, 4, 2, 3, 168)
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def hopper_takes(query: Tensor, rule: Rule) -> bool:
     """Whether hopper.search_kernel can do this search: the common case, on a Hopper GPU."""
     aligned = query.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in query.stride()[:3])
     return (
-        _is_hopper(query.device)
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and triton.__version__.startswith(GLUON_VERSIONS)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[3] in (64, 128)
         and query.stride(3) == 1
