@@ -272,6 +272,14 @@ class BlockMap:
             f"kv_len={self.kv_len}, block_size={self.block_size}, device='{self.device}')"
         )
 
+    def _repr_html_(self) -> str | None:
+        """A picture of the first heads, for notebooks; None, so that they show the repr, where there are no bits."""
+        if not isinstance(self.words, Tensor) or self.device.type == "meta":
+            return None
+        from flexprefill.plotting.html import map_html  # pictures are a room below this one
+
+        return map_html(self)
+
     def _with(self, words: Tensor) -> BlockMap:
         return BlockMap(words, self.q_len, self.kv_len, self.block_size)
 

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flexprefill import read_mask_info
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -19,6 +21,7 @@ def test_every_example_is_tested():
         "compile_model.py",
         "inspect_saved_masks.py",
         "prefill_in_chunks.py",
+        "read_masks_with_numpy.py",
     }
 
 
@@ -43,3 +46,15 @@ def test_inspect_saved_masks():
 def test_prefill_in_chunks():
     printed = run(EXAMPLES / "prefill_in_chunks.py", "--length", 1500, "--chunk", 512, "--heads", 2, "--compare")
     assert printed.count("of the causal blocks") == 3 and "the same blocks as in one search" in printed
+
+
+def test_read_masks_with_numpy():
+    example = EXAMPLES / "read_masks_with_numpy.py"
+    file = Path(__file__).parent / "data" / "masks_v2.safetensors"
+    printed = run(example, file)
+    assert "layer 3: q_len 300, kv_len 1300, block_size 16, shape [2, 1]" in printed
+    info = read_mask_info(file)
+    densities = [f"{100 * share:.1f}" for layer in info.density.values() for heads in layer for share in heads]
+    assert re.findall(r"density ([\d.]+)%", printed) == densities
+    modules = set(re.findall(r"^(?:import|from) (\w+)", example.read_text(), re.MULTILINE))
+    assert modules == {"json", "sys", "zlib", "numpy"}

@@ -1,0 +1,77 @@
+"""What a map does to attention: the exact mass that its blocks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap, unpack_bits
+from flexprefill.checks import check_attention_inputs, check_block_map, resolve_scale
+
+
+def attention_recall(
+    query: Tensor,
+    key: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+    rows: Iterable[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The share of the exact causal attention mass that the kept blocks hold, averaged over the query rows.
+
+    It evaluates the attention of these rows in float32, one query block of one batch entry and key head at a time.
+
+    Args:
+        query, key: as in :func:`search_blocks`.
+        block_map: [B, Hq, M, N] of these lengths.
+        scale: factor on the dot products; 1 / sqrt(D) if None.
+        rows: only these queries, 0 … q_len - 1, such as ``range(0, q_len, 1000)``, since all queries of a long
+            prompt take long; all if None.
+        progress: called with 1 after each query block of each key head, B · Hkv · M times if all rows take part,
+            and fewer where some query blocks hold none of them.
+
+    Returns:
+        float32 [B, Hq], in 0 … 1.
+
+    Raises:
+        TypeError, ValueError: the tensors or the map do not fit together, or ``rows`` are none or no queries.
+    """
+    check_attention_inputs(query, key)
+    check_block_map(block_map, query, key)
+    batch, heads, q_len, _ = query.shape
+    kv_len, kv_heads = key.shape[2], key.shape[1]
+    scale = resolve_scale(scale, query.shape[3])
+    size, group, columns = block_map.block_size, heads // kv_heads, block_map.shape[3]
+    grouped = query.unflatten(1, (kv_heads, group))
+    words = block_map.words.unflatten(1, (kv_heads, group))  # [B, Hkv, g, M, W]
+    column = torch.arange(kv_len, device=key.device)
+    chosen = torch.arange(q_len) if rows is None else _row_tensor(rows, q_len)
+    row_blocks = [(block, chosen[chosen // size == block]) for block in (chosen // size).unique().tolist()]
+    kept_mass = torch.zeros(batch, kv_heads, group, device=query.device, dtype=torch.float32)
+    for b in range(batch):
+        for head in range(kv_heads):
+            keys = key[b, head].float()
+            for row_block, block_rows in row_blocks:
+                end = block_map.offset + int(block_rows.max()) + 1  # keys from here on are in the future
+                block_rows = block_rows.to(query.device)
+                logits = scale * (grouped[b, head, :, block_rows].float() @ keys[:end].T)  # [g, rows, end]
+                visible = column[:end] <= (block_rows + block_map.offset)[:, None]
+                mass = torch.where(visible, logits, -torch.inf).softmax(-1)
+                kept = unpack_bits(words[b, head, :, row_block], columns).repeat_interleave(size, -1)[:, :end]
+                kept_mass[b, head] += (mass * kept[:, None]).sum((-1, -2))
+                if progress is not None:
+                    progress(1)
+    return (kept_mass / chosen.numel()).flatten(1)
+
+
+def _row_tensor(rows: Iterable[int], q_len: int) -> Tensor:
+    """The rows as int64 [R] on the CPU, checked."""
+    listed = rows.tolist() if isinstance(rows, Tensor) else list(rows) if isinstance(rows, Iterable) else [None]
+    if not isinstance(listed, list) or not all(type(row) is int for row in listed):
+        raise TypeError(f"rows must be a list of ints or None, got {rows!r}")
+    if not listed or not 0 <= min(listed) <= max(listed) < q_len:
+        raise ValueError(f"rows must be at least one of the queries 0 … {q_len - 1}, got {rows!r}")
+    return torch.tensor(listed)

@@ -1,0 +1,38 @@
+"""Pictures of maps and of times. matplotlib is optional, and imported only when something is drawn."""
+
+from flexprefill.plotting.canvas import (
+    COLUMNS,
+    DROPPED,
+    GAP_X,
+    KEPT,
+    LEFT,
+    TOP,
+    token_label,
+    token_ticks,
+)
+from flexprefill.plotting.cells import kept_shares
+from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND, plot_difference
+from flexprefill.plotting.heads import plot_heads
+from flexprefill.plotting.layers import plot_layers
+from flexprefill.plotting.times import TimeLine, plot_times, spread
+
+__all__ = [
+    "BOTH",
+    "COLUMNS",
+    "DROPPED",
+    "GAP_X",
+    "KEPT",
+    "LEFT",
+    "ONLY_FIRST",
+    "ONLY_SECOND",
+    "TOP",
+    "TimeLine",
+    "kept_shares",
+    "plot_difference",
+    "plot_heads",
+    "plot_layers",
+    "plot_times",
+    "spread",
+    "token_label",
+    "token_ticks",
+]

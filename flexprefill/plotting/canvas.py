@@ -1,0 +1,184 @@
+"""What all pictures share: colours, the figure, panels of whole pixels, axes in tokens."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.errors import FlexPrefillError
+
+# the aim for a panel's longer side, one of several and one alone; each cell gets a whole number of pixels, and
+# a map of more blocks is averaged down to as many cells
+PANEL_PIXELS, LONE_PANEL_PIXELS = 512, 1024
+MIN_HEIGHT = 128  # pixels; of a panel with few query blocks
+COLUMNS = 4
+DPI = 200
+KEPT, DROPPED = "#14508c", "#e3e7ed"
+# pixels around the panels: titles and axis labels
+LEFT, RIGHT, TOP, BOTTOM, GAP_X, GAP_Y = 170, 50, 80, 200, 120, 190
+BAR_WIDTH, BAR_HEIGHT, BAR_BOTTOM = 300, 16, 62  # of a colour scale below the panels, in pixels
+KIBI, MEBI = 1024, 1024**2
+
+
+def token_ticks(first: int, last: int) -> list[int]:
+    """Two to five positions from ``first`` to ``last``, multiples of a power of two."""
+    step = 1
+    while 4 * step < last - first:
+        step *= 2
+    return list(range(math.ceil(first / step) * step, last + 1, step))
+
+
+def token_label(tokens: int) -> str:
+    """A number of tokens, whole multiples of 1,024 as K and of 1,048,576 as M."""
+    for unit, sign in ((MEBI, "M"), (KIBI, "K")):
+        if tokens and tokens % unit == 0:
+            return f"{tokens // unit}{sign}"
+    return str(tokens)
+
+
+def rgb(colour: str) -> Tensor:
+    """A colour #rrggbb as float32 [3] in 0 … 1."""
+    return torch.tensor(list(bytes.fromhex(colour.removeprefix("#")))) / 255
+
+
+def panel_pixels(heads: int) -> int:
+    """The aim for a panel's longer side, and the most cells on it."""
+    return LONE_PANEL_PIXELS if heads == 1 else PANEL_PIXELS
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises unless a picture's path is a file name with a suffix."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file name, got {type(path).__name__}")
+    if not Path(path).suffix:
+        raise ValueError(f"path must end in the kind of picture, such as .png, got {str(path)!r}")
+
+
+def check_titles(titles: Sequence[str] | None, heads: int) -> Sequence[str]:
+    """The titles, "head 0", "head 1", … if None; raises unless there is one for each head."""
+    titles = [f"head {head}" for head in range(heads)] if titles is None else titles
+    if isinstance(titles, str) or not isinstance(titles, Sequence):
+        raise TypeError(f"titles must be a list of names, got {titles!r}")
+    if len(titles) != heads:
+        raise ValueError(f"titles must have one entry for each of the {heads} heads, got {len(titles)}")
+    return titles
+
+
+def check_batch(batch: int, batches: int) -> None:
+    """Raises unless ``batch`` is one of a map's batch entries."""
+    if isinstance(batch, bool) or not isinstance(batch, int):
+        raise TypeError(f"batch must be an int, got {batch!r}")
+    if not 0 <= batch < batches:
+        raise ValueError(f"batch must be one of 0 … {batches - 1}, got {batch}")
+
+
+def new_figure(width: int, height: int) -> Any:
+    """An empty figure of width × height pixels."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlexPrefillError("drawing needs matplotlib: pip install 'flexprefill[viz]'") from error
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def add_axes(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
+    """Axes at these pixels of a figure."""
+    whole_width, whole_height = figure.get_size_inches() * DPI
+    return figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
+
+
+def panel_grid(block_map: BlockMap, factor: int) -> tuple[Any, list[Any]]:
+    """A figure with one axes for each head, in which each cell takes a whole number of pixels."""
+    heads = block_map.shape[1]
+    cell_rows, cell_columns = (math.ceil(blocks / factor) for blocks in block_map.shape[2:])
+    scale = max(1, round(panel_pixels(heads) / max(cell_rows, cell_columns)))
+    width, height = cell_columns * scale, cell_rows * max(scale, math.ceil(MIN_HEIGHT / cell_rows))
+    columns = min(heads, COLUMNS)
+    rows = math.ceil(heads / columns)
+    total_width = LEFT + columns * width + (columns - 1) * GAP_X + RIGHT
+    total_height = TOP + rows * height + (rows - 1) * GAP_Y + BOTTOM
+    figure = new_figure(total_width, total_height)
+    panels = []
+    for head in range(heads):
+        row, column = divmod(head, columns)
+        left, bottom = LEFT + column * (width + GAP_X), BOTTOM + (rows - 1 - row) * (height + GAP_Y)
+        panels.append(add_axes(figure, left, bottom, width, height))
+    for axes in panels[::COLUMNS]:
+        axes.set_ylabel("query token", fontsize=10)
+    for axes in panels[-COLUMNS:]:
+        axes.set_xlabel("key token", fontsize=10)
+    return figure, panels
+
+
+def draw_cells(axes: Any, cells: Any, block_map: BlockMap, factor: int, **colours: Any) -> Any:
+    """Draws a panel's cells, numbers [r, c] or colours [r, c, 3], with ticks in tokens, and returns the image."""
+    cell, offset = factor * block_map.block_size, block_map.offset
+    image = axes.imshow(
+        cells,
+        extent=(0, cells.shape[1] * cell, offset + cells.shape[0] * cell, offset),
+        aspect="auto",
+        interpolation="nearest",  # exact, since each cell is a whole number of pixels
+        zorder=3,  # above the tick marks, which begin half inside the panel
+        **colours,
+    )
+    for axis, first in ((axes.xaxis, 0), (axes.yaxis, offset)):
+        axis.set_ticks(ticks := token_ticks(first, block_map.kv_len), [token_label(tick) for tick in ticks])
+    axes.tick_params(labelsize=9, length=2, width=0.5, pad=2)
+    axes.spines[:].set_visible(False)  # a frame would cover part of the outer cells
+    return image
+
+
+def colour_map(*colours: str) -> Any:
+    """A scale that runs through these colours, white for what has no number."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("scale", colours).with_extremes(bad="white")
+
+
+def share_norm() -> Any:
+    """Where a share stands on a scale: :func:`~flexprefill.plotting.cells.shade` in matplotlib's terms."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, 1)
+
+
+def add_colour_bar(figure: Any, image: Any, centre: float, label: str, ticks: Sequence[float]) -> None:
+    """A colour scale below the panels, its middle at pixel ``centre``."""
+    bar = add_axes(figure, centre - BAR_WIDTH / 2, BAR_BOTTOM, BAR_WIDTH, BAR_HEIGHT)
+    figure.colorbar(image, cax=bar, orientation="horizontal").set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
+    style_bar(bar, label)
+
+
+def style_bar(bar: Any, label: str) -> None:
+    """The look of a colour scale's title and ticks."""
+    bar.set_title(label, fontsize=8, pad=3)
+    bar.tick_params(labelsize=8, length=2, width=0.5)
+    bar.spines[:].set_visible(False)
+
+
+def add_patches(figure: Any, colours: dict[str, str]) -> None:
+    """A patch of each colour below the panels, with its name."""
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(
+        handles=patches,
+        loc="lower center",
+        ncols=len(patches),
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.8,
+        handlelength=1.2,
+        columnspacing=1.4,
+    )

@@ -1,0 +1,71 @@
+"""Pictures of a map's heads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.plotting.canvas import (
+    DPI,
+    DROPPED,
+    KEPT,
+    add_colour_bar,
+    add_patches,
+    check_batch,
+    check_path,
+    check_titles,
+    colour_map,
+    draw_cells,
+    panel_grid,
+    panel_pixels,
+    share_norm,
+)
+from flexprefill.plotting.cells import cell_factor, head_shares
+
+
+def plot_heads(
+    block_map: BlockMap,
+    path: str | os.PathLike[str],
+    *,
+    titles: Sequence[str] | None = None,
+    batch: int = 0,
+) -> None:
+    """Draws a map into a file, one panel a head: queries down, keys to the right, both in tokens.
+
+    Kept blocks are dark, causal blocks that are dropped light, and the causal future is blank. A map of more
+    than 512 blocks on a side, 1,024 if it has one head, is averaged: a cell then stands for several blocks, and its
+    colour goes by the square root of the share of its causal blocks that is kept, so that one of them is seen; a
+    scale below the panels shows it.
+
+    Args:
+        block_map: [B, H, M, N].
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        titles: a name for each head; "head 0", "head 1", … if None.
+        batch: the batch entry to draw.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        FlexPrefillError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    check_path(path)
+    check_batch(batch, block_map.shape[0])
+    titles = check_titles(titles, block_map.shape[1])
+
+    factor = cell_factor(block_map, panel_pixels(block_map.shape[1]))
+    figure, panels = panel_grid(block_map, factor)
+    colours = {"cmap": colour_map(DROPPED, KEPT), "norm": share_norm()}
+    density = block_map.density()[batch].tolist()
+    for head, axes in enumerate(panels):
+        cells = head_shares(block_map, batch, head, factor)
+        image = draw_cells(axes, cells.numpy(), block_map, factor, **colours)
+        axes.set_title(f"{titles[head]}, {100 * density[head]:.1f} % kept", fontsize=11, pad=7)
+    if factor == 1:
+        add_patches(figure, {"kept block": KEPT, "dropped block": DROPPED})
+    else:
+        label = f"kept share of the {factor} × {factor} blocks of a cell"
+        add_colour_bar(figure, image, figure.get_size_inches()[0] * DPI / 2, label, [0, 0.25, 1])
+    figure.savefig(path, facecolor="white")

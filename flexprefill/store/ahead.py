@@ -1,0 +1,23 @@
+"""Files, checksums and bits in threads beside the caller: none of them holds Python's lock for long."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1) -> Iterator[Result]:
+    """The results of ``work`` on each item in order; so many threads work while the caller has an earlier result."""
+    with ThreadPoolExecutor(threads, "flexprefill-masks") as pool:
+        begun: deque[Future[Result]] = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()

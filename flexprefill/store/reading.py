@@ -1,0 +1,231 @@
+"""load_masks and read_mask_info: what is read is checked first, and only what was asked for is read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_config
+from flexprefill.config import PrefillConfig
+from flexprefill.errors import MaskFileError
+from flexprefill.store.ahead import ahead
+from flexprefill.store.container import Container, Source, opened, read_container
+from flexprefill.store.contents import (
+    SIZES,
+    TABLES,
+    MaskFileInfo,
+    check_entries,
+    check_model,
+    hash_token_ids,
+    read_description,
+    tensor_name,
+)
+from flexprefill.store.heads import PlainUnpacking, TriangleUnpacking, even_step, words_shape, zero_streams
+
+THREADS = 2  # more wait for each other and for the memory
+UNPACKING = {1: PlainUnpacking, 2: TriangleUnpacking}  # by format version
+
+
+@dataclass(frozen=True)
+class _MaskFile:
+    """An open mask file whose header and tables are checked.
+
+    Attributes:
+        checksums: per layer one for each head, in the order of the file; empty in version 1.
+    """
+
+    source: Source
+    container: Container
+    info: MaskFileInfo
+    checksums: dict[int, Sequence[int]]
+
+
+def load_masks(
+    path: str | os.PathLike[str],
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    device: torch.device | str = "cpu",
+    config: PrefillConfig | None = None,
+    model: str | None = None,
+    token_ids: Tensor | Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, BlockMap]:
+    """The maps of a file by layer.
+
+    Args:
+        path: a file that :func:`save_masks` wrote.
+        layers: only these layers; the others are not read.
+        heads: only these heads of each layer, in this order; the others are not read.
+        device: where to put the maps.
+        config, model, token_ids: what the file has to have been saved with; None takes any.
+        progress: called with 1 after each layer.
+
+    Raises:
+        MaskFileError: the file is missing, truncated, changed in any bit that was read, of another kind or of a newer
+            format, or was not saved with this ``config``, ``model`` or ``token_ids``.
+        TypeError: an argument is not of its kind.
+        ValueError: the file has no such layer or head.
+    """
+    layers, heads = _number_list("layers", layers), _number_list("heads", heads)
+    device = torch.device(device)
+    expected = _expectations(config, model, token_ids)
+    with opened(path) as source:
+        file = _read_mask_file(source)
+        info = file.info
+        for name, wanted in expected.items():
+            if getattr(info, name) != wanted:
+                raise MaskFileError(
+                    f"{path} was saved with {name} {getattr(info, name)!r}, not the expected {wanted!r}"
+                )
+        chosen = list(info.layers) if layers is None else layers
+        if missing := [layer for layer in chosen if layer not in info.layers]:
+            raise ValueError(f"layers has {missing}, but {path} holds {list(info.layers)}")
+        for layer in chosen:
+            count = info.layers[layer]["shape"][1]
+            if heads is not None and not all(0 <= head < count for head in heads):
+                raise ValueError(f"heads must be some of 0 … {count - 1} for layer {layer} of {path}, got {heads}")
+        masks = {}
+        parts = ahead(functools.partial(_read_part, file), _parts(info, chosen, heads), threads=THREADS)
+        with contextlib.closing(parts) as read:
+            for layer, block_map in read:
+                if block_map is not None:
+                    masks[layer] = block_map.to(device)
+                    if progress is not None:
+                        progress(1)
+        return masks
+
+
+def read_mask_info(path: str | os.PathLike[str]) -> MaskFileInfo:
+    """What a mask file says of itself: what it was saved with, sizes and densities by layer. No mask is read.
+
+    Raises:
+        TypeError: ``path`` is no file name.
+        MaskFileError: the file is missing, truncated, changed in any bit but those of the masks, of another kind or
+            of a newer format.
+    """
+    with opened(path) as source:
+        return _read_mask_file(source).info
+
+
+def _read_mask_file(source: Source) -> _MaskFile:
+    container = read_container(source)
+    try:
+        info = read_description(container.metadata)
+        check_entries(info, container.entries)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise source.refusal(error) from error
+    if info.format_version == 1:
+        return _MaskFile(source, container, info, {})
+
+    tables = {name: source.read(*container.place(name)) for name in TABLES}
+    header_sum, table_sum = struct.unpack("<2I", tables["checksums"])
+    if zlib.crc32(container.head) != header_sum:
+        raise source.refusal("its header does not have the checksum at its end")
+    if zlib.crc32(tables["density"] + tables["crc32"]) != table_sum:
+        raise source.refusal("its tables do not have the checksum at its end")
+    densities = iter(struct.unpack(f"<{len(tables['density']) // 4}f", tables["density"]))
+    checksums = iter(struct.unpack(f"<{len(tables['crc32']) // 4}I", tables["crc32"]))
+    by_layer = {layer: sizes["shape"] for layer, sizes in info.layers.items()}
+    density = {
+        layer: tuple(tuple(islice(densities, heads)) for _ in range(batch))
+        for layer, (batch, heads) in by_layer.items()
+    }
+    return _MaskFile(
+        source,
+        container,
+        replace(info, density=density),
+        {layer: tuple(islice(checksums, batch * heads)) for layer, (batch, heads) in by_layer.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some heads to read of a layer.
+
+    Attributes:
+        stored: their numbers in the file's layer, over the whole batch.
+        words: where they go, [heads, M · W], zero.
+        whole: the layer's map if these are its last heads.
+    """
+
+    layer: int
+    stored: list[int]
+    unpacking: PlainUnpacking | TriangleUnpacking
+    words: NDArray[np.int32]
+    whole: BlockMap | None
+
+
+def _parts(info: MaskFileInfo, layers: Sequence[int], heads: Sequence[int] | None) -> Iterator[_Part]:
+    """What to read, some heads at a time, with memory for it."""
+    unpacking_for = functools.lru_cache(maxsize=1)(UNPACKING[info.format_version])
+    for layer in layers:
+        lengths = {name: info.layers[layer][name] for name in SIZES}
+        batch, in_file = info.layers[layer]["shape"]
+        chosen = range(in_file) if heads is None else heads
+        stored = [b * in_file + head for b in range(batch) for head in chosen]
+        shape = batch, len(chosen), *words_shape(**lengths)
+        words = np.zeros(shape, np.int32)  # as torch.zeros, but no page is touched before it is filled
+        block_map = BlockMap(torch.from_numpy(words), **lengths)
+        words = words.reshape(len(stored), -1)
+        unpacking = unpacking_for(**lengths)
+        step = even_step(len(stored), unpacking.most)
+        for first in range(0, len(stored), step):
+            end = first + step
+            whole = block_map if end >= len(stored) else None
+            yield _Part(layer, stored[first:end], unpacking, words[first:end], whole)
+
+
+def _read_part(file: _MaskFile, part: _Part) -> tuple[int, BlockMap | None]:
+    """Reads the part's heads, checks them and fills its words; the layer, and its map if it is whole now."""
+    layer, size = part.layer, part.unpacking.size
+    start, _ = file.container.place(tensor_name(layer))
+    streams, as_words = zero_streams(len(part.stored), size)
+    for head, stream in zip(part.stored, streams, strict=True):
+        file.source.fill(stream, start + head * size)
+        if layer in file.checksums and zlib.crc32(stream) != file.checksums[layer][head]:
+            b, h = divmod(head, file.info.layers[layer]["shape"][1])
+            raise MaskFileError(
+                f"{file.source.path} is damaged: layer {layer}, batch entry {b}, head {h} does not have its checksum"
+            )
+    if not part.unpacking.unpack(as_words, part.words):
+        raise MaskFileError(f"{file.source.path} is damaged: layer {layer} has bits outside its triangle")
+    return layer, part.whole
+
+
+def _number_list(name: str, numbers: Iterable[int] | None) -> list[int] | None:
+    if numbers is None:
+        return None
+    listed = list(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, (str, bytes)) else [None]
+    if not all(type(number) is int for number in listed):
+        raise TypeError(f"{name} must be a list of ints or None, got {numbers!r}")
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"{name} must name at least one and none twice, got {listed}")
+    return listed
+
+
+def _expectations(
+    config: PrefillConfig | None, model: str | None, token_ids: Tensor | Sequence[int] | None
+) -> dict[str, object]:
+    """What the file's info has to say, by the names of its attributes."""
+    expected: dict[str, object] = {}
+    if config is not None:
+        check_config(config)
+        expected["config"] = config
+    if model is not None:
+        expected["model"] = check_model(model)
+    if token_ids is not None:
+        expected["token_ids_hash"] = hash_token_ids(token_ids)
+    return expected

@@ -1,0 +1,152 @@
+"""save_masks: one layer after the other goes to a new file, the header last."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexprefill.blockmap import BlockMap
+from flexprefill.config import PrefillConfig
+from flexprefill.store.ahead import ahead
+from flexprefill.store.container import HEADER_LIMIT, Entry, check_path, header_bytes, placed_entries
+from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
+from flexprefill.store.heads import TrianglePacking, even_step, zero_streams
+from flexprefill.store.whole_file import start_writing_back, whole_file, write_at
+
+
+def save_masks(
+    path: str | os.PathLike[str],
+    masks: Mapping[int, BlockMap],
+    *,
+    config: PrefillConfig | None = None,
+    metadata: Mapping[str, str] | None = None,
+    model: str | None = None,
+    token_ids: Tensor | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Saves maps by layer into one safetensors file, which appears whole or not at all.
+
+    The maps are taken in ascending order, each once, and each is written before the next is taken: with a mapping
+    that makes them on access, only one is in memory at a time.
+
+    Args:
+        path: the file; one that exists is replaced.
+        masks: layer number to map; maps may differ in lengths, heads and device.
+        config: the settings that made the masks, kept in the file.
+        metadata: the caller's own entries, str to str, kept in the file.
+        model: the name of the model whose masks they are, kept in the file.
+        token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
+        dtype: of the queries and keys that the masks were made from, kept in the file.
+        progress: called with 1 after each layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind.
+        OSError: the file cannot be written.
+    """
+    check_path(path)
+    numbers = _layer_numbers(masks)
+    description = describe(config, metadata, model, token_ids, dtype)
+    start = _header_room(description, numbers)
+    layers: dict[int, dict[str, Any]] = {}
+    densities: list[float] = []
+    checksums: list[int] = []
+    with whole_file(path) as file:
+        end = start
+
+        def write(packed: _Packed) -> tuple[list[float], list[int]]:
+            """Appends the streams to the file; the density and the checksum of each."""
+            nonlocal end
+            together = b"".join(packed.streams)
+            write_at(file, together, end)
+            start_writing_back(file, end, len(together))
+            end += len(together)
+            kept = np.bitwise_count(packed.words.view(np.uint32)).sum(1, dtype=np.int64)
+            return (kept / packed.bits).tolist(), [zlib.crc32(stream) for stream in packed.streams]
+
+        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, progress))) as written:
+            for shares, sums in written:
+                densities += shares
+                checksums += sums
+        description["layers"] = json.dumps(layers)
+        header = header_bytes(description, placed_entries(planned_tensors(FORMAT_VERSION, layers)), start)
+        tables = struct.pack(f"<{len(densities)}f", *densities) + struct.pack(f"<{len(checksums)}I", *checksums)
+        write_at(file, tables + struct.pack("<2I", zlib.crc32(header), zlib.crc32(tables)), end)
+        write_at(file, header, 0)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Streams of ``bits`` blocks each, as bytes, and in the same memory as words [heads, bits / 32 rounded up]."""
+
+    bits: int
+    streams: list[memoryview]
+    words: NDArray[np.int32]
+
+
+def _packed(
+    masks: Mapping[int, BlockMap],
+    numbers: Sequence[int],
+    layers: dict[int, dict[str, Any]],
+    progress: Callable[[int], None] | None,
+) -> Iterator[_Packed]:
+    """The heads' streams, some at a time; notes the sizes of each layer in ``layers`` on the way."""
+    packing_for = functools.lru_cache(maxsize=1)(TrianglePacking)
+
+    def pack_layer(layer: int, block_map: BlockMap) -> Iterator[_Packed]:
+        if not isinstance(block_map, BlockMap):
+            raise TypeError(f"masks[{layer}] must be a BlockMap, got {type(block_map).__name__}")
+        lengths = {name: int(getattr(block_map, name)) for name in SIZES}
+        layers[layer] = lengths | {"shape": block_map.shape[:2]}
+        packing = packing_for(**lengths)
+        heads = block_map.words.to("cpu").reshape(-1, packing.words).numpy()  # [B · H, M · W]
+        step = even_step(len(heads), packing.most)
+        for first in range(0, len(heads), step):
+            words = heads[first : first + step]
+            packed = _Packed(packing.bits, *zero_streams(len(words), packing.size))
+            packing.pack(words, packed.words)
+            yield packed
+
+    for layer in numbers:
+        yield from pack_layer(layer, masks[layer])  # which alone holds the map, and is done with it after
+        if progress is not None:
+            progress(1)
+
+
+def _layer_numbers(masks: Mapping[int, BlockMap]) -> list[int]:
+    """The keys in ascending order."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks must be a mapping of layer numbers to BlockMaps, got {type(masks).__name__}")
+    numbers = list(masks)
+    if not numbers:
+        raise ValueError("masks must hold at least one layer, got none")
+    for layer in numbers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"masks must have layer numbers as keys, got {layer!r}")
+        if not 0 <= layer < 2**31:
+            raise ValueError(f"masks must have layer numbers from 0 up, below 2**31, as keys, got {layer}")
+    return sorted(numbers)
+
+
+def _header_room(description: Mapping[str, str], numbers: Sequence[int]) -> int:
+    """Bytes that the header of any maps with these layers fits in: the sizes are known only as the maps are."""
+    widest = 2**63 - 1  # no size and no place in a file has more digits
+    layers = {layer: dict.fromkeys(SIZES, widest) | {"shape": (widest, widest)} for layer in numbers}
+    names = [*map(tensor_name, numbers), *TABLES]
+    entries = {name: Entry("F32", (widest, widest, widest), widest, widest) for name in names}
+    room = len(header_bytes({**description, "layers": json.dumps(layers)}, entries))
+    if room > HEADER_LIMIT:
+        raise ValueError(f"metadata must leave the header below {HEADER_LIMIT:,} bytes, got {room:,}")
+    return room
