@@ -172,7 +172,7 @@ def test_without_matplotlib_the_picture_is_skipped(tmp_path, monkeypatch):
     "arguments, message",
     [
         ([], "required: COMMAND"),
-        (["view"], "invalid choice: 'view'"),
+        (["look"], "invalid choice: 'look'"),
         (["demo", "--length", "12"], "--length: must be at least 1024, got 12"),
         (["demo", "--length", "many"], "--length: must be a whole number, got 'many'"),
         (["demo", "--length", "1000000000"], "length must be at most"),
