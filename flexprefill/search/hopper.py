@@ -17,8 +17,10 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before 
 
 
 @gluon.jit
-def _bounds(I, offset, q_len, kv_len, rows, columns, sink, window, last_full):
+def _bounds(I, sizes, rule):
     """Of query block I: blocks visible, the first in the window, blocks with a score, tiles that need no masking."""
+    offset, q_len, kv_len, rows, columns = sizes
+    sink, window, last_full = rule
     last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
     visible = last // BLOCK + 1
     window_start = gl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
@@ -119,33 +121,13 @@ def _store_words(words_row, scratch, threshold, visible, window_start, scored, s
 
 
 @gluon.jit
-def _start(
-    tile,
-    heads_total,
-    query_ptr,
-    means_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    offset,
-    q_len,
-    kv_len,
-    rows,
-    columns,
-    HEADS,
-    GROUP,
-    sink,
-    window,
-    last_full,
-    q_smem,
-    k_smem,
-    D: gl.constexpr,
-    COPY: gl.constexpr,
-):
+def _start(tile, inputs, sizes, rule, q_smem, k_smem, D: gl.constexpr, COPY: gl.constexpr):
     """Starts the copies of a query block and of its first means, if it needs them."""
+    query_ptr, means_ptr, stride_b, stride_h, stride_s, heads_total, HEADS, GROUP = inputs
+    _, q_len, _, rows, columns = sizes
     I = rows - 1 - tile // heads_total
     batch_head = (tile % heads_total).to(gl.int64)
-    _, _, scored, _ = _bounds(I, offset, q_len, kv_len, rows, columns, sink, window, last_full)
+    _, _, scored, _ = _bounds(I, sizes, rule)
     if scored > 0:
         query = query_ptr + (batch_head // HEADS) * stride_b + (batch_head % HEADS) * stride_h
         _copy_query(q_smem, query, I * BLOCK, q_len, stride_s, D, COPY)
@@ -190,35 +172,14 @@ def search_kernel(
     offset = kv_len - q_len
     hidden = gl.where(qk_scale > 0, float("-inf"), float("inf"))
     heads_total = tiles // rows
-    _start(
-        program,
-        heads_total,
-        query_ptr,
-        means_ptr,
-        stride_b,
-        stride_h,
-        stride_s,
-        offset,
-        q_len,
-        kv_len,
-        rows,
-        columns,
-        HEADS,
-        GROUP,
-        sink,
-        window,
-        last_full,
-        q_smem,
-        k_smem,
-        D,
-        COPY,
-    )
+    inputs = (query_ptr, means_ptr, stride_b, stride_h, stride_s, heads_total, HEADS, GROUP)
+    sizes = (offset, q_len, kv_len, rows, columns)
+    rule = (sink, window, last_full)
+    _start(program, inputs, sizes, rule, q_smem, k_smem, D, COPY)
     for tile in range(program, tiles, gl.num_programs(0)):
         I = rows - 1 - tile // heads_total
         batch_head = (tile % heads_total).to(gl.int64)
-        visible, window_start, scored, unmasked = _bounds(
-            I, offset, q_len, kv_len, rows, columns, sink, window, last_full
-        )
+        visible, window_start, scored, unmasked = _bounds(I, sizes, rule)
         steps = (scored + TILE - 1) // TILE
         threshold = 0.0
         if steps > 0:
@@ -258,29 +219,7 @@ def search_kernel(
             # the scores were written, and the queries read, by other threads of this program
             _barrier()
         if tile + gl.num_programs(0) < tiles:
-            _start(
-                tile + gl.num_programs(0),
-                heads_total,
-                query_ptr,
-                means_ptr,
-                stride_b,
-                stride_h,
-                stride_s,
-                offset,
-                q_len,
-                kv_len,
-                rows,
-                columns,
-                HEADS,
-                GROUP,
-                sink,
-                window,
-                last_full,
-                q_smem,
-                k_smem,
-                D,
-                COPY,
-            )
+            _start(tile + gl.num_programs(0), inputs, sizes, rule, q_smem, k_smem, D, COPY)
         words_row = words_ptr + (batch_head * rows + I) * width
         _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS)
         # the next tile overwrites scores that other threads may still read

@@ -51,18 +51,8 @@ def pool_kernel(
 
 @triton.jit
 def _tile_products(
-    means_base,
-    query_base,
-    q_t,
     j,
-    columns,
-    row,
-    offset,
-    q_len,
-    kv_len,
-    stride_s,
-    stride_d,
-    hidden,
+    inputs,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     D_STEP: tl.constexpr,
@@ -73,6 +63,7 @@ def _tile_products(
 
     MASKED puts hidden where a row does not see the whole of block j, or is past the end.
     """
+    means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden = inputs
     if D_STEP == D_PAD:
         d = tl.arange(0, D_PAD)
         pointers = means_base + j[:, None] * D + d[None, :]
@@ -123,6 +114,14 @@ def _store(scratch_base, scores, j, columns, stride, best):
     inside = j[:, None] < columns
     tl.store(scratch_base + q[None, :] * stride + j[:, None], scores, mask=inside)
     return tl.maximum(best, tl.where((tl.abs(scores) < float("inf")) & inside, scores, float("-inf")))
+
+
+@triton.jit
+def _add_sums(products, qk_scale, shift, scratch_base, j, columns, stride, scored, best, doubtful):
+    """Stores a tile's block scores relative to 2^shift; doubtful where that says too little."""
+    sums = _sums(products, qk_scale, shift)
+    best = _store(scratch_base, sums, j, columns, stride, best)
+    return best, doubtful | ((j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf"))))
 
 
 @triton.jit(
@@ -213,109 +212,39 @@ def search_kernel(
                 queries = tl.load(query_base + q_offsets, mask=q_mask, other=0.0)
                 q_t = tl.trans(queries)
                 exact = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
-                if not exact:
-                    j = tl.arange(0, TILE)
-                    products = _tile_products(
-                        means_base,
-                        query_base,
-                        q_t,
-                        j,
-                        columns,
-                        row,
-                        offset,
-                        q_len,
-                        kv_len,
-                        stride_s,
-                        stride_d,
-                        hidden,
-                        D,
-                        D_PAD,
-                        D_STEP,
-                        BLOCK,
-                        True,
+            inputs = (means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden)
+            if not exact:
+                j = tl.arange(0, TILE)
+                products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
+                shift = tl.max(tl.max(products * qk_scale, 2), 0)
+                shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+                doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
+                best, doubtful = _add_sums(
+                    products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
+                )
+                # blocks in tiles that every row sees whole
+                unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
+                if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
+                    unmasked = 0
+                for j0 in range(TILE, unmasked, TILE):
+                    j = j0 + tl.arange(0, TILE)
+                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, False)
+                    best, doubtful = _add_sums(
+                        products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
                     )
-                    shift = tl.max(tl.max(products * qk_scale, 2), 0)
-                    shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
-                    sums = _sums(products, qk_scale, shift)
-                    best = _store(scratch_base, sums, j, columns, scratch_stride, best)
-                    doubtful = (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
-                    # blocks in tiles that every row sees whole
-                    unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
-                    if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
-                        unmasked = 0
-                    for j0 in range(TILE, unmasked, TILE):
-                        j = j0 + tl.arange(0, TILE)
-                        products = _tile_products(
-                            means_base,
-                            query_base,
-                            q_t,
-                            j,
-                            columns,
-                            row,
-                            offset,
-                            q_len,
-                            kv_len,
-                            stride_s,
-                            stride_d,
-                            hidden,
-                            D,
-                            D_PAD,
-                            D_STEP,
-                            BLOCK,
-                            False,
-                        )
-                        sums = _sums(products, qk_scale, shift)
-                        best = _store(scratch_base, sums, j, columns, scratch_stride, best)
-                        doubtful |= (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
-                    for j0 in range(tl.maximum(unmasked, TILE), most, TILE):
-                        j = j0 + tl.arange(0, TILE)
-                        products = _tile_products(
-                            means_base,
-                            query_base,
-                            q_t,
-                            j,
-                            columns,
-                            row,
-                            offset,
-                            q_len,
-                            kv_len,
-                            stride_s,
-                            stride_d,
-                            hidden,
-                            D,
-                            D_PAD,
-                            D_STEP,
-                            BLOCK,
-                            True,
-                        )
-                        sums = _sums(products, qk_scale, shift)
-                        best = _store(scratch_base, sums, j, columns, scratch_stride, best)
-                        doubtful |= (j[:, None] < scored[None, :]) & ((sums == 0) | (sums == float("inf")))
-                    exact = tl.max(doubtful.to(tl.int32)) != 0
-                    threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
+                for j0 in range(tl.maximum(unmasked, TILE), most, TILE):
+                    j = j0 + tl.arange(0, TILE)
+                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
+                    best, doubtful = _add_sums(
+                        products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
+                    )
+                exact = tl.max(doubtful.to(tl.int32)) != 0
+                threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
             if exact:
                 best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
                 for j0 in range(0, most, TILE):
                     j = j0 + tl.arange(0, TILE)
-                    products = _tile_products(
-                        means_base,
-                        query_base,
-                        q_t,
-                        j,
-                        columns,
-                        row,
-                        offset,
-                        q_len,
-                        kv_len,
-                        stride_s,
-                        stride_d,
-                        hidden,
-                        D,
-                        D_PAD,
-                        D_STEP,
-                        BLOCK,
-                        True,
-                    )
+                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
                     best = _store(scratch_base, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
                 threshold = tl.max(best, 0) + log2_alpha
             # the scores were written by other threads of this program
@@ -482,5 +411,5 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
 
 
 def _multiprocessors(device: torch.device) -> int:
-    # the interpreter runs programs one by one; two exercise the persistent loop
+    # the interpreter runs programs one by one: a few of them exercise the persistent loop
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
