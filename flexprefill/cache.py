@@ -6,13 +6,13 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
+from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
 from flexprefill.search import search_blocks
 from flexprefill.search.rule import Rule
@@ -46,7 +46,7 @@ class _Identity:
     """What two prompts are compared by: the caller's key, or a chain of hashes over their tokens."""
 
     key: Hashable | None
-    chain: tuple[bytes, ...]
+    chain: tuple[bytes, ...] = field(compare=False)  # whole and length say as much
     whole: bytes
     length: int
 
@@ -271,12 +271,10 @@ def _rows(block_map: BlockMap, first: int, end: int) -> BlockMap:
 
 
 def _hash_tokens(token_ids: Tensor | Sequence[int]) -> _Identity:
-    tokens = torch.as_tensor(token_ids)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"token_ids must be whole numbers, got {tokens.dtype}")
+    tokens = token_tensor(token_ids)
     if tokens.dim() not in (1, 2) or 0 in tokens.shape:
         raise ValueError(f"token_ids must be [S] or [B, S], got {list(tokens.shape)}")
-    by_position = tokens.to("cpu", torch.int64).reshape(-1, tokens.shape[-1]).T.contiguous()  # [S, B]
+    by_position = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]).T.contiguous()  # [S, B]
     digest = hashlib.sha256(str(by_position.shape[1]).encode())
     chain = []
     length = by_position.shape[0]

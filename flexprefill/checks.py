@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -119,3 +121,31 @@ def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
 def check_last_chunk(last_chunk: object) -> None:
     if not isinstance(last_chunk, bool):
         raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
+
+
+def check_index(name: str, index: object, size: int) -> None:
+    """Raises unless it is an int in 0 … size - 1."""
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"{name} must be an int, got {index!r}")
+    if not 0 <= index < size:
+        raise ValueError(f"{name} must be one of 0 … {size - 1}, got {index}")
+
+
+def check_path(path: object) -> None:
+    """Raises TypeError unless it is a file name."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file name, got {type(path).__name__}")
+
+
+def token_tensor(token_ids: Tensor | Sequence[int]) -> Tensor:
+    """A prompt's tokens on the CPU, of any shape; TypeError unless they are whole numbers."""
+    try:
+        tokens = torch.as_tensor(token_ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"token_ids must be a tensor or list of whole numbers, got {type(token_ids).__name__}"
+        ) from error
+    # an empty list is of no dtype
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise TypeError(f"token_ids must be whole numbers, got {tokens.dtype}")
+    return tokens

@@ -8,13 +8,10 @@ some millions of unrelated ones. The same seed, length and standard library give
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 import platform
 import re
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +30,7 @@ from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import attention_recall
 from flexprefill.plotting import plot_heads
+from flexprefill.progress import stage
 from flexprefill.search import reference, search_blocks
 from flexprefill.search.rule import Rule
 from flexprefill.store import save_masks
@@ -253,19 +251,6 @@ def time_calls(
             seconds[name].append(timed(call, device)[1])
             advance(1)
     return {name: runs[1:] for name, runs in seconds.items()}
-
-
-@contextlib.contextmanager
-def stage(name: str, steps: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr that a stage goes on: a bar with tqdm, else a line. Yields what to call as steps are done."""
-    if importlib.util.find_spec("tqdm") is None:
-        print(f"{name} …", file=sys.stderr, flush=True)
-        yield lambda steps: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc=name, leave=False, file=sys.stderr) as bar:
-        yield bar.update
 
 
 def describe(prompt: Prompt, config: PrefillConfig) -> str:

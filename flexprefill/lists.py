@@ -37,12 +37,10 @@ class ListBuffers:
 
     def lists_of(self, words: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
-        counts = words.shape[:3]
         held = self._lists
-        if held is None or held[1].shape != (*counts, columns) or held[1].device != words.device:
+        if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
             self._lists = None  # before the new ones: both at once may not fit
-            shapes = (counts, (*counts, columns)) * 2
-            self._lists = tuple(torch.zeros(shape, dtype=torch.int32, device=words.device) for shape in shapes)
+            self._lists = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
         return self._lists
 
 
@@ -74,10 +72,15 @@ def index_lists(
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
-    shapes = (words.shape[:3], (*words.shape[:3], ceil_div(kv_len, block_size))) * 2
-    lists = tuple(torch.empty(shape, dtype=torch.int32, device=words.device) for shape in shapes)
+    lists = tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))
     _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=False)
     return lists
+
+
+def _shapes(words: Tensor, columns: int) -> tuple[tuple[int, ...], ...]:
+    """Of partial counts, partial indices, full counts and full indices for words [B, H, M, W]."""
+    counts = tuple(words.shape[:3])
+    return (counts, (*counts, columns)) * 2
 
 
 def _fill(
@@ -117,6 +120,4 @@ def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
 
 @index_lists.register_fake
 def _(words, q_len, kv_len, block_size, all_partial):
-    counts = words.shape[:3]
-    indices = (*counts, ceil_div(kv_len, block_size))
-    return tuple(words.new_empty(shape) for shape in (counts, indices, counts, indices))
+    return tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))

@@ -8,6 +8,7 @@ import torch
 
 import flexprefill
 from flexprefill import PrefillConfig, attention_recall, cli, demo, load_masks, read_mask_info
+from flexprefill.progress import stage
 
 LENGTH, SEED, ALPHA = 2000, 3, 0.5
 
@@ -153,8 +154,8 @@ def test_the_share_that_is_always_kept_is_counted():
 
 
 def test_without_tqdm_a_stage_is_a_line(capsys, monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with demo.stage("counting", 2) as advance:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with stage("counting", 2) as advance:
         advance(1)
     assert capsys.readouterr() == ("", "counting …\n")
 

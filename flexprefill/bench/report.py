@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from flexprefill.bench.contestants import DENSE, WHOLE
 from flexprefill.bench.measure import Result, Run
 from flexprefill.bench.settings import Settings
 from flexprefill.plotting import TimeLine, token_label
+from flexprefill.store.whole_file import whole_file, write_at
 
 WIDTH = 118
 NAME_WIDTH, CELL_WIDTH = 23, 13
@@ -146,10 +145,8 @@ def time_lines(runs: Sequence[Run], names: Mapping[str, str]) -> list[TimeLine]:
 def write_json(path: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """Writes the record and its runs, whole or not at all."""
     text = json.dumps({**record, "runs": [dataclasses.asdict(run) for run in runs]}, indent=1) + "\n"
-    with tempfile.TemporaryDirectory(prefix=".flexprefill-", dir=path.parent) as folder:
-        whole = Path(folder, path.name)
-        whole.write_text(text)
-        os.replace(whole, path)
+    with whole_file(path) as file:
+        write_at(file, text.encode(), 0)
 
 
 def best_dense(run: Run) -> Result | None:

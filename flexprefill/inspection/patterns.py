@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, unpack_bits, visible_blocks
-from flexprefill.checks import check_config
+from flexprefill.checks import check_config, check_index
 from flexprefill.config import PrefillConfig
 
 PATTERNS = ("sink", "window", "last", "vertical", "slash", "scattered")  # of the codes 1 … 6
@@ -48,10 +48,7 @@ def block_patterns(block_map: BlockMap, head: int, *, batch: int = 0, config: Pr
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
     for name, index, size in (("batch", batch, block_map.shape[0]), ("head", head, block_map.shape[1])):
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"{name} must be an int, got {index!r}")
-        if not 0 <= index < size:
-            raise ValueError(f"{name} must be one of 0 … {size - 1}, got {index}")
+        check_index(name, index, size)
     if config is None:
         config = PrefillConfig(last_full_blocks=0)
     check_config(config)

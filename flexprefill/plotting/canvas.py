@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_path
 from flexprefill.errors import FlexPrefillError
 
 # the aim for a panel's longer side, one of several and one alone; each cell gets a whole number of pixels, and
@@ -53,10 +54,9 @@ def panel_pixels(heads: int) -> int:
     return LONE_PANEL_PIXELS if heads == 1 else PANEL_PIXELS
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
+def check_picture_path(path: str | os.PathLike[str]) -> None:
     """Raises unless a picture's path is a file name with a suffix."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a file name, got {type(path).__name__}")
+    check_path(path)
     if not Path(path).suffix:
         raise ValueError(f"path must end in the kind of picture, such as .png, got {str(path)!r}")
 
@@ -69,14 +69,6 @@ def check_titles(titles: Sequence[str] | None, heads: int) -> Sequence[str]:
     if len(titles) != heads:
         raise ValueError(f"titles must have one entry for each of the {heads} heads, got {len(titles)}")
     return titles
-
-
-def check_batch(batch: int, batches: int) -> None:
-    """Raises unless ``batch`` is one of a map's batch entries."""
-    if isinstance(batch, bool) or not isinstance(batch, int):
-        raise TypeError(f"batch must be an int, got {batch!r}")
-    if not 0 <= batch < batches:
-        raise ValueError(f"batch must be one of 0 … {batches - 1}, got {batch}")
 
 
 def new_figure(width: int, height: int) -> Any:

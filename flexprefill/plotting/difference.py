@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_index
 from flexprefill.inspection import compare_maps
 from flexprefill.plotting.canvas import (
     BAR_BOTTOM,
@@ -18,8 +19,7 @@ from flexprefill.plotting.canvas import (
     DROPPED,
     add_axes,
     add_patches,
-    check_batch,
-    check_path,
+    check_picture_path,
     check_titles,
     draw_cells,
     panel_grid,
@@ -63,8 +63,8 @@ def plot_difference(
         OSError: the file cannot be written.
     """
     difference = compare_maps(first, second)
-    check_path(path)
-    check_batch(batch, first.shape[0])
+    check_picture_path(path)
+    check_index("batch", batch, first.shape[0])
     titles = check_titles(titles, first.shape[1])
 
     factor = cell_factor(first, panel_pixels(first.shape[1]))

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 
 from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_index
 from flexprefill.plotting.canvas import (
     DPI,
     DROPPED,
     KEPT,
     add_colour_bar,
     add_patches,
-    check_batch,
-    check_path,
+    check_picture_path,
     check_titles,
     colour_map,
     draw_cells,
@@ -51,8 +51,8 @@ def plot_heads(
     """
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
-    check_path(path)
-    check_batch(batch, block_map.shape[0])
+    check_picture_path(path)
+    check_index("batch", batch, block_map.shape[0])
     titles = check_titles(titles, block_map.shape[1])
 
     factor = cell_factor(block_map, panel_pixels(block_map.shape[1]))

@@ -18,7 +18,7 @@ from flexprefill.plotting.canvas import (
     RIGHT,
     add_axes,
     add_colour_bar,
-    check_path,
+    check_picture_path,
     colour_map,
     new_figure,
 )
@@ -57,7 +57,7 @@ def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, l
             raise TypeError(f"values[{layer}] must be a float tensor [H], got {found}")
         if not bool(((shares >= 0) & (shares <= 1)).all()):  # false for NaN as well
             raise ValueError(f"values[{layer}] must be shares in 0 … 1, got {shares.min():g} … {shares.max():g}")
-    check_path(path)
+    check_picture_path(path)
 
     layers, heads = sorted(values), max(shares.numel() for shares in values.values())
     cells = torch.full((len(layers), heads), torch.nan)

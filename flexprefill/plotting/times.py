@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexprefill.plotting.canvas import DROPPED, KEPT, check_path, new_figure, token_label
+from flexprefill.plotting.canvas import DROPPED, KEPT, check_picture_path, new_figure, token_label
 
 # pixels of a picture of times: the whole, the margins around the axes, and from one label to the next
 TIMES_WIDTH, TIMES_HEIGHT = 1900, 1240
@@ -47,7 +47,7 @@ def plot_times(lines: Sequence[TimeLine], path: str | os.PathLike[str], *, title
         FlexPrefillError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    check_path(path)
+    check_picture_path(path)
     if not lines or not all(line.times for line in lines):
         raise ValueError(f"lines must be at least one, each with a time, got {lines!r}")
     figure = new_figure(TIMES_WIDTH, TIMES_HEIGHT)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexprefill.blockmap import ceil_div
+from flexprefill.checks import check_path
 from flexprefill.errors import MaskFileError
 
 LENGTH_BYTES = 8
@@ -107,12 +108,6 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Source]:
         yield source
     finally:
         os.close(descriptor)
-
-
-def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises TypeError unless it is a file name."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a file name, got {type(path).__name__}")
 
 
 def read_container(source: Source) -> Container:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexprefill._version import __version__
 from flexprefill.blockmap import check_sizes
-from flexprefill.checks import check_config
+from flexprefill.checks import check_config, token_tensor
 from flexprefill.config import PrefillConfig
 from flexprefill.store.container import Entry, is_object, is_text, parse_json, parse_object
 from flexprefill.store.heads import triangle_bytes, words_shape
@@ -188,16 +188,9 @@ def hash_config(config: PrefillConfig) -> str:
 
 def hash_token_ids(token_ids: Tensor | Sequence[int]) -> str:
     """SHA-256 of the token ids as little-endian int64, in hexadecimal; their shape does not count."""
-    try:
-        tokens = torch.as_tensor(token_ids, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"token_ids must be a tensor or list of whole numbers, got {type(token_ids).__name__}"
-        ) from error
+    tokens = token_tensor(token_ids)
     if not tokens.numel():
         raise ValueError("token_ids must hold at least one token, got none")
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"token_ids must be whole numbers, got {tokens.dtype}")
     data = bytearray(8 * tokens.numel())
     torch.frombuffer(data, dtype=torch.int64).copy_(tokens.flatten())
     return hashlib.sha256(data).hexdigest()

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
+from flexprefill.checks import check_path
 from flexprefill.config import PrefillConfig
 from flexprefill.store.ahead import ahead
-from flexprefill.store.container import HEADER_LIMIT, Entry, check_path, header_bytes, placed_entries
+from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
 from flexprefill.store.heads import TrianglePacking, even_step, zero_streams
 from flexprefill.store.whole_file import start_writing_back, whole_file, write_at
