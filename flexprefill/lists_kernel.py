@@ -8,27 +8,50 @@ from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
 
-CHUNK = 1024  # columns a step
+ROWS = 4  # a program
+WORDS = 32  # a step, one a lane
+CHUNK = 128  # zeros a step and row
 
 
 @triton.jit
-def _zero_tail(row_ptr, start, end, CHUNK: tl.constexpr):
-    """Zeros row_ptr[start:end]: up to a multiple of 16 one by one, from there in wide stores."""
-    aligned = (start + 15) // 16 * 16
-    edge = start + tl.arange(0, 16)
-    tl.store(row_ptr + edge, 0, mask=(edge < aligned) & (edge < end))
-    for j0 in range(aligned, end, CHUNK):
-        j = tl.multiple_of(j0, 16) + tl.arange(0, CHUNK)
-        tl.store(row_ptr + j, 0, mask=j < end)
+def _append(list_rows, words, w, counts):
+    """Appends the blocks of words [rows, W], the row's words w, behind counts [rows, 1]; returns the new counts."""
+    sizes = words - ((words >> 1) & 0x55555555)
+    sizes = (sizes & 0x33333333) + ((sizes >> 2) & 0x33333333)
+    sizes = (sizes + (sizes >> 4)) & 0x0F0F0F0F
+    sizes = sizes + (sizes >> 8)
+    sizes = (sizes + (sizes >> 16)) & 0x3F
+    rank = counts + tl.cumsum(sizes, 1) - sizes
+    # bit by bit from the lowest, as often as the fullest word has bits
+    for _ in range(0, tl.max(sizes)):
+        lowest = words & -words
+        bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127  # its exponent
+        tl.store(list_rows + rank, w * 32 + bit, mask=words != 0)
+        rank += 1
+        words = words & (words - 1)
+    return counts + tl.sum(sizes, 1, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "offset"])
+@triton.jit
+def _zero_tails(list_rows, starts, ends, CHUNK: tl.constexpr):
+    """Zeros each row from its start to its end [rows, 1]: up to a multiple of 16 one by one, then in wide stores."""
+    aligned = tl.multiple_of((starts + 15) // 16 * 16, [1, 16])
+    edge = starts + tl.arange(0, 16)[None, :]
+    tl.store(list_rows + edge, 0, mask=(edge < aligned) & (edge < ends))
+    first = tl.min(tl.where(aligned < ends, aligned, ends)) // 16 * 16
+    for j0 in range(first, tl.max(ends), CHUNK):
+        j = tl.multiple_of(j0, 16) + tl.arange(0, CHUNK)[None, :]
+        tl.store(list_rows + j, 0, mask=(j >= aligned) & (j < ends))
+
+
+@triton.jit(do_not_specialize=["total", "rows", "width", "offset"])
 def lists_kernel(
     words_ptr,
     partial_num_ptr,
     partial_ptr,
     full_num_ptr,
     full_ptr,
+    total,
     rows,
     columns,
     width,
@@ -36,41 +59,41 @@ def lists_kernel(
     BLOCK: tl.constexpr,
     ALL_PARTIAL: tl.constexpr,
     REUSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One row of blocks: its words [W] to two lists [N]. Full blocks stand before the partial ones in a row.
+    """ROWS rows of blocks: their words [W] to two lists [N] each. Full blocks stand before the partial ones in a row.
 
     REUSED lists hold zeros behind the counts that they come with, so only what was listed is cleared.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < total
     whole = (offset + (row % rows).to(tl.int32) * BLOCK + 1) // BLOCK
     if ALL_PARTIAL:
-        whole = 0
-    end_full = columns
-    end_partial = columns
+        whole = tl.zeros_like(whole)
+    end_full = tl.where(inside, columns, 0)
+    end_partial = end_full
     if REUSED:
-        end_full = tl.load(full_num_ptr + row)
-        end_partial = tl.load(partial_num_ptr + row)
-    full_row = full_ptr + row * columns
-    partial_row = partial_ptr + row * columns
-    lane = tl.arange(0, CHUNK)
-    n_full = 0
-    n_all = 0
-    for j0 in range(0, columns, CHUNK):
-        j = j0 + lane
-        word = tl.load(words_ptr + row * width + j // 32, mask=j < columns, other=0)
-        kept = (word >> (j % 32)) & 1
-        kept_full = tl.where(j < whole, kept, 0)
-        rank = n_all + tl.cumsum(kept, 0) - 1
-        n_full += tl.sum(kept_full, 0)
-        n_all += tl.sum(kept, 0)
-        tl.store(full_row + rank, j, mask=kept_full != 0)
-        tl.store(partial_row + rank - n_full, j, mask=(kept != 0) & (j >= whole))
-    n_partial = n_all - n_full
-    tl.store(full_num_ptr + row, n_full)
-    tl.store(partial_num_ptr + row, n_partial)
-    _zero_tail(full_row, n_full, end_full, CHUNK)
-    _zero_tail(partial_row, n_partial, end_partial, CHUNK)
+        end_full = tl.load(full_num_ptr + row, mask=inside, other=0)
+        end_partial = tl.load(partial_num_ptr + row, mask=inside, other=0)
+    full_rows = full_ptr + row * columns
+    partial_rows = partial_ptr + row * columns
+    n_full = tl.zeros([ROWS, 1], tl.int32)
+    n_partial = tl.zeros([ROWS, 1], tl.int32)
+    for w0 in range(0, width, WORDS):
+        w = w0 + tl.arange(0, WORDS)[None, :]
+        words = tl.load(words_ptr + row * width + w, mask=inside & (w < width), other=0)
+        # the bits of blocks before the first that is not whole
+        below = tl.minimum(tl.maximum(whole - w * 32, 0), 32)
+        is_whole = tl.where(below == 32, -1, (1 << (below & 31)) - 1)
+        if not ALL_PARTIAL:
+            n_full = _append(full_rows, words & is_whole, w, n_full)
+        n_partial = _append(partial_rows, words & ~is_whole, w, n_partial)
+    tl.store(full_num_ptr + row, n_full, mask=inside)
+    tl.store(partial_num_ptr + row, n_partial, mask=inside)
+    _zero_tails(full_rows, n_full, end_full, CHUNK)
+    _zero_tails(partial_rows, n_partial, end_partial, CHUNK)
 
 
 def fill_lists(
@@ -85,9 +108,11 @@ def fill_lists(
     """Writes the lists that flexprefill.lists.index_lists describes. Reused ones come as an earlier call left them."""
     words = words.contiguous()
     columns = ceil_div(kv_len, block_size)
-    lists_kernel[(words.shape[0] * words.shape[1] * words.shape[2],)](
+    total = words.shape[0] * words.shape[1] * words.shape[2]
+    lists_kernel[(triton.cdiv(total, ROWS),)](
         words,
         *lists,
+        total,
         words.shape[2],
         columns,
         words.shape[3],
@@ -95,6 +120,8 @@ def fill_lists(
         BLOCK=block_size,
         ALL_PARTIAL=all_partial,
         REUSED=reused,
-        CHUNK=min(CHUNK, max(32, triton.next_power_of_2(columns))),
-        num_warps=4,
+        ROWS=ROWS,
+        WORDS=WORDS,
+        CHUNK=CHUNK,
+        num_warps=1,  # the loops end where one warp's lanes are done, without a barrier
     )

@@ -340,6 +340,20 @@ def test_each_kernel_equals_the_reference_on_adversarial_inputs(name, length):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory", "kernel")
+def test_each_kernel_reads_any_layout():
+    # two sequences as one fused projection gives them: [B, S, H, D] within [B, S, (Hq + 2 Hkv) D]
+    fused = torch.randn(2, 3000, 12 * 128, device="cuda", dtype=torch.bfloat16).unflatten(2, (12, 128))
+    query, key = fused[:, :, :8].transpose(1, 2), fused[:, :, 8:10].transpose(1, 2)
+    for rows in (slice(None), slice(100, None)):
+        contiguous = search_blocks(query[:, :, rows].contiguous(), key.contiguous(), LEAN, implementation="triton")
+        assert search_blocks(query[:, :, rows], key, LEAN, implementation="triton") == contiguous
+        assert_equal_but_for_rounding(query[:, :, rows], key, LEAN)
+    expanded = query[:, :1].expand(-1, 8, -1, -1)
+    assert_equal_but_for_rounding(expanded, key, LEAN)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("kernel")
 def test_each_kernel_keeps_ties_exactly_at_the_threshold():
     query, key = torch.zeros(1, 1, 4096, 128), torch.zeros(1, 1, 4096, 128)

@@ -1,226 +1,272 @@
 """The scoring kernel written for Hopper: the search of kernels.search_kernel for its commonest shape.
 
-In Gluon, where layouts and waits are the author's: one buffer for the means, refilled while the last tile is summed
-up, and no register that the hot loop does not need, so that four programs share a multiprocessor.
+In Gluon, where layouts and waits are the author's: the tensor memory accelerator refills the one buffer of means while
+a tile is summed up, and starts on the next row's queries under the last one; four programs share a multiprocessor.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BLOCK = gl.constexpr(128)
 TILE = gl.constexpr(64)
 LARGE = gl.constexpr(1e30)
+IN_EACH_WARP = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
+
+
+def describe(query: Tensor, means: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them: a query block, a tile of means."""
+    blocks = [1, 1, BLOCK.value, query.shape[3]], [1, TILE.value, query.shape[3]]
+    layouts = (gl.NVMMASharedLayout.get_default_for(block, gl.float16) for block in blocks)
+    return tuple(map(TensorDescriptor.from_tensor, (query, means.flatten(0, 1)), blocks, layouts))
 
 
 @gluon.jit
 def _bounds(I, sizes, rule):
-    """Of query block I: blocks visible, the first in the window, blocks with a score, tiles that need no masking."""
+    """Of query block I: blocks visible, the first in the window, blocks with a score, their tiles, and how many tiles
+    but for the last need no masking."""
     offset, q_len, kv_len, rows, columns = sizes
     sink, window, last_full = rule
     last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
     visible = last // BLOCK + 1
     window_start = gl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
     scored = gl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
-    scored = gl.where((I < rows) & (window_start > 0), scored, 0)
+    scored = gl.where((I >= 0) & (window_start > 0), scored, 0)
+    steps = (scored + TILE - 1) // TILE
     unmasked = gl.where(q_len < (I + 1) * BLOCK, 0, (offset + I * BLOCK + 1) // BLOCK // TILE)
-    return visible, window_start, scored, unmasked
+    return visible, window_start, scored, steps, gl.minimum(unmasked, steps - 1)
 
 
 @gluon.jit
-def _copy_query(q_smem, base, row, q_len, stride_s, D: gl.constexpr, COPY: gl.constexpr):
-    r = row + gl.arange(0, BLOCK, gl.SliceLayout(1, COPY))
-    d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    pointers = base + r.to(gl.int64)[:, None] * stride_s + d[None, :]
-    async_copy.async_copy_global_to_shared(q_smem, pointers, mask=r[:, None] < q_len)
+def _start(I, batch_head, query, means, HEADS, GROUP: gl.constexpr, q_smem, k_smem, ready):
+    """Starts the copies of a query block and of its first means; ready turns to its next phase when they are there."""
+    batch = 0
+    head = batch_head
+    if batch_head >= HEADS:
+        batch = batch_head // HEADS
+        head = batch_head % HEADS
+    mbarrier.expect(ready, query.block_type.nbytes + means.block_type.nbytes)
+    tma.async_copy_global_to_shared(query, [batch, head, I * BLOCK, 0], ready, q_smem)
+    tma.async_copy_global_to_shared(means, [batch_head // GROUP, 0, 0], ready, k_smem)
 
 
 @gluon.jit
-def _copy_means(k_smem, base, t, end, D: gl.constexpr, COPY: gl.constexpr):
-    j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
-    d = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    async_copy.async_copy_global_to_shared(k_smem, base + j[:, None] * D + d[None, :], mask=j[:, None] < end)
-    async_copy.commit_group()
+def _copy_means(kv_head, t, means, k_smem, ready):
+    mbarrier.expect(ready, means.block_type.nbytes)
+    tma.async_copy_global_to_shared(means, [kv_head, t * TILE, 0], ready, k_smem)
 
 
 @gluon.jit
-def _multiply(k_smem, q_smem, means, t, end, ACC: gl.constexpr, D: gl.constexpr, COPY: gl.constexpr):
-    """Products of the tile of means that is under way with the queries, transposed; then starts tile t + 1."""
-    async_copy.wait_group(0)
-    fence_async_shared()
-    _barrier()
+def _multiply(q_smem, k_smem, ready, phase, ACC: gl.constexpr):
+    """Waits for a tile of means, and multiplies it with the queries: [J, rows]. Its buffer is free then."""
+    D: gl.constexpr = k_smem.shape[2]
+    mbarrier.wait(ready, phase)
+    queries = q_smem.reshape([BLOCK, D]).permute((1, 0))
     zeros = gl.zeros([TILE, BLOCK], gl.float32, ACC)
-    products = warpgroup_mma(k_smem, q_smem.permute((1, 0)), zeros, use_acc=False)
+    products = warpgroup_mma(k_smem.reshape([TILE, D]), queries, zeros, use_acc=False)
     # every warp has read the buffer
     _barrier()
-    _copy_means(k_smem, means, t + 1, end, D, COPY)
-    return products
+    return products, phase ^ 1
 
 
 @gluon.jit
-def _hide(products, t, I, hidden, offset, q_len, kv_len, ACC: gl.constexpr):
-    """Puts hidden where a row does not see the whole of block j, or is past the end."""
+def _hide(products, t, I, scored, offset, q_len, kv_len, ACC: gl.constexpr):
+    """Puts -inf where a row does not see the whole of block j, or where either is past the end."""
     j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ACC))
     r = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
-    first_to_see = gl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset - I * BLOCK
-    products = gl.where(r[None, :] >= first_to_see[:, None], products, hidden)
-    if q_len < (I + 1) * BLOCK:
-        products = gl.where((r < q_len - I * BLOCK)[None, :], products, hidden)
-    return products
+    first = gl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset - I * BLOCK
+    seeing = gl.where(j < scored, gl.maximum(gl.minimum(q_len - I * BLOCK, BLOCK) - first, 0), 0)
+    # first <= r < first + seeing in one comparison: what is below first wraps to a huge number
+    seen = (r[None, :] - first[:, None]).to(gl.uint32) < seeing.to(gl.uint32)[:, None]
+    return gl.where(seen, products, float("-inf"))
 
 
 @gluon.jit
-def _score(products, t, scratch, scored, shift, best, doubtful, qk_scale, ACC: gl.constexpr):
-    """Stores a tile's block scores relative to 2^shift; doubtful where that says too little."""
+def _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC: gl.constexpr, MASKED: gl.constexpr):
+    """Stores a tile's block scores relative to 2^shift, and returns the least and the greatest of them so far."""
     # fused by name: columns of equal products get equal sums, masked or not
     terms = gl.exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift))
     # in two steps: one long chain of additions in each thread would wait for itself
     total = gl.sum(gl.sum(gl.reshape(terms, [TILE, 8, BLOCK // 8]), 1), 1)
     total = gl.convert_layout(total, gl.SliceLayout(1, ACC))
-    j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ACC))
-    gl.store(scratch + j, total)
-    inside = j < scored
-    best = gl.maximum(best, gl.where(inside & (total < float("inf")), total, 0.0))
-    doubtful = gl.maximum(doubtful, gl.where(inside & ((total == 0.0) | (total == float("inf"))), 1.0, 0.0))
-    return best, doubtful
-
-
-@gluon.jit
-def _largest(a0, a1, b0, b1):
-    return gl.maximum(a0, b0), gl.maximum(a1, b1)
+    j = gl.arange(0, TILE, gl.SliceLayout(1, ACC))
+    gl.store(scratch + t * TILE + j, total)
+    highest = gl.maximum(highest, total)
+    if MASKED:
+        total = gl.where(j < scored - t * TILE, total, 1.0)
+    return gl.minimum(lowest, total), highest
 
 
 @gluon.jit
 def _score_exactly(products, t, scratch, scored, best, qk_scale, ACC: gl.constexpr):
-    """Stores log2 of a tile's block scores, each taken relative to the block's own largest."""
-    sign = gl.where(qk_scale > 0, 1.0, -1.0)
-    largest = gl.max(products * sign, 1) * sign
+    """Stores log2 of a tile's block scores, each taken relative to the block's own largest; +inf if not finite."""
+    largest = gl.max(products, 1)
     shift = gl.where(gl.abs(largest) == float("inf"), 0.0, largest)
     L = largest * qk_scale + gl.log2(gl.sum(gl.exp2((products - shift[:, None]) * qk_scale), 1))
+    finite = gl.abs(L) < float("inf")
     j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ACC))
-    gl.store(scratch + j, L)
-    return gl.maximum(best, gl.where((j < scored) & (gl.abs(L) < float("inf")), L, float("-inf")))
+    gl.store(scratch + j, gl.where(finite, L, float("inf")))
+    return gl.maximum(best, gl.where((j < scored) & finite, L, float("-inf")))
+
+
+@gluon.jit
+def _share(smem, values):
+    """Values [TILE] of all warps, the whole of them in each."""
+    smem.store(values)
+    _barrier()
+    return smem.load(IN_EACH_WARP)
+
+
+@gluon.jit
+def _from(n):
+    """A word with bits n and above set: all for n < 0, none for n > 31, where PTX, unlike LLVM, defines the shift."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .s32 n; max.s32 n, $1, 0; shl.b32 $0, -1, n; }", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
 def _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS: gl.constexpr):
     """Turns a row of scores into its words."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    lane = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    lane = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))[None, :]
+    bit = 1 << lane
     for w0 in range(0, width, WORDS):
         w = w0 + gl.arange(0, WORDS, gl.SliceLayout(1, LAYOUT))
-        j = w[:, None] * 32 + lane[None, :]
-        score = gl.load(scratch + j, mask=j < scored, other=float("-inf"))
-        chosen = (j < scored) & ((score >= threshold) | ((gl.abs(score) < float("inf")) == 0))
-        keep = (j < visible) & (chosen | (j < sink) | (j >= window_start))
-        bits = gl.sum(keep.to(gl.int32) << lane[None, :], 1)
-        gl.store(words_row + w, bits, mask=w < width)
+        # behind the last score stands whatever stood there
+        score = gl.load(scratch + (w[:, None] * 32 + lane))
+        # a NaN is not below the threshold
+        chosen = gl.sum(gl.where(score < threshold, 0, bit), 1)
+        first = w * 32
+        kept = (chosen & ~_from(scored - first)) | ~_from(sink - first) | _from(window_start - first)
+        gl.store(words_row + w, kept & ~_from(visible - first), mask=w < width)
 
 
-@gluon.jit
-def _start(tile, inputs, sizes, rule, q_smem, k_smem, D: gl.constexpr, COPY: gl.constexpr):
-    """Starts the copies of a query block and of its first means, if it needs them."""
-    query_ptr, means_ptr, stride_b, stride_h, stride_s, heads_total, HEADS, GROUP = inputs
-    _, q_len, _, rows, columns = sizes
-    I = rows - 1 - tile // heads_total
-    batch_head = (tile % heads_total).to(gl.int64)
-    _, _, scored, _ = _bounds(I, sizes, rule)
-    if scored > 0:
-        query = query_ptr + (batch_head // HEADS) * stride_b + (batch_head % HEADS) * stride_h
-        _copy_query(q_smem, query, I * BLOCK, q_len, stride_s, D, COPY)
-        _copy_means(k_smem, means_ptr + (batch_head // GROUP) * columns * D, 0, columns, D, COPY)
-
-
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "rows", "columns", "width", "tiles", "sink", "window", "last_full"])
+@gluon.jit(
+    do_not_specialize=[
+        "offset",
+        "q_len",
+        "kv_len",
+        "rows",
+        "columns",
+        "width",
+        "heads",
+        "rows_step",
+        "heads_step",
+        "sink",
+        "window",
+        "last_full",
+    ]
+)
 def search_kernel(
-    query_ptr,
-    means_ptr,
+    query,
+    means,
     words_ptr,
     scratch_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
     scratch_stride,
+    offset,
     q_len,
     kv_len,
     rows,
     columns,
     width,
-    tiles,
+    heads,
     HEADS,
-    GROUP,
+    rows_step,
+    heads_step,
     qk_scale,
     log2_alpha,
     sink,
     window,
     last_full,
-    D: gl.constexpr,
+    GROUP: gl.constexpr,
     WORDS: gl.constexpr,
 ):
     """A persistent grid over (query block, head). See kernels.search_kernel."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
-    q_smem = gl.allocate_shared_memory(dtype, [BLOCK, D], gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype))
-    k_smem = gl.allocate_shared_memory(dtype, [TILE, D], gl.NVMMASharedLayout.get_default_for([TILE, D], dtype))
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
+    k_smem = gl.allocate_shared_memory(means.dtype, means.block_type.shape, means.layout)
+    maxima = gl.allocate_shared_memory(gl.float32, [TILE], SHARED)
+    lowest_smem = gl.allocate_shared_memory(gl.float32, [TILE], SHARED)
+    highest_smem = gl.allocate_shared_memory(gl.float32, [TILE], SHARED)
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    phase = 0
 
     program = gl.program_id(0)
     scratch = scratch_ptr + program.to(gl.int64) * scratch_stride
-    offset = kv_len - q_len
-    hidden = gl.where(qk_scale > 0, float("-inf"), float("inf"))
-    heads_total = tiles // rows
-    inputs = (query_ptr, means_ptr, stride_b, stride_h, stride_s, heads_total, HEADS, GROUP)
     sizes = (offset, q_len, kv_len, rows, columns)
     rule = (sink, window, last_full)
-    _start(program, inputs, sizes, rule, q_smem, k_smem, D, COPY)
-    for tile in range(program, tiles, gl.num_programs(0)):
-        I = rows - 1 - tile // heads_total
-        batch_head = (tile % heads_total).to(gl.int64)
-        visible, window_start, scored, unmasked = _bounds(I, sizes, rule)
-        steps = (scored + TILE - 1) // TILE
+    # the long rows first
+    I = rows - 1 - program // heads
+    batch_head = program % heads
+    if _bounds(I, sizes, rule)[3] > 0:
+        _start(I, batch_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
+    while I >= 0:
+        visible, window_start, scored, steps, unmasked = _bounds(I, sizes, rule)
+        next_I = I - rows_step
+        next_head = batch_head + heads_step
+        if next_head >= heads:
+            next_head -= heads
+            next_I -= 1
+        next_steps = _bounds(next_I, sizes, rule)[3]
         threshold = 0.0
         if steps > 0:
-            means = means_ptr + (batch_head // GROUP) * columns * D
-            end = gl.minimum(columns, steps * TILE)
-            best = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, ACC))
-            doubtful = best
+            kv_head = batch_head // GROUP
+            lowest = gl.full([TILE], 1.0, gl.float32, gl.SliceLayout(1, ACC))
+            highest = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, ACC))
             shift = 0.0
             t = 0
             while t < steps:
                 # the tiles that need care: the first, which sets the shift, and those that the causal edge crosses
-                products = _multiply(k_smem, q_smem, means, t, end, ACC, D, COPY)
+                products, phase = _multiply(q_smem, k_smem, ready, phase, ACC)
+                if t + 1 < steps:
+                    _copy_means(kv_head, t + 1, means, k_smem, ready)
+                elif next_steps > 0:
+                    _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
                 if t >= unmasked:
-                    products = _hide(products, t, I, hidden, offset, q_len, kv_len, ACC)
+                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC)
                 if t == 0:
-                    shift = gl.max(gl.max(products * qk_scale, 1), 0)
+                    shift = gl.max(_share(maxima, gl.max(products, 1)), 0) * qk_scale
                     shift = gl.where(gl.abs(shift) < LARGE, shift, 0.0)
-                best, doubtful = _score(products, t, scratch, scored, shift, best, doubtful, qk_scale, ACC)
+                lowest, highest = _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC, True)
                 t += 1
                 while t < unmasked:
-                    products = _multiply(k_smem, q_smem, means, t, end, ACC, D, COPY)
-                    best, doubtful = _score(products, t, scratch, scored, shift, best, doubtful, qk_scale, ACC)
+                    products, phase = _multiply(q_smem, k_smem, ready, phase, ACC)
+                    _copy_means(kv_head, t + 1, means, k_smem, ready)
+                    lowest, highest = _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC, False)
                     t += 1
-            async_copy.wait_group(0)
-            largest, doubt = gl.reduce((best, doubtful), 0, _largest)
-            threshold = largest * gl.exp2(log2_alpha)
-            if doubt > 0:
-                best = gl.full([TILE], float("-inf"), gl.float32, gl.SliceLayout(1, ACC))
+            # behind this barrier the row's scores are there for all
+            lowest_smem.store(lowest)
+            greatest = gl.max(_share(highest_smem, highest), 0)
+            least = gl.min(lowest_smem.load(IN_EACH_WARP), 0)
+            threshold = greatest * gl.exp2(log2_alpha)
+            if (least == 0.0) | (greatest == float("inf")):
+                # a sum left the range of float32: once more, every block relative to its own largest product
+                if next_steps > 0:
+                    mbarrier.wait(ready, phase)
+                    phase ^= 1
                 _barrier()
-                _copy_means(k_smem, means, 0, end, D, COPY)
+                _start(I, batch_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
+                best = gl.full([TILE], float("-inf"), gl.float32, gl.SliceLayout(1, ACC))
                 for t in range(0, steps):
-                    products = _multiply(k_smem, q_smem, means, t, end, ACC, D, COPY)
-                    products = _hide(products, t, I, hidden, offset, q_len, kv_len, ACC)
+                    products, phase = _multiply(q_smem, k_smem, ready, phase, ACC)
+                    if t + 1 < steps:
+                        _copy_means(kv_head, t + 1, means, k_smem, ready)
+                    elif next_steps > 0:
+                        _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
+                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC)
                     best = _score_exactly(products, t, scratch, scored, best, qk_scale, ACC)
-                async_copy.wait_group(0)
-                threshold = gl.max(best, 0) + log2_alpha
-            # the scores were written, and the queries read, by other threads of this program
-            _barrier()
-        if tile + gl.num_programs(0) < tiles:
-            _start(tile + gl.num_programs(0), inputs, sizes, rule, q_smem, k_smem, D, COPY)
-        words_row = words_ptr + (batch_head * rows + I) * width
+                threshold = gl.max(_share(maxima, best), 0) + log2_alpha
+        elif next_steps > 0:
+            _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
+        words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width
         _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS)
-        # the next tile overwrites scores that other threads may still read
-        _barrier()
+        I = next_I
+        batch_head = next_head

@@ -1,0 +1,93 @@
+"""What MaskCache saves when a prompt grows: 96K tokens are cached, 128K are asked for.
+
+    python examples/benchmarks/extend_cached_prompt.py
+
+Times the extension and a search of everything in turns, host time included, checks that both give the same map,
+prints medians and spreads, and writes every repeat to results/extend_cached_prompt_<device>.json.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from flexprefill import MaskCache, PrefillConfig, search_blocks
+from flexprefill.bench.report import describe_machine, versions
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+parser.add_argument("--cached", type=int, default=98_304, help="tokens (default: %(default)s)")
+parser.add_argument("--length", type=int, default=131_072, help="tokens asked for (default: %(default)s)")
+parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
+parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
+parser.add_argument("--repeats", type=int, default=20, help="(default: %(default)s)")
+parser.add_argument("--output", type=Path, help="a JSON file (default: results/extend_cached_prompt_<device>.json)")
+settings = parser.parse_args()
+device = torch.device(settings.device)
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+generator = torch.Generator(device).manual_seed(0)
+
+
+def random(heads, length):
+    return torch.randn(1, heads, length, 128, generator=generator, device=device, dtype=dtype)
+
+
+query = random(settings.heads, settings.length) + random(settings.heads, 1)
+# stretches of 500 keys share a direction, so that blocks differ in what they weigh
+key = random(settings.kv_heads, settings.length // 500 + 1).repeat_interleave(500, 2)[:, :, : settings.length]
+key = key + random(settings.kv_heads, settings.length)
+tokens = torch.randint(100_000, (settings.length,), generator=torch.Generator().manual_seed(0))
+config = PrefillConfig()
+
+
+def cached_prompt():
+    """A cache that has seen the first tokens, and the prompt that continues them."""
+    cache = MaskCache()
+    first = cache.prompt(tokens[: settings.cached])
+    first.search_blocks(0, query[:, :, : settings.cached], key[:, :, : settings.cached], config)
+    return cache.prompt(tokens)
+
+
+def timed(call):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start), result
+
+
+times = {"extension": [], "full search": []}
+for turn in range(3 + settings.repeats):
+    prompt = cached_prompt()
+    extension, extended = timed(lambda prompt=prompt: prompt.search_blocks(0, query, key, config))
+    full, searched = timed(lambda: search_blocks(query, key, config))
+    assert extended == searched
+    assert prompt.cache.stats().extensions == 1
+    if turn >= 3:  # the first ones warm up
+        times["extension"].append(extension)
+        times["full search"].append(full)
+
+print(f"{settings.cached:,} of {settings.length:,} tokens cached; the maps are equal")
+for name, repeats in times.items():
+    print(f"{name:<12} {statistics.median(repeats):8.3f} ms  ({min(repeats):.3f} – {max(repeats):.3f})")
+ratio = statistics.median(times["extension"]) / statistics.median(times["full search"])
+print(f"the extension takes {ratio:.1%} of a full search")
+record = {
+    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    "machine": describe_machine(device),
+    "versions": versions(),
+    "settings": {name: getattr(settings, name) for name in ("cached", "length", "heads", "kv_heads", "repeats")},
+    "ratio": ratio,
+    "times_ms": times,
+}
+results = Path(__file__).parent / "results"
+output = settings.output or results / f"extend_cached_prompt_{device.type}.json"
+output.write_text(json.dumps(record, indent=1) + "\n")
+print(f"written to {output}")
