@@ -23,15 +23,24 @@ def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 
 
 def causal_mask_at(offset: Tensor) -> MaskMod:
-    """mask_mod of queries that stand at ``offset`` (0-d int tensor) among the keys.
+    """mask_mod of queries that stand at ``offset`` among the keys: int32 [B], one for each batch entry.
 
-    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value.
+    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value; and not a 0-d one,
+    because FlashAttention-4 takes captured tensors by an index alone.
     """
 
     def causal_mask_at_offset(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return q_idx + offset >= kv_idx
+        return q_idx + offset[b] >= kv_idx
 
     return causal_mask_at_offset
+
+
+def query_offset(block_map: BlockMap) -> Tensor | None:
+    """The ``offset`` of :func:`causal_mask_at` for a map; None for a whole prompt, whose mask needs none."""
+    if block_map.offset == 0:
+        return None
+    # filled on the device: a copy from the host would wait, and cannot be captured
+    return torch.full((block_map.words.shape[0],), block_map.offset, dtype=torch.int32, device=block_map.device)
 
 
 def create_prefill_block_mask(
@@ -71,17 +80,37 @@ def to_block_mask(
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
     note(block_map)
-    q_len, kv_len, block_size = block_map.q_len, block_map.kv_len, block_map.block_size
-    lists = make_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None, buffers)
-    causal = causal_mask
-    if kv_len != q_len:
-        # filled on the device: a copy from the host would wait, and cannot be captured
-        causal = causal_mask_at(torch.full((), kv_len - q_len, dtype=torch.int32, device=block_map.device))
+    lengths = block_map.q_len, block_map.kv_len
+    lists = lists_of(block_map, mask_mod, buffers)
+    return block_mask_of(lists, lengths, block_map.block_size, query_offset(block_map), mask_mod)
+
+
+def lists_of(
+    block_map: BlockMap, mask_mod: MaskMod | None, buffers: ListBuffers | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The index lists of a map whose blocks a further mask_mod may cut; see index_lists."""
+    sizes = block_map.q_len, block_map.kv_len, block_map.block_size
+    return make_lists(block_map.words, *sizes, mask_mod is not None, buffers)
+
+
+def block_mask_of(
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: tuple[int, int],
+    block_size: int,
+    offset: Tensor | None,
+    mask_mod: MaskMod | None,
+) -> BlockMask:
+    """The BlockMask of what :func:`lists_of` and :func:`query_offset` give, causal per element.
+
+    Args:
+        lengths: of queries and of keys.
+    """
+    causal = causal_mask if offset is None else causal_mask_at(offset)
     return BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=block_size,
         mask_mod=causal if mask_mod is None else and_masks(causal, mask_mod),
-        seq_lengths=(q_len, kv_len),
+        seq_lengths=lengths,
         compute_q_blocks=False,
     )
 

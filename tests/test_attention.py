@@ -13,9 +13,11 @@ from flexprefill import (
     FlexPrefillError,
     PrefillConfig,
     create_prefill_block_mask,
+    explain_backend,
     prefill_attention,
     search_blocks,
 )
+from flexprefill.backends import HOPPER
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 
@@ -229,40 +231,60 @@ def test_search_and_attention_replay_in_a_cuda_graph():
     assert torch.equal(output, prefill_attention(*tensors, CONFIG))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("length, head_dim, kv_heads", [(4096, 128, 2), (1001, 128, 4), (2000, 64, 1)])
-def test_flash_is_right_where_it_is_installed(length, head_dim, kv_heads):
+@pytest.fixture
+def flash():
+    """Skips a test where FlashAttention-4 cannot be used."""
     pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
-    inputs = make_qkv(
-        length, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
-    )
-    block_map = search_blocks(*inputs[:2], CONFIG)
-    exact = masked_attention(*inputs, block_map, dtype=torch.float32)
-    theirs = relative_error(masked_attention(*inputs, block_map, dtype=torch.bfloat16), exact)
-    assert relative_error(prefill_attention(*inputs, CONFIG, backend="flash"), exact) <= 2 * theirs
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("backend", ["flash", "triton"])
 @pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
+    "q_len, kv_len, head_dim, value_dim, kv_heads",
     [
-        ({"dtype": torch.float32}, {}, "float32"),
-        ({"head_dim": 256}, {}, "D=256"),
-        ({}, {"config": PrefillConfig(block_size=64)}, "block_size=64"),
-        ({}, {"return_aux": AuxRequest(lse=True)}, "return_aux"),
-        ({"q_len": 256}, {}, "S_q=256 and S_kv=512"),
+        (4096, 4096, 128, 128, 2),
+        (1001, 1001, 128, 128, 4),
+        (2000, 2000, 64, 64, 1),
+        (2000, 2000, 96, 96, 2),
+        (1000, 1000, 128, 64, 2),
+        (1000, 1000, 64, 128, 2),
+        (100, 100, 128, 128, 2),
+        (1024, 4096, 128, 128, 2),
+        (700, 3001, 64, 64, 2),
+        (100, 1500, 128, 128, 2),
     ],
 )
-def test_flash_says_what_it_cannot_do(changes, arguments, message):
-    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
-    shape = {"q_len": 512, "kv_len": 512, "dtype": torch.bfloat16} | changes
-    with pytest.raises(FlexPrefillError, match=message):
-        prefill_attention(*make_qkv(**shape, device="cuda"), backend="flash", **arguments)
+def test_each_backend_is_right_on_a_gpu(backend, q_len, kv_len, head_dim, value_dim, kv_heads):
+    query, key, value = make_qkv(
+        q_len, kv_len, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    value = torch.cat([value, -value], 3)[..., :value_dim].contiguous()
+    block_map = search_blocks(query, key, CONFIG)
+    exact = masked_attention(query, key, value, block_map, dtype=torch.float32)
+    theirs = relative_error(masked_attention(query, key, value, block_map, dtype=torch.bfloat16), exact)
+    assert relative_error(prefill_attention(query, key, value, CONFIG, backend=backend), exact) <= 2 * theirs
 
 
 @pytest.mark.gpu
-def test_flash_that_is_not_installed_raises(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    inputs = make_qkv(512, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(FlexPrefillError, match="needs the package flash-attn-4"):
-        prefill_attention(*inputs, backend="flash")
+@pytest.mark.usefixtures("flash")
+def test_flash_takes_the_heads_as_they_lie_in_a_model():
+    query, key, value = (
+        tensor.transpose(1, 2).contiguous().transpose(1, 2)  # [B, S, H, D] in memory
+        for tensor in make_qkv(2000, batch=2, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    )
+    assert explain_backend(query, key, value, CONFIG).name == "flash"
+    expected = prefill_attention(query.contiguous(), key.contiguous(), value.contiguous(), CONFIG, backend="flash")
+    assert torch.equal(prefill_attention(query, key, value, CONFIG), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash")
+def test_flash_says_what_it_cannot_do_and_auto_takes_triton_there():
+    query, key, value = make_qkv(512, head_dim=128, dtype=torch.float32, device="cuda")
+    with pytest.raises(FlexPrefillError, match="backend 'flash' cannot do this.*float32"):
+        prefill_attention(query, key, value, backend="flash")
+    assert explain_backend(query, key, value).name == "triton"
+    assert explain_backend(query.half(), key.half(), value.half()).name == "flash"
