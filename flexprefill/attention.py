@@ -17,6 +17,7 @@ from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.flex import MaskMod
 from flexprefill.lists import ListBuffers
+from flexprefill.lse import flash_lse_factor
 from flexprefill.recording import note
 from flexprefill.search import search_blocks
 
@@ -57,7 +58,8 @@ def prefill_attention(
         last_chunk: whether these queries end the prompt, as in :func:`search_blocks`.
         backend: "triton" (CUDA), "flash" (a Hopper GPU with the package flash-attn-4), or "auto": on CUDA flash where
             it can do the request and there are no mods, else triton; FlexAttention's own C++ kernel on the CPU.
-        return_aux: as in flex_attention; not on the CPU.
+        return_aux: as in flex_attention; not on the CPU. FlashAttention-4's log-sum-exp is checked on the device at
+            the first use, which waits for it, and corrected where torch scales it wrongly.
         buffers: memory for the index lists, shared by calls that follow each other on one stream; not inside
             torch.compile.
 
@@ -68,7 +70,7 @@ def prefill_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         FlexPrefillError: the backend cannot run here; no C++ compiler is found, which the CPU needs; or
             torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
-            would then ignore the mask and be dense.
+            would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
     """
     scale = _check(query, key, value, config, block_map, mask_mod, score_mod, scale)
     choice = _choose(query, key, value, config, block_map, mask_mod, score_mod, scale, backend, return_aux)
@@ -77,7 +79,7 @@ def prefill_attention(
     if block_map is None:
         block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk)
     note(block_map)
-    return flex_over(
+    result = flex_over(
         query,
         key,
         value,
@@ -89,6 +91,10 @@ def prefill_attention(
         return_aux=return_aux,
         buffers=buffers,
     )
+    if choice.name == "flash" and return_aux is not None and return_aux.lse:
+        output, aux = result
+        return output, aux._replace(lse=aux.lse * flash_lse_factor(query.device))
+    return result
 
 
 def explain_backend(

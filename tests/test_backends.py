@@ -53,7 +53,7 @@ def test_auto_takes_flash_where_it_can(machine):
     choice = choose_backend("auto", PUBLISHED)
     assert (choice.name, choice.kernel_options, choice.passed_over) == ("flash", (("BACKEND", "FLASH"),), ())
     assert choose_backend("flash", PUBLISHED).name == "flash"
-    for changes in ({"head_dim": 64, "value_dim": 64}, {"dtype": torch.float16}, {"at_offset": True}):
+    for changes in ({"head_dim": 64, "value_dim": 64}, {"dtype": torch.float16}, {"lse": True}, {"at_offset": True}):
         assert choose_backend("auto", PUBLISHED._replace(**changes)).name == "flash", changes
 
 
@@ -69,7 +69,7 @@ def test_auto_takes_flash_where_it_can(machine):
         ({"aligned": False}, "multiples of 16 bytes"),
         ({"small": False}, r"2\*\*31 elements"),
         ({"max_scores": True}, "max_scores"),
-        ({"lse": True}, "log-sum-exp"),
+        ({"lse": True, "compiling": True}, "log-sum-exp"),
     ],
 )
 def test_what_flash_cannot_do_goes_to_triton_and_raises_where_flash_is_named(machine, changes, message):
