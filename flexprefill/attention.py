@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.backends import BackendChoice, Request, choose_backend
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, check_block_map, check_config, resolve_scale
+from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
+from flexprefill.dense import decode_attention
 from flexprefill.flex import MaskMod
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
@@ -46,6 +47,9 @@ def prefill_attention(
     seconds. It traces inside a caller's own ``torch.compile(fullgraph=True)``. :func:`explain_backend` says which
     kernel runs; so does each call in the log ``flexprefill`` at level DEBUG.
 
+    A single query after other tokens is a step of decoding, unless a ``block_map`` is given or ``last_chunk`` is
+    False: dense over all keys, without a search, and no map is recorded.
+
     Args:
         query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.
         key: [B, Hkv, S_kv, D]; Hq a multiple of Hkv.
@@ -72,19 +76,26 @@ def prefill_attention(
             torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
             would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
     """
-    scale = _check(query, key, value, config, block_map, mask_mod, score_mod, scale)
-    choice = _choose(query, key, value, config, block_map, mask_mod, score_mod, scale, backend, return_aux)
+    call = _Call.checked(
+        query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+    )
+    choice = _choose(call)
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
-    if block_map is None:
-        block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk)
-    note(block_map)
+    if choice.name == "dense-sdpa":
+        return decode_attention(query, key, value, scale=call.scale)
+    if choice.dense:
+        block_map = _all_blocks(call)
+    else:
+        if block_map is None:
+            block_map = search_blocks(query, key, config, scale=call.scale, last_chunk=last_chunk)
+        note(block_map)
     result = flex_over(
         query,
         key,
         value,
         block_map,
-        scale=scale,
+        scale=call.scale,
         kernel_options=choice.kernel_options,
         mask_mod=mask_mod,
         score_mod=score_mod,
@@ -107,6 +118,7 @@ def explain_backend(
     mask_mod: MaskMod | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     scale: float | None = None,
+    last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
 ) -> BackendChoice:
@@ -119,51 +131,85 @@ def explain_backend(
     Raises:
         TypeError, ValueError, FlexPrefillError: as :func:`prefill_attention`, where it would not run.
     """
-    scale = _check(query, key, value, config, block_map, mask_mod, score_mod, scale)
-    return _choose(query, key, value, config, block_map, mask_mod, score_mod, scale, backend, return_aux)
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: PrefillConfig,
-    block_map: BlockMap | None,
-    mask_mod: MaskMod | None,
-    score_mod: Callable[..., Tensor] | None,
-    scale: float | None,
-) -> float:
-    """Raises unless the arguments fit together; returns the scale."""
-    check_attention_inputs(query, key, value)
-    check_config(config)
-    for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
-    if block_map is not None:
-        check_block_map(block_map, query, key)
-    return resolve_scale(scale, query.shape[3])
-
-
-def _choose(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: PrefillConfig,
-    block_map: BlockMap | None,
-    mask_mod: MaskMod | None,
-    score_mod: Callable[..., Tensor] | None,
-    scale: float,
-    backend: str,
-    return_aux: AuxRequest | None,
-) -> BackendChoice:
-    request = Request.of(
-        query,
-        key,
-        value,
-        block_size=config.block_size if block_map is None else block_map.block_size,
-        mods=mask_mod is not None or score_mod is not None,
-        scale=scale,
-        lse=return_aux is not None and return_aux.lse,
-        max_scores=return_aux is not None and return_aux.max_scores,
+    return _choose(
+        _Call.checked(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    return choose_backend(backend, request)
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a call that decide what computes it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    config: PrefillConfig
+    block_map: BlockMap | None
+    mask_mod: MaskMod | None
+    score_mod: Callable[..., Tensor] | None
+    scale: float
+    last_chunk: bool
+    backend: str
+    return_aux: AuxRequest | None
+
+    @classmethod
+    def checked(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        config: PrefillConfig,
+        block_map: BlockMap | None,
+        mask_mod: MaskMod | None,
+        score_mod: Callable[..., Tensor] | None,
+        scale: float | None,
+        last_chunk: bool,
+        backend: str,
+        return_aux: AuxRequest | None,
+    ) -> _Call:
+        """Raises unless the arguments fit together."""
+        check_attention_inputs(query, key, value)
+        check_config(config)
+        check_last_chunk(last_chunk)
+        for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
+        if block_map is not None:
+            check_block_map(block_map, query, key)
+        scale = resolve_scale(scale, query.shape[3])
+        return cls(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+
+    @property
+    def plain(self) -> bool:
+        """Whether any attention kernel can compute it: FlexAttention is not asked for, nor what it alone can do."""
+        asked = self.backend != "auto" or self.return_aux is not None
+        return not asked and self.mask_mod is None and self.score_mod is None and self.scale > 0
+
+
+def _choose(call: _Call) -> BackendChoice:
+    request = Request.of(
+        call.query,
+        call.key,
+        call.value,
+        block_size=call.config.block_size if call.block_map is None else call.block_map.block_size,
+        mods=call.mask_mod is not None or call.score_mod is not None,
+        scale=call.scale,
+        lse=call.return_aux is not None and call.return_aux.lse,
+        max_scores=call.return_aux is not None and call.return_aux.max_scores,
+    )
+    sparse = choose_backend(call.backend, request)
+    if call.query.shape[2] == 1 < call.key.shape[2] and call.block_map is None and call.last_chunk:
+        reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
+        if call.plain:
+            return BackendChoice("dense-sdpa", reason, dense=True)
+        return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
+    return sparse
+
+
+def _all_blocks(call: _Call) -> BlockMap:
+    return BlockMap.causal(
+        *call.query.shape[:2],
+        q_len=call.query.shape[2],
+        kv_len=call.key.shape[2],
+        block_size=call.config.block_size,
+        device=call.query.device,
+    )

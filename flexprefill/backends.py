@@ -34,14 +34,17 @@ class BackendChoice:
     """What computes an attention call, and why.
 
     Attributes:
-        name: "flash" (FlashAttention-4 in FlexAttention), "triton" or "cpp" (FlexAttention's own, on CUDA and the CPU).
+        name: "flash" (FlashAttention-4 in FlexAttention), "triton" or "cpp" (FlexAttention's own, on CUDA and the CPU);
+            or without FlexAttention "dense-sdpa" (PyTorch's scaled_dot_product_attention).
         reason: why this one.
+        dense: whether every query attends to all keys before it, instead of the kept blocks.
         kernel_options: what FlexAttention is told, pairs of name and setting.
         passed_over: pairs of name and reason: why each better one was not taken.
     """
 
     name: str
     reason: str
+    dense: bool = False
     kernel_options: Options = ()
     passed_over: tuple[tuple[str, str], ...] = ()
 
@@ -128,14 +131,16 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
             raise FlexPrefillError(f"return_aux is not supported by FlexAttention on {request.device}")
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
     if backend == "triton":
-        return BackendChoice("triton", "named by the caller", triton_options(request))
+        return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
     against = next(against_flash(request, named=backend == "flash"), None)
     if against is None:
         reason = "named by the caller" if backend == "flash" else "the fastest that can do the request"
-        return BackendChoice("flash", reason, (("BACKEND", "FLASH"),))
+        return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),))
     if backend == "flash":
         raise FlexPrefillError(f"backend 'flash' cannot do this: {against}; 'triton' can")
-    return BackendChoice("triton", "does every request", triton_options(request), (("flash", against),))
+    return BackendChoice(
+        "triton", "does every request", kernel_options=triton_options(request), passed_over=(("flash", against),)
+    )
 
 
 def triton_options(request: Request) -> Options:

@@ -12,9 +12,11 @@ from flexprefill import (
     BlockMap,
     FlexPrefillError,
     PrefillConfig,
+    attention,
     create_prefill_block_mask,
     explain_backend,
     prefill_attention,
+    record_masks,
     search_blocks,
 )
 from flexprefill.backends import HOPPER
@@ -70,6 +72,71 @@ def test_a_given_map_replaces_the_search_and_a_mask_mod_cuts_inside_it():
     )
     expected = masked_attention(query, key, value, block_map, mask=document[:, None] == document)
     assert relative_error(output, expected) <= 1e-5
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    def search_blocks(*arguments, **settings):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(attention, "search_blocks", search_blocks)
+
+
+# keeps a row's own block alone: what differs from dense shows
+NARROW = PrefillConfig(alpha=1, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("batch, kv_heads, scale", [(1, 4, None), (2, 2, 0.3), (1, 1, -0.1)])
+def test_a_step_of_decoding_is_dense_and_takes_no_search(batch, kv_heads, scale):
+    query, key, value = make_qkv(1, 700, batch=batch, heads=4, kv_heads=kv_heads)
+    everything = BlockMap.causal(batch, 4, q_len=1, kv_len=700, block_size=128)
+    choice = explain_backend(query, key, value, NARROW, scale=scale)
+    assert choice.dense and choice.name == ("cpp" if scale == -0.1 else "dense-sdpa")
+    output = prefill_attention(query, key, value, NARROW, scale=scale)
+    rescaled = query * (1 if scale is None else scale * 64**0.5)
+    assert relative_error(output, masked_attention(rescaled, key, value, everything)) <= 1e-5
+
+
+@pytest.mark.usefixtures("no_search")
+def test_a_step_of_decoding_with_a_mask_mod_is_dense_under_it():
+    query, key, value = make_qkv(1, 700, heads=4, kv_heads=2)
+    everything = BlockMap.causal(1, 4, q_len=1, kv_len=700, block_size=128)
+    padding = torch.arange(700) >= 90
+    output = prefill_attention(query, key, value, NARROW, mask_mod=lambda b, h, q, k: padding[k])
+    assert relative_error(output, masked_attention(query, key, value, everything, mask=padding)) <= 1e-5
+
+
+def test_a_step_of_decoding_leaves_the_recorded_map_of_the_prefill():
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value):
+            return prefill_attention(query, key, value, CONFIG)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, *tensors):
+            return self.layer(*tensors)
+
+    query, key, value = make_qkv(300, heads=4, kv_heads=2)
+    model = Model()
+    with record_masks(model) as masks:
+        model(query, key, value)
+        longer = (torch.cat([tensor, tensor[:, :, :1]], 2) for tensor in (key, value))
+        model(query[:, :, :1], *longer)
+    assert list(masks.values()) == [search_blocks(query, key, CONFIG)]
+
+
+def test_a_single_query_with_a_map_or_with_more_to_come_is_sparse():
+    query, key, value = make_qkv(1, 700, heads=4, kv_heads=2)
+    block_map = search_blocks(query, key, NARROW)
+    assert (block_map.counts() < 6).all()
+    expected = masked_attention(query, key, value, block_map)
+    for arguments in ({"block_map": block_map}, {"config": NARROW, "last_chunk": False}):
+        assert not explain_backend(query, key, value, **arguments).dense
+        assert relative_error(prefill_attention(query, key, value, **arguments), expected) <= 1e-5
 
 
 def test_score_mod_and_scale_reach_the_attention():
