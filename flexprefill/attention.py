@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill.backends import BackendChoice, Request, choose_backend
+from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
-from flexprefill.dense import decode_attention
+from flexprefill.dense import DENSE_KERNELS, dense_attention
 from flexprefill.flex import MaskMod
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
-from flexprefill.recording import note
+from flexprefill.recording import is_recording, note
 from flexprefill.search import search_blocks
 
 logger = logging.getLogger("flexprefill")
@@ -47,8 +47,12 @@ def prefill_attention(
     seconds. It traces inside a caller's own ``torch.compile(fullgraph=True)``. :func:`explain_backend` says which
     kernel runs; so does each call in the log ``flexprefill`` at level DEBUG.
 
-    A single query after other tokens is a step of decoding, unless a ``block_map`` is given or ``last_chunk`` is
-    False: dense over all keys, without a search, and no map is recorded.
+    Two kinds of call are dense instead:
+
+    - fewer keys than ``config.dense_below``, for which a search does not pay. A ``block_map``, a mod, ``return_aux``,
+      a named ``backend`` or masks being recorded ask for kept blocks, and get them at any length;
+    - a single query after other tokens, a step of decoding: it attends to all keys, without a search, and no map is
+      recorded. A ``block_map`` or ``last_chunk=False`` asks for kept blocks.
 
     Args:
         query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.
@@ -82,8 +86,8 @@ def prefill_attention(
     choice = _choose(call)
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
-    if choice.name == "dense-sdpa":
-        return decode_attention(query, key, value, scale=call.scale)
+    if choice.name in DENSE_KERNELS:
+        return dense_attention(query, key, value, scale=call.scale, kernel=choice.name)
     if choice.dense:
         block_map = _all_blocks(call)
     else:
@@ -197,11 +201,21 @@ def _choose(call: _Call) -> BackendChoice:
         max_scores=call.return_aux is not None and call.return_aux.max_scores,
     )
     sparse = choose_backend(call.backend, request)
-    if call.query.shape[2] == 1 < call.key.shape[2] and call.block_map is None and call.last_chunk:
+    if call.block_map is not None:
+        return sparse
+    kv_len = call.key.shape[2]
+    if call.query.shape[2] == 1 < kv_len and call.last_chunk:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
         if call.plain:
             return BackendChoice("dense-sdpa", reason, dense=True)
         return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
+    if not call.plain or is_recording():
+        return sparse
+    below = call.config.dense_below
+    if below is None:
+        below = measured_dense_below(request, sparse)
+    if kv_len < below:
+        return choose_dense(request, f"S_kv is below dense_below, which is {below} here")
     return sparse
 
 

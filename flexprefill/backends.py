@@ -28,6 +28,11 @@ TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
     (HOPPER, 128, 128): (("BLOCK_M", 128), ("BLOCK_N", 128), ("num_warps", 8), ("num_stages", 3)),
 }
 
+# Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together, by compute
+# capability and FlexAttention's kernel, in float16 or bfloat16 with D and Dv of 128. Device times on an H200; at 4,096
+# tokens sparse wins, below nothing was measured.
+DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 4096}
+
 
 @dataclass(frozen=True)
 class BackendChoice:
@@ -35,7 +40,7 @@ class BackendChoice:
 
     Attributes:
         name: "flash" (FlashAttention-4 in FlexAttention), "triton" or "cpp" (FlexAttention's own, on CUDA and the CPU);
-            or without FlexAttention "dense-sdpa" (PyTorch's scaled_dot_product_attention).
+            or without FlexAttention "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
         reason: why this one.
         dense: whether every query attends to all keys before it, instead of the kept blocks.
         kernel_options: what FlexAttention is told, pairs of name and setting.
@@ -141,6 +146,37 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
     return BackendChoice(
         "triton", "does every request", kernel_options=triton_options(request), passed_over=(("flash", against),)
     )
+
+
+def choose_dense(request: Request, reason: str) -> BackendChoice:
+    """The kernel for dense causal attention: FlashAttention-4 where it can do it, else PyTorch's own choice."""
+    if request.compiling:
+        against = "it cannot be traced by torch.compile"
+        return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
+    return _choose_dense_once(request, reason)
+
+
+@functools.cache
+def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
+    if request.device.type != "cuda":
+        return BackendChoice("dense-sdpa", reason, dense=True)
+    # of what it cannot do in FlexAttention, without it only these are left
+    plain = request._replace(block_size=FLASH_BLOCK, at_offset=False, mods=False, lse=False, max_scores=False)
+    against = next(against_flash(plain, named=True), None)
+    if against is None:
+        return BackendChoice("dense-flash", reason, dense=True)
+    return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
+
+
+def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
+    """The length below which dense attention was measured to be faster than sparse by this choice; 0 if it was not.
+
+    0 as well inside a caller's torch.compile: a length to branch on costs a compilation.
+    """
+    dims = request.head_dim, request.value_dim
+    if request.compiling or request.device.type != "cuda" or request.dtype not in SIXTEEN_BIT or dims != (128, 128):
+        return 0
+    return DENSE_BELOW.get((torch.cuda.get_device_capability(request.device), sparse.name), 0)
 
 
 def triton_options(request: Request) -> Options:

@@ -21,7 +21,7 @@ from flexprefill import (
 )
 from flexprefill.backends import HOPPER
 
-CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
 
 def check(query, key, value, config=CONFIG, *, tolerance=1e-5, **arguments):
@@ -273,7 +273,7 @@ def test_tensors_may_be_on_another_device_than_the_current_one():
 )  # fmt: skip
 def test_the_gpu_error_is_at_most_twice_pytorchs_own(dtype, q_len, kv_len, head_dim, block_size):
     query, key, value = make_qkv(q_len, kv_len, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda")
-    config = PrefillConfig(alpha=0.5, block_size=block_size, window_blocks=1)
+    config = PrefillConfig(alpha=0.5, block_size=block_size, window_blocks=1, dense_below=0)
     block_map = search_blocks(query, key, config)
     exact = masked_attention(query, key, value, block_map, dtype=torch.float32)
     theirs = relative_error(masked_attention(query, key, value, block_map, dtype=dtype), exact)
@@ -352,6 +352,6 @@ def test_flash_takes_the_heads_as_they_lie_in_a_model():
 def test_flash_says_what_it_cannot_do_and_auto_takes_triton_there():
     query, key, value = make_qkv(512, head_dim=128, dtype=torch.float32, device="cuda")
     with pytest.raises(FlexPrefillError, match="backend 'flash' cannot do this.*float32"):
-        prefill_attention(query, key, value, backend="flash")
-    assert explain_backend(query, key, value).name == "triton"
-    assert explain_backend(query.half(), key.half(), value.half()).name == "flash"
+        prefill_attention(query, key, value, CONFIG, backend="flash")
+    assert explain_backend(query, key, value, CONFIG).name == "triton"
+    assert explain_backend(query.half(), key.half(), value.half(), CONFIG).name == "flash"

@@ -1,51 +1,14 @@
 import logging
-import sys
-import types
 
 import pytest
 import torch
 from inputs import make_qkv
+from machines import PUBLISHED
 
 from flexprefill import FlexPrefillError, PrefillConfig, backends, explain_backend, prefill_attention
 from flexprefill.backends import Request, choose_backend
 
-PUBLISHED = Request(
-    device=torch.device("cuda", 0),
-    dtype=torch.bfloat16,
-    head_dim=128,
-    value_dim=128,
-    block_size=128,
-    at_offset=False,
-    mods=False,
-    positive_scale=True,
-    lse=False,
-    max_scores=False,
-    aligned=True,
-    small=True,
-    compiling=False,
-)
 MEASURED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Lets a test say which GPU and whether flash-attn-4 is there."""
-
-    def is_like(*, capability=(9, 0), flash=True):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        for name in ("flash_attn", "flash_attn.cute"):
-            module = types.ModuleType(name) if flash else None
-            if flash:
-                module.__spec__ = types.SimpleNamespace(name=name)
-                module.__path__ = []
-            monkeypatch.setitem(sys.modules, name, module)
-        backends.choose_once.cache_clear()
-        backends.flash_attention_4_fault.cache_clear()
-
-    yield is_like
-    monkeypatch.undo()
-    backends.choose_once.cache_clear()
-    backends.flash_attention_4_fault.cache_clear()
 
 
 def test_auto_takes_flash_where_it_can(machine):
