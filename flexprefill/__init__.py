@@ -11,7 +11,7 @@ from flexprefill.flex import create_prefill_block_mask
 from flexprefill.inspection import attention_recall
 from flexprefill.lists import ListBuffers
 from flexprefill.recording import Recording, record_masks
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_blocks
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CacheStats",
     "CachedPrompt",
     "FlexPrefillError",
+    "KeyMeans",
     "ListBuffers",
     "MaskCache",
     "MaskFileError",

@@ -20,7 +20,7 @@ from flexprefill.flex import MaskMod
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
 from flexprefill.recording import is_recording, note
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_blocks
 
 logger = logging.getLogger("flexprefill")
 
@@ -38,6 +38,7 @@ def prefill_attention(
     last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
+    means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
     """Causal attention of a prompt over the blocks that matter: exact softmax over the kept blocks alone.
@@ -68,6 +69,7 @@ def prefill_attention(
             it can do the request and there are no mods, else triton; FlexAttention's own C++ kernel on the CPU.
         return_aux: as in flex_attention; not on the CPU. FlashAttention-4's log-sum-exp is checked on the device at
             the first use, which waits for it, and corrected where torch scales it wrongly.
+        means: block means kept from chunk to chunk, as in :func:`search_blocks`; not used by a call without a search.
         buffers: memory for the index lists, shared by calls that follow each other on one stream; not inside
             torch.compile.
 
@@ -92,7 +94,7 @@ def prefill_attention(
         block_map = _all_blocks(call)
     else:
         if block_map is None:
-            block_map = search_blocks(query, key, config, scale=call.scale, last_chunk=last_chunk)
+            block_map = search_blocks(query, key, config, scale=call.scale, last_chunk=last_chunk, means=means)
         note(block_map)
     result = flex_over(
         query,

@@ -12,7 +12,7 @@ from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
 from flexprefill.recording import note
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -52,12 +52,13 @@ def create_prefill_block_mask(
     scale: float | None = None,
     last_chunk: bool = True,
     implementation: str = "auto",
+    means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> BlockMask:
     """The BlockMask of the blocks that :func:`search_blocks` finds, for a compiled flex_attention.
 
     Args:
-        query, key, config, scale, last_chunk, implementation: as in :func:`search_blocks`.
+        query, key, config, scale, last_chunk, implementation, means: as in :func:`search_blocks`.
         mask_mod: a further mask_mod that hides elements; it is applied inside the kept blocks, and the
             search does not know of it.
         buffers: memory for the index lists, as in :meth:`BlockMap.to_block_mask`.
@@ -69,7 +70,9 @@ def create_prefill_block_mask(
     Raises:
         TypeError, ValueError: as :func:`search_blocks`.
     """
-    block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation)
+    block_map = search_blocks(
+        query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation, means=means
+    )
     return to_block_mask(block_map, mask_mod, buffers)
 
 
