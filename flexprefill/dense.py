@@ -7,7 +7,6 @@ import contextlib
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 DENSE_KERNELS = ("dense-flash", "dense-sdpa")
@@ -66,4 +65,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
         visible = torch.arange(kv_len, device=query.device) <= rows
         return scaled_dot_product_attention(query, key, value, attn_mask=visible, **arguments)
+    from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo
+
     return scaled_dot_product_attention(query, key, value, causal_lower_right(q_len, kv_len), **arguments)
