@@ -1,5 +1,7 @@
 """A prompt too long to hold all its queries at once: search and attention chunk by chunk.
 
+The means of the key blocks are kept from chunk to chunk, so that each key is pooled once.
+
 python examples/prefill_in_chunks.py
 python examples/prefill_in_chunks.py --device cuda --length 1048576 --chunk 65536 --heads 32 --kv-heads 8 --head-dim 128
 """
@@ -9,7 +11,7 @@ import time
 
 import torch
 
-from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
+from flexprefill import BlockMap, KeyMeans, PrefillConfig, prefill_attention, search_blocks
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cpu")
@@ -40,7 +42,7 @@ def queries(start: int, end: int) -> torch.Tensor:
     return 2 * torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
 
-maps = []
+maps, means = [], KeyMeans()
 if gpu:
     torch.cuda.reset_peak_memory_stats()
 begin = time.perf_counter()
@@ -48,12 +50,14 @@ for start in range(0, length, chunk):
     end = min(start + chunk, length)
     query = queries(start, end)
     seen = key[:, :, :end], value[:, :, :end]
-    block_map = search_blocks(query, seen[0], config, last_chunk=end == length)
+    block_map = search_blocks(query, seen[0], config, last_chunk=end == length, means=means)
     output = prefill_attention(query, *seen, block_map=block_map)
     assert output.isfinite().all()
     maps.append(block_map.to("cpu"))
     print(f"tokens {start:>8} to {end:>8}: {block_map.density().mean():6.2%} of the causal blocks", flush=True)
-print(f"{time.perf_counter() - begin:.1f} s, compiling included")
+if gpu:
+    torch.cuda.synchronize()
+print(f"{time.perf_counter() - begin:.1f} s, compiling included; block means take {means.nbytes / 2**20:.1f} MiB")
 if gpu:
     print(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most, keys and values included")
 joined = BlockMap.from_chunks(maps)

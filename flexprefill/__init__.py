@@ -1,7 +1,8 @@
 """FlashPrefill block search for long prompts, as BlockMasks for PyTorch's FlexAttention."""
 
 from flexprefill._version import __version__
-from flexprefill.attention import prefill_attention
+from flexprefill.attention import explain_backend, prefill_attention
+from flexprefill.backends import BackendChoice
 from flexprefill.blockmap import BlockMap
 from flexprefill.cache import CachedPrompt, CacheStats, MaskCache
 from flexprefill.config import PrefillConfig
@@ -10,14 +11,16 @@ from flexprefill.flex import create_prefill_block_mask
 from flexprefill.inspection import attention_recall
 from flexprefill.lists import ListBuffers
 from flexprefill.recording import Recording, record_masks
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_blocks
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
+    "BackendChoice",
     "BlockMap",
     "CacheStats",
     "CachedPrompt",
     "FlexPrefillError",
+    "KeyMeans",
     "ListBuffers",
     "MaskCache",
     "MaskFileError",
@@ -27,6 +30,7 @@ __all__ = [
     "__version__",
     "attention_recall",
     "create_prefill_block_mask",
+    "explain_backend",
     "load_masks",
     "prefill_attention",
     "read_mask_info",

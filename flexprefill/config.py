@@ -36,6 +36,9 @@ class PrefillConfig:
             row of I. With 0, a row of an offset chunk can be left without any key, and outputs zero.
         last_full_blocks: I is one of the last ``last_full_blocks`` query blocks of the prompt.
         min_blocks: J is among the ``min_blocks`` best scores of I, ties included; 0 turns it off.
+        dense_below: prompts of fewer tokens (S_kv) are attended densely by :func:`flexprefill.prefill_attention`, which
+            says on which terms; 0 is never, and None the length below which dense was measured to be faster on the
+            device, which is 0 where nothing was measured. What a search keeps does not depend on it.
 
     Raises:
         TypeError: a setting is of the wrong type.
@@ -48,6 +51,7 @@ class PrefillConfig:
     window_blocks: int = 4
     last_full_blocks: int = 2
     min_blocks: int = 0
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
@@ -56,6 +60,8 @@ class PrefillConfig:
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
         for field in dataclasses.fields(self)[1:]:
             number = getattr(self, field.name)
+            if number is None and field.name == "dense_below":
+                continue
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"{field.name} must be an int, got {number!r}")
             if not 0 <= number < 2**31:
@@ -69,8 +75,11 @@ class PrefillConfig:
         return math.log2(self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain dictionary, ready for JSON."""
-        return dataclasses.asdict(self)
+        """The settings as a plain dictionary, ready for JSON; ``dense_below`` is left out where it is None."""
+        settings = dataclasses.asdict(self)
+        if self.dense_below is None:  # so that mask files and their hashes are as before there was the setting
+            del settings["dense_below"]
+        return settings
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PrefillConfig:

@@ -12,7 +12,7 @@ from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
 from flexprefill.recording import note
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -23,15 +23,24 @@ def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 
 
 def causal_mask_at(offset: Tensor) -> MaskMod:
-    """mask_mod of queries that stand at ``offset`` (0-d int tensor) among the keys.
+    """mask_mod of queries that stand at ``offset`` among the keys: int32 [B], one for each batch entry.
 
-    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value.
+    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value; and not a 0-d one,
+    because FlashAttention-4 takes captured tensors by an index alone.
     """
 
     def causal_mask_at_offset(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return q_idx + offset >= kv_idx
+        return q_idx + offset[b] >= kv_idx
 
     return causal_mask_at_offset
+
+
+def query_offset(block_map: BlockMap) -> Tensor | None:
+    """The ``offset`` of :func:`causal_mask_at` for a map; None for a whole prompt, whose mask needs none."""
+    if block_map.offset == 0:
+        return None
+    # filled on the device: a copy from the host would wait, and cannot be captured
+    return torch.full((block_map.words.shape[0],), block_map.offset, dtype=torch.int32, device=block_map.device)
 
 
 def create_prefill_block_mask(
@@ -43,12 +52,13 @@ def create_prefill_block_mask(
     scale: float | None = None,
     last_chunk: bool = True,
     implementation: str = "auto",
+    means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> BlockMask:
     """The BlockMask of the blocks that :func:`search_blocks` finds, for a compiled flex_attention.
 
     Args:
-        query, key, config, scale, last_chunk, implementation: as in :func:`search_blocks`.
+        query, key, config, scale, last_chunk, implementation, means: as in :func:`search_blocks`.
         mask_mod: a further mask_mod that hides elements; it is applied inside the kept blocks, and the
             search does not know of it.
         buffers: memory for the index lists, as in :meth:`BlockMap.to_block_mask`.
@@ -60,7 +70,9 @@ def create_prefill_block_mask(
     Raises:
         TypeError, ValueError: as :func:`search_blocks`.
     """
-    block_map = search_blocks(query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation)
+    block_map = search_blocks(
+        query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation, means=means
+    )
     return to_block_mask(block_map, mask_mod, buffers)
 
 
@@ -71,17 +83,37 @@ def to_block_mask(
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
     note(block_map)
-    q_len, kv_len, block_size = block_map.q_len, block_map.kv_len, block_map.block_size
-    lists = make_lists(block_map.words, q_len, kv_len, block_size, mask_mod is not None, buffers)
-    causal = causal_mask
-    if kv_len != q_len:
-        # filled on the device: a copy from the host would wait, and cannot be captured
-        causal = causal_mask_at(torch.full((), kv_len - q_len, dtype=torch.int32, device=block_map.device))
+    lengths = block_map.q_len, block_map.kv_len
+    lists = lists_of(block_map, mask_mod, buffers)
+    return block_mask_of(lists, lengths, block_map.block_size, query_offset(block_map), mask_mod)
+
+
+def lists_of(
+    block_map: BlockMap, mask_mod: MaskMod | None, buffers: ListBuffers | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The index lists of a map whose blocks a further mask_mod may cut; see index_lists."""
+    sizes = block_map.q_len, block_map.kv_len, block_map.block_size
+    return make_lists(block_map.words, *sizes, mask_mod is not None, buffers)
+
+
+def block_mask_of(
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: tuple[int, int],
+    block_size: int,
+    offset: Tensor | None,
+    mask_mod: MaskMod | None,
+) -> BlockMask:
+    """The BlockMask of what :func:`lists_of` and :func:`query_offset` give, causal per element.
+
+    Args:
+        lengths: of queries and of keys.
+    """
+    causal = causal_mask if offset is None else causal_mask_at(offset)
     return BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=block_size,
         mask_mod=causal if mask_mod is None else and_masks(causal, mask_mod),
-        seq_lengths=(q_len, kv_len),
+        seq_lengths=lengths,
         compute_q_blocks=False,
     )
 

@@ -96,8 +96,13 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
         )
 
 
+def is_recording() -> bool:
+    """Whether anyone records the maps that are used."""
+    return bool(_active) and not torch.compiler.is_compiling()
+
+
 def note(block_map: BlockMap) -> None:
     """Tells whoever records that a map is about to be used."""
-    if _active and not torch.compiler.is_compiling():
+    if is_recording():
         for recording in tuple(_active):
             recording._add(block_map)

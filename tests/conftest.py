@@ -1,3 +1,4 @@
+import functools
 import os
 
 import pytest
@@ -17,6 +18,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Lets a test say which GPU and whether flash-attn-4 is there."""
+    from machines import forget_choices, pretend
+
+    yield functools.partial(pretend, monkeypatch)
+    monkeypatch.undo()
+    forget_choices()
 
 
 @pytest.fixture

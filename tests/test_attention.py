@@ -12,12 +12,16 @@ from flexprefill import (
     BlockMap,
     FlexPrefillError,
     PrefillConfig,
+    attention,
     create_prefill_block_mask,
+    explain_backend,
     prefill_attention,
+    record_masks,
     search_blocks,
 )
+from flexprefill.backends import HOPPER
 
-CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
 
 def check(query, key, value, config=CONFIG, *, tolerance=1e-5, **arguments):
@@ -68,6 +72,71 @@ def test_a_given_map_replaces_the_search_and_a_mask_mod_cuts_inside_it():
     )
     expected = masked_attention(query, key, value, block_map, mask=document[:, None] == document)
     assert relative_error(output, expected) <= 1e-5
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    def search_blocks(*arguments, **settings):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(attention, "search_blocks", search_blocks)
+
+
+# keeps a row's own block alone: what differs from dense shows
+NARROW = PrefillConfig(alpha=1, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("batch, kv_heads, scale", [(1, 4, None), (2, 2, 0.3), (1, 1, -0.1)])
+def test_a_step_of_decoding_is_dense_and_takes_no_search(batch, kv_heads, scale):
+    query, key, value = make_qkv(1, 700, batch=batch, heads=4, kv_heads=kv_heads)
+    everything = BlockMap.causal(batch, 4, q_len=1, kv_len=700, block_size=128)
+    choice = explain_backend(query, key, value, NARROW, scale=scale)
+    assert choice.dense and choice.name == ("cpp" if scale == -0.1 else "dense-sdpa")
+    output = prefill_attention(query, key, value, NARROW, scale=scale)
+    rescaled = query * (1 if scale is None else scale * 64**0.5)
+    assert relative_error(output, masked_attention(rescaled, key, value, everything)) <= 1e-5
+
+
+@pytest.mark.usefixtures("no_search")
+def test_a_step_of_decoding_with_a_mask_mod_is_dense_under_it():
+    query, key, value = make_qkv(1, 700, heads=4, kv_heads=2)
+    everything = BlockMap.causal(1, 4, q_len=1, kv_len=700, block_size=128)
+    padding = torch.arange(700) >= 90
+    output = prefill_attention(query, key, value, NARROW, mask_mod=lambda b, h, q, k: padding[k])
+    assert relative_error(output, masked_attention(query, key, value, everything, mask=padding)) <= 1e-5
+
+
+def test_a_step_of_decoding_leaves_the_recorded_map_of_the_prefill():
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value):
+            return prefill_attention(query, key, value, CONFIG)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, *tensors):
+            return self.layer(*tensors)
+
+    query, key, value = make_qkv(300, heads=4, kv_heads=2)
+    model = Model()
+    with record_masks(model) as masks:
+        model(query, key, value)
+        longer = (torch.cat([tensor, tensor[:, :, :1]], 2) for tensor in (key, value))
+        model(query[:, :, :1], *longer)
+    assert list(masks.values()) == [search_blocks(query, key, CONFIG)]
+
+
+def test_a_single_query_with_a_map_or_with_more_to_come_is_sparse():
+    query, key, value = make_qkv(1, 700, heads=4, kv_heads=2)
+    block_map = search_blocks(query, key, NARROW)
+    assert (block_map.counts() < 6).all()
+    expected = masked_attention(query, key, value, block_map)
+    for arguments in ({"block_map": block_map}, {"config": NARROW, "last_chunk": False}):
+        assert not explain_backend(query, key, value, **arguments).dense
+        assert relative_error(prefill_attention(query, key, value, **arguments), expected) <= 1e-5
 
 
 def test_score_mod_and_scale_reach_the_attention():
@@ -204,7 +273,7 @@ def test_tensors_may_be_on_another_device_than_the_current_one():
 )  # fmt: skip
 def test_the_gpu_error_is_at_most_twice_pytorchs_own(dtype, q_len, kv_len, head_dim, block_size):
     query, key, value = make_qkv(q_len, kv_len, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda")
-    config = PrefillConfig(alpha=0.5, block_size=block_size, window_blocks=1)
+    config = PrefillConfig(alpha=0.5, block_size=block_size, window_blocks=1, dense_below=0)
     block_map = search_blocks(query, key, config)
     exact = masked_attention(query, key, value, block_map, dtype=torch.float32)
     theirs = relative_error(masked_attention(query, key, value, block_map, dtype=dtype), exact)
@@ -213,56 +282,60 @@ def test_the_gpu_error_is_at_most_twice_pytorchs_own(dtype, q_len, kv_len, head_
     assert relative_error(output, exact) <= 2 * theirs and aux.lse.shape == query.shape[:3]
 
 
-@pytest.mark.gpu
-def test_search_and_attention_replay_in_a_cuda_graph():
-    tensors = make_qkv(2048, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    prefill_attention(*tensors, CONFIG)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = prefill_attention(*tensors, CONFIG)
-    for new, old in zip(
-        make_qkv(2048, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, seed=5), tensors, strict=True
-    ):
-        old.copy_(new)
-    graph.replay()
-    assert torch.equal(output, prefill_attention(*tensors, CONFIG))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("length, head_dim, kv_heads", [(4096, 128, 2), (1001, 128, 4), (2000, 64, 1)])
-def test_flash_is_right_where_it_is_installed(length, head_dim, kv_heads):
+@pytest.fixture
+def flash():
+    """Skips a test where FlashAttention-4 cannot be used."""
     pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
-    inputs = make_qkv(
-        length, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
-    )
-    block_map = search_blocks(*inputs[:2], CONFIG)
-    exact = masked_attention(*inputs, block_map, dtype=torch.float32)
-    theirs = relative_error(masked_attention(*inputs, block_map, dtype=torch.bfloat16), exact)
-    assert relative_error(prefill_attention(*inputs, CONFIG, backend="flash"), exact) <= 2 * theirs
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("backend", ["flash", "triton"])
 @pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
+    "q_len, kv_len, head_dim, value_dim, kv_heads",
     [
-        ({"dtype": torch.float32}, {}, "float32"),
-        ({"head_dim": 256}, {}, "D=256"),
-        ({}, {"config": PrefillConfig(block_size=64)}, "block_size=64"),
-        ({}, {"return_aux": AuxRequest(lse=True)}, "return_aux"),
-        ({"q_len": 256}, {}, "S_q=256 and S_kv=512"),
+        (4096, 4096, 128, 128, 2),
+        (1001, 1001, 128, 128, 4),
+        (2000, 2000, 64, 64, 1),
+        (2000, 2000, 96, 96, 2),
+        (1000, 1000, 128, 64, 2),
+        (1000, 1000, 64, 128, 2),
+        (100, 100, 128, 128, 2),
+        (1024, 4096, 128, 128, 2),
+        (700, 3001, 64, 64, 2),
+        (100, 1500, 128, 128, 2),
     ],
 )
-def test_flash_says_what_it_cannot_do(changes, arguments, message):
-    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
-    shape = {"q_len": 512, "kv_len": 512, "dtype": torch.bfloat16} | changes
-    with pytest.raises(FlexPrefillError, match=message):
-        prefill_attention(*make_qkv(**shape, device="cuda"), backend="flash", **arguments)
+def test_each_backend_is_right_on_a_gpu(backend, q_len, kv_len, head_dim, value_dim, kv_heads):
+    query, key, value = make_qkv(
+        q_len, kv_len, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    value = torch.cat([value, -value], 3)[..., :value_dim].contiguous()
+    block_map = search_blocks(query, key, CONFIG)
+    exact = masked_attention(query, key, value, block_map, dtype=torch.float32)
+    theirs = relative_error(masked_attention(query, key, value, block_map, dtype=torch.bfloat16), exact)
+    assert relative_error(prefill_attention(query, key, value, CONFIG, backend=backend), exact) <= 2 * theirs
 
 
 @pytest.mark.gpu
-def test_flash_that_is_not_installed_raises(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    inputs = make_qkv(512, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(FlexPrefillError, match="needs the package flash-attn-4"):
-        prefill_attention(*inputs, backend="flash")
+@pytest.mark.usefixtures("flash")
+def test_flash_takes_the_heads_as_they_lie_in_a_model():
+    query, key, value = (
+        tensor.transpose(1, 2).contiguous().transpose(1, 2)  # [B, S, H, D] in memory
+        for tensor in make_qkv(2000, batch=2, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    )
+    assert explain_backend(query, key, value, CONFIG).name == "flash"
+    expected = prefill_attention(query.contiguous(), key.contiguous(), value.contiguous(), CONFIG, backend="flash")
+    assert torch.equal(prefill_attention(query, key, value, CONFIG), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("flash")
+def test_flash_says_what_it_cannot_do_and_auto_takes_triton_there():
+    query, key, value = make_qkv(512, head_dim=128, dtype=torch.float32, device="cuda")
+    with pytest.raises(FlexPrefillError, match="backend 'flash' cannot do this.*float32"):
+        prefill_attention(query, key, value, CONFIG, backend="flash")
+    assert explain_backend(query, key, value, CONFIG).name == "triton"
+    assert explain_backend(query.half(), key.half(), value.half(), CONFIG).name == "flash"

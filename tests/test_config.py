@@ -27,6 +27,14 @@ def test_is_hashable_frozen_and_survives_a_dictionary():
     assert PrefillConfig.from_dict({"alpha": 0.5}) == PrefillConfig(alpha=0.5)
 
 
+def test_dense_below_is_written_only_where_it_is_set():
+    assert PrefillConfig().dense_below is None and "dense_below" not in PrefillConfig().to_dict()
+    for tokens in (0, 4096):
+        config = PrefillConfig(dense_below=tokens)
+        assert config.to_dict()["dense_below"] == tokens and PrefillConfig.from_dict(config.to_dict()) == config
+    assert PrefillConfig.from_dict({"dense_below": None}) == PrefillConfig()
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
@@ -45,6 +53,9 @@ def test_is_hashable_frozen_and_survives_a_dictionary():
         ({"last_full_blocks": 1.5}, TypeError),
         ({"min_blocks": 2**31}, ValueError),
         ({"min_blocks": None}, TypeError),
+        ({"dense_below": -1}, ValueError),
+        ({"dense_below": 2.0}, TypeError),
+        ({"dense_below": True}, TypeError),
     ],
 )
 def test_a_bad_setting_is_named(settings, error):

@@ -11,6 +11,7 @@ from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.search import op
+from flexprefill.search.means import KeyMeans
 from flexprefill.search.rule import Rule
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -24,6 +25,7 @@ def search_blocks(
     scale: float | None = None,
     last_chunk: bool = True,
     implementation: str = "auto",
+    means: KeyMeans | None = None,
 ) -> BlockMap:
     """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
 
@@ -39,9 +41,11 @@ def search_blocks(
         config: the rule's settings.
         scale: factor on the dot products; 1 / sqrt(D) if None.
         last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
-            query block counts as one of the last.
+            query block counts as one of the last. Maps of chunks are joined by :meth:`BlockMap.from_chunks`.
         implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
             under TRITON_INTERPRET=1), or "auto" (triton on CUDA, else reference).
+        means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
+            inside torch.compile.
 
     Returns:
         A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
@@ -53,7 +57,14 @@ def search_blocks(
     check_config(config)
     check_last_chunk(last_chunk)
     rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
-    words = op.search_words(query, key, *rule, _resolve_implementation(implementation, query.device))
+    implementation = _resolve_implementation(implementation, query.device)
+    if means is None:
+        words = op.search_words(query, key, *rule, implementation)
+    elif isinstance(means, KeyMeans):
+        pooled = means.extend(key, config.block_size, implementation)
+        words = op.score_words(query, pooled, key.shape[2], rule, implementation)
+    else:
+        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 

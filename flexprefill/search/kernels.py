@@ -355,13 +355,12 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     return means.to(key.dtype)
 
 
-def search_words(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
-    """The words of the map that the rule gives: int32 [B, Hq, M, ceil(N / 32)]. See PrefillConfig."""
-    return score_words(query, pool_keys(key, rule.block_size), key.shape[2], rule)
-
-
 def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor:
-    """As :func:`search_words`, from the means of the kv_len keys' blocks: [B, Hkv, N, D]."""
+    """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from the means of the kv_len keys' blocks. See PrefillConfig.
+
+    Args:
+        means: [B, Hkv, N, D].
+    """
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()

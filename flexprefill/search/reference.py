@@ -65,10 +65,9 @@ def log_scores(query: Tensor, means: Tensor, kv_len: int, scale: float, block_si
     return rearrange(L, "B H g M N -> B (H g) M N"), scored
 
 
-def select_blocks(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
-    """The kept blocks: bool [B, Hq, M, N]. See PrefillConfig for the rule."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    means = pool_keys(key, rule.block_size)
+def select_blocks(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor:
+    """The kept blocks, from the means of the kv_len keys' blocks: bool [B, Hq, M, N]. The rule is PrefillConfig's."""
+    q_len = query.shape[2]
     L, scored = log_scores(query, means, kv_len, rule.scale, rule.block_size)
 
     # a block whose score is not finite is kept, and takes no part in its row's maximum

@@ -1,0 +1,119 @@
+"""How often things are compiled, and CUDA graphs of the whole."""
+
+import functools
+
+import pytest
+import torch
+from conftest import DEVICE
+from decoder import make_decoder
+from inputs import make_qkv
+from oracle import relative_error
+
+from flexprefill import KeyMeans, PrefillConfig, explain_backend, prefill_attention
+
+CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
+LENGTHS = (700, 512, 1024, 333, 129, 900, 640, 1111, 256, 515)
+
+
+def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = torch.compile(make_decoder(CONFIG, device=DEVICE), fullgraph=True, backend=count)
+    with torch.no_grad():
+        for length in LENGTHS:
+            assert model(torch.zeros(1, length, dtype=torch.int64, device=DEVICE)).isfinite().all()
+    assert len(graphs) <= 2
+
+
+def test_prefill_attention_is_compiled_at_most_twice_for_ten_lengths_and_twice_for_chunks(monkeypatch):
+    # what is counted is traced alike, and faster to come by, without code for a device
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    # beyond the limit it raises
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in LENGTHS:
+            prefill_attention(*make_qkv(length, heads=1, head_dim=16, device=DEVICE), CONFIG)
+        for length in LENGTHS:
+            tensors = make_qkv(length - 100, length, heads=1, head_dim=16, device=DEVICE)
+            prefill_attention(*tensors, CONFIG, last_chunk=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_decoder_gives_the_logits_of_the_uncompiled_one(mode):
+    model = make_decoder(CONFIG, device="cuda", dtype=torch.bfloat16, heads=8, head_dim=128)
+    compiled = torch.compile(model, mode=mode, fullgraph=True)
+    unique = torch._dynamo.utils.counters["stats"]
+    with torch.no_grad():
+        expected = []
+        for seed, length in enumerate(LENGTHS):
+            generator = torch.Generator("cuda").manual_seed(seed)
+            tokens = torch.randint(64, (1, length), generator=generator, device="cuda")
+            expected.append((tokens, model(tokens)))
+        before = unique["unique_graphs"]
+        # twice, so that recorded CUDA graphs are replayed
+        for _ in range(2):
+            for tokens, logits in expected:
+                torch.compiler.cudagraph_mark_step_begin()
+                assert relative_error(compiled(tokens), logits) <= 0.02
+        assert unique["unique_graphs"] - before <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "settings", "arguments"),
+    [
+        (2048, 2048, {}, {"backend": "triton"}),
+        (2048, 2048, {}, {}),
+        (1001, 1001, {}, {}),
+        (1024, 3000, {}, {"backend": "triton"}),
+        (1024, 3000, {}, {}),
+        (1024, 1024, {"dense_below": 2000}, {}),
+        (512, 1024, {"dense_below": 2000}, {}),
+        (1, 1024, {}, {}),
+    ],
+)
+def test_search_and_attention_replay_as_one_cuda_graph(q_len, kv_len, settings, arguments):
+    config = PrefillConfig(**(CONFIG.to_dict() | settings))
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16}
+    tensors = make_qkv(q_len, kv_len, device="cuda", **shape)
+    expected_kernel = explain_backend(*tensors, config, **arguments)
+    for _ in range(3):
+        prefill_attention(*tensors, config, **arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = prefill_attention(*tensors, config, **arguments)
+    for seed in (5, 6):
+        for new, old in zip(make_qkv(q_len, kv_len, seed=seed, **shape), tensors, strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(output, prefill_attention(*tensors, config, **arguments)), expected_kernel
+
+
+@pytest.mark.gpu
+def test_chunks_replay_as_one_cuda_graph():
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16}
+    query, key, value = make_qkv(3072, device="cuda", **shape)
+
+    def prefill():
+        means, outputs = KeyMeans(), []
+        for end in (1024, 2048, 3072):
+            seen = key[:, :, :end], value[:, :, :end]
+            rows, last = query[:, :, end - 1024 : end], end == 3072
+            outputs.append(prefill_attention(rows, *seen, CONFIG, last_chunk=last, means=means))
+        return torch.cat(outputs, 2)
+
+    for _ in range(2):
+        prefill()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = prefill()
+    for new, old in zip(make_qkv(3072, seed=5, **shape), (query, key, value), strict=True):
+        old.copy_(new)
+    graph.replay()
+    assert torch.equal(output, prefill())
