@@ -485,3 +485,21 @@ def test_another_default_dtype_changes_nothing():
         assert expected.density().dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_tracers_see_one_operator():
+    # called eagerly the search goes without it
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    query, key, _ = make_qkv(100, head_dim=16)
+
+    def search(query, key):
+        return search_blocks(query, key, SPARSE).to_block_mask().kv_indices
+
+    called = [str(node.target) for node in make_fx(search)(query, key).graph.nodes if node.op == "call_function"]
+    assert called[0].startswith("flexprefill.search_words")
+    assert any(name.startswith("flexprefill.index_lists") for name in called)
+    with FakeTensorMode() as mode:
+        words = search_blocks(mode.from_tensor(query), mode.from_tensor(key), SPARSE).words
+    assert tuple(words.shape) == (*query.shape[:2], 7, 1)

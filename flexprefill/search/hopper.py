@@ -6,6 +6,8 @@ a tile is summed up, and starts on the next row's queries under the last one; fo
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,11 +21,18 @@ IN_EACH_WARP = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 2], [1, 32], 
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 
 
-def describe(query: Tensor, means: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+@functools.cache
+def _blocks(head_dim: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
+    """Shapes and layouts of a query block and of a tile of means in shared memory."""
+    shapes = [1, 1, BLOCK.value, head_dim], [1, TILE.value, head_dim]
+    return [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)) for shape in shapes]
+
+
+def describe(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
     """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them: a query block, a tile of means."""
-    blocks = [1, 1, BLOCK.value, query.shape[3]], [1, TILE.value, query.shape[3]]
-    layouts = (gl.NVMMASharedLayout.get_default_for(block, gl.float16) for block in blocks)
-    return tuple(map(TensorDescriptor.from_tensor, (query, means.flatten(0, 1)), blocks, layouts))
+    tensors = query, means.flatten(0, 1)
+    blocks = _blocks(query.shape[3])
+    return [TensorDescriptor.from_tensor(tensor, *block) for tensor, block in zip(tensors, blocks, strict=True)]
 
 
 @gluon.jit

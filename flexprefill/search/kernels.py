@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -320,7 +321,7 @@ def hopper_takes(query: Tensor, rule: Rule) -> bool:
     aligned = query.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in query.stride()[:3])
     return (
         query.is_cuda
-        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and _is_hopper(query.device)
         and triton.__version__.startswith(GLUON_VERSIONS)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[3] in (64, 128)
@@ -413,6 +414,12 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
     return words
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     # the interpreter runs programs one by one: a few of them exercise the persistent loop
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
