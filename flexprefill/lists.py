@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import ceil_div, unpack_bits
-from flexprefill.tracing import is_traced
 
 
 def full_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Tensor:
@@ -49,10 +48,8 @@ def make_lists(
     words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, buffers: ListBuffers | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`index_lists`, in the memory of buffers if there are any."""
-    if buffers is None and is_traced(words):
-        return index_lists(words, q_len, kv_len, block_size, all_partial)
     if buffers is None:
-        return _new_lists(words, q_len, kv_len, block_size, all_partial)
+        return index_lists(words, q_len, kv_len, block_size, all_partial)
     if not isinstance(buffers, ListBuffers):
         raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
     if torch.compiler.is_compiling():
@@ -75,12 +72,6 @@ def index_lists(
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
-    return _new_lists(words, q_len, kv_len, block_size, all_partial)
-
-
-def _new_lists(
-    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lists = tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))
     _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=False)
     return lists

@@ -488,7 +488,6 @@ def test_another_default_dtype_changes_nothing():
 
 
 def test_tracers_see_one_operator():
-    # called eagerly the search goes without it
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 

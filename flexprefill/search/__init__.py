@@ -13,7 +13,6 @@ from flexprefill.config import PrefillConfig
 from flexprefill.search import op
 from flexprefill.search.means import KeyMeans
 from flexprefill.search.rule import Rule
-from flexprefill.tracing import is_traced
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -59,13 +58,13 @@ def search_blocks(
     check_last_chunk(last_chunk)
     rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
     implementation = _resolve_implementation(implementation, query.device)
-    if means is not None and not isinstance(means, KeyMeans):
-        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")
-    if means is None and is_traced(query, key):
+    if means is None:
         words = op.search_words(query, key, *rule, implementation)
+    elif isinstance(means, KeyMeans):
+        pooled = means.extend(key, config.block_size, implementation)
+        words = op.score_words(query, pooled, key.shape[2], rule, implementation)
     else:
-        pool = op.pool_keys if means is None else means.extend
-        words = op.score_words(query, pool(key, config.block_size, implementation), key.shape[2], rule, implementation)
+        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 
