@@ -20,7 +20,8 @@ from flexprefill.flex import MaskMod
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
 from flexprefill.recording import is_recording, note
-from flexprefill.search import KeyMeans, search_blocks
+from flexprefill.search import KeyMeans, search_checked
+from flexprefill.search.means import check_means
 
 logger = logging.getLogger("flexprefill")
 
@@ -85,6 +86,7 @@ def prefill_attention(
     call = _Call.checked(
         query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
     )
+    check_means(means)
     choice = _choose(call)
     if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
@@ -94,7 +96,7 @@ def prefill_attention(
         block_map = _all_blocks(call)
     else:
         if block_map is None:
-            block_map = search_blocks(query, key, config, scale=call.scale, last_chunk=last_chunk, means=means)
+            block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
         note(block_map)
     result = flex_over(
         query,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexprefill.blockmap import ceil_div
 from flexprefill.errors import FlexPrefillError
 
 Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a constant
@@ -85,24 +86,25 @@ class Request(NamedTuple):
         max_scores: bool,
     ) -> Request:
         """The request that attention of these tensors makes, by FlexAttention over blocks of this size."""
-        rows, columns = -(-query.shape[2] // block_size), -(-key.shape[2] // block_size)
-        entries = query.shape[0] * query.shape[1] * rows * columns
-        # spelt out: comparisons of symbolic sizes are no plain bools
+        batch, heads, q_len, head_dim = query.shape
+        kv_len = key.shape[2]
+        aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
+        entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
+        small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
             query.device,
             query.dtype,
-            query.shape[3],
+            head_dim,
             value.shape[3],
             block_size,
-            True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210
+            # spelt out: comparisons of symbolic sizes are no plain bools
+            True if q_len != kv_len else False,  # noqa: SIM210
             mods,
             scale > 0,
             lse,
             max_scores,
-            True if all(map(_is_aligned, (query, key, value))) else False,  # noqa: SIM210
-            True  # noqa: SIM210
-            if max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
-            else False,
+            True if aligned else False,  # noqa: SIM210
+            True if small else False,  # noqa: SIM210
             torch.compiler.is_compiling(),
         )
 
@@ -237,5 +239,6 @@ def flash_attention_4_fault() -> str | None:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    *others, last = tensor.stride()
-    return last == 1 and all(stride * tensor.element_size() % 16 == 0 for stride in others)
+    batch, head, token, last = tensor.stride()
+    entries = 16 // tensor.element_size()
+    return last == 1 and token % entries == 0 and head % entries == 0 and batch % entries == 0

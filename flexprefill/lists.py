@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import ceil_div, unpack_bits
+from flexprefill.operators import operator
 
 
 def full_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Tensor:
@@ -59,7 +60,7 @@ def make_lists(
     return lists
 
 
-@torch.library.custom_op("flexprefill::index_lists", mutates_args=())
+@operator("flexprefill::index_lists")
 def index_lists(
     words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +119,6 @@ def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
     return counts, indices.masked_fill_(indices == past_the_end, 0)
 
 
-@index_lists.register_fake
+@torch.library.register_fake("flexprefill::index_lists")
 def _(words, q_len, kv_len, block_size, all_partial):
     return tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))

@@ -76,10 +76,10 @@ def test_a_given_map_replaces_the_search_and_a_mask_mod_cuts_inside_it():
 
 @pytest.fixture
 def no_search(monkeypatch):
-    def search_blocks(*arguments, **settings):
+    def search(*arguments):
         raise AssertionError("searched")
 
-    monkeypatch.setattr(attention, "search_blocks", search_blocks)
+    monkeypatch.setattr(attention, "search_checked", search)
 
 
 # keeps a row's own block alone: what differs from dense shows

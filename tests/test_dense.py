@@ -35,10 +35,10 @@ def dense(query, key, value, **arguments):
 
 @pytest.fixture
 def no_search(monkeypatch):
-    def search_blocks(*arguments, **settings):
+    def search(*arguments):
         raise AssertionError("searched")
 
-    monkeypatch.setattr(attention, "search_blocks", search_blocks)
+    monkeypatch.setattr(attention, "search_checked", search)
 
 
 @pytest.mark.usefixtures("no_search")

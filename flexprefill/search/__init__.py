@@ -11,7 +11,7 @@ from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.search import op
-from flexprefill.search.means import KeyMeans
+from flexprefill.search.means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -56,15 +56,27 @@ def search_blocks(
     check_attention_inputs(query, key)
     check_config(config)
     check_last_chunk(last_chunk)
-    rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
+    check_means(means)
+    return search_checked(query, key, config, resolve_scale(scale, query.shape[3]), last_chunk, implementation, means)
+
+
+def search_checked(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig,
+    scale: float,
+    last_chunk: bool,
+    implementation: str,
+    means: KeyMeans | None,
+) -> BlockMap:
+    """As :func:`search_blocks`, of arguments that are known to fit together."""
+    rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
     implementation = _resolve_implementation(implementation, query.device)
     if means is None:
         words = op.search_words(query, key, *rule, implementation)
-    elif isinstance(means, KeyMeans):
+    else:
         pooled = means.extend(key, config.block_size, implementation)
         words = op.score_words(query, pooled, key.shape[2], rule, implementation)
-    else:
-        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 

@@ -80,3 +80,9 @@ class KeyMeans:
                 means = torch.cat([self._means[:, :, :known], means], 2)
             self._kind, self._means, self._kv_len = kind, means, kv_len
         return self._means
+
+
+def check_means(means: KeyMeans | None) -> None:
+    """Raises TypeError unless it is a KeyMeans or None."""
+    if not (means is None or isinstance(means, KeyMeans)):
+        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")

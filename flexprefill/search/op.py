@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div, pack_bits
+from flexprefill.operators import operator
 from flexprefill.search import reference
 from flexprefill.search.rule import Rule
 
 
-@torch.library.custom_op("flexprefill::search_words", mutates_args=())
+@operator("flexprefill::search_words")
 def search_words(
     query: Tensor,
     key: Tensor,
@@ -31,7 +32,7 @@ def search_words(
     return score_words(query, pool_keys(key, block_size, implementation), key.shape[2], rule, implementation)
 
 
-@search_words.register_fake
+@torch.library.register_fake("flexprefill::search_words")
 def _(query, key, scale, log2_alpha, block_size, *rest):
     batch, heads, q_len, _ = query.shape
     width = ceil_div(ceil_div(key.shape[2], block_size), WORD_BITS)
