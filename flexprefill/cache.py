@@ -14,7 +14,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
-from flexprefill.search import search_blocks
+from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.rule import Rule
 
 HASHED = 128  # tokens a link of the chain of hashes
@@ -28,7 +28,7 @@ class CacheStats:
         hits: searches answered whole by an earlier one of the same prompt; extensions: of which only some query
             blocks were searched; misses: searched whole.
         reused_rows, searched_rows: query blocks, summed over all searches.
-        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size.
+        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with their block means.
     """
 
     hits: int = 0
@@ -71,7 +71,12 @@ class _Identity:
 class _Entry:
     identity: _Identity
     block_map: BlockMap
+    means: KeyMeans | None  # where maps are kept on another device
     last_chunk: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.block_map.words.nbytes + (0 if self.means is None else self.means.nbytes)
 
 
 class MaskCache:
@@ -82,8 +87,8 @@ class MaskCache:
     prompt, and so kept everything, are searched again. Safe to use from several threads.
 
     Args:
-        max_bytes: of the maps together, wherever they are; the least recently used ones go first, and a single map
-            above the limit is not kept.
+        max_bytes: of the maps and their block means together, wherever they are; the least recently used ones go
+            first, and a single map above the limit is not kept.
         device: where maps are kept; None leaves each on the device that it was made on.
 
     Raises:
@@ -146,7 +151,7 @@ class MaskCache:
             self._entries.clear()
 
     def _bytes(self) -> int:
-        return sum(entry.block_map.words.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in self._entries.values())
 
     def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
         with self._lock:
@@ -173,13 +178,13 @@ class MaskCache:
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
             self._entries.pop(place, None)
-            if entry.block_map.words.nbytes > self.max_bytes:
+            if entry.nbytes > self.max_bytes:
                 return
             self._entries[place] = entry
             held = self._bytes()
             while held > self.max_bytes:
                 _, dropped = self._entries.popitem(last=False)
-                held -= dropped.block_map.words.nbytes
+                held -= dropped.nbytes
                 self._count(evictions=1)
 
     def _count(self, **counts: int) -> None:
@@ -235,29 +240,31 @@ class CachedPrompt:
             self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
             return known.to(query.device)
         shared, entry = self.cache._best(kind, self.identity, kv_len)
+        means = KeyMeans()
         first = (kv_len - q_len) // block
         reused = first
-        if entry is not None and (kv_len - q_len) % block == 0:
+        if entry is not None:
             held = entry.block_map
-            # rows that are whole in both prompts and last in neither
+            # blocks that are whole in both prompts, and whose rows were not among the last of the other
             held_last = config.last_full_blocks if entry.last_chunk else 0
-            end = min(
-                shared // block,
-                ceil_div(held.kv_len, block) - held_last,
-                ceil_div(kv_len, block) - rule.last_full_blocks,
-            )
-            if held.offset % block == 0 and held.offset // block <= first < end:
+            known = max(0, min(shared // block, ceil_div(held.kv_len, block) - held_last))
+            if entry.means is not None:
+                means = entry.means.first(known)
+            end = min(known, ceil_div(kv_len, block) - rule.last_full_blocks)
+            if (kv_len - q_len) % block == held.offset % block == 0 and held.offset // block <= first < end:
                 reused = end
         start = reused * block - (kv_len - q_len) if reused > first else 0
-        arguments = {"scale": rule.scale, "last_chunk": last_chunk, "implementation": implementation}
-        block_map = search_blocks(query[:, :, start:], key, config, **arguments) if start < q_len else None
+        block_map = None
+        if start < q_len:
+            searched = query[:, :, start:], key, config, rule.scale, last_chunk, implementation, means
+            block_map = search_checked(*searched)
         if reused > first:
-            known = _rows(held, first, reused).to(query.device)
-            block_map = known if block_map is None else BlockMap.from_chunks([known, block_map])
+            rows = _rows(held, first, reused).to(query.device)
+            block_map = rows if block_map is None else BlockMap.from_chunks([rows, block_map])
         counts = {"extensions": 1} if reused > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=reused - first, searched_rows=ceil_div(q_len, block) - (reused - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, _Entry(self.identity, kept, last_chunk))
+        self.cache._keep(place, _Entry(self.identity, kept, means if kept is block_map else None, last_chunk))
         return block_map
 
 

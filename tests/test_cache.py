@@ -69,6 +69,16 @@ def test_an_extended_prompt_searches_only_its_new_query_blocks():
     assert cache.stats().misses == 2
 
 
+def test_an_extended_prompt_pools_only_its_new_keys():
+    tokens = tokens_of(1280)
+    query, key = model(tokens)
+    cache = MaskCache()
+    cache.prompt(tokens[:960]).search_blocks(3, query[:, :, :960], key[:, :, :960], CONFIG)
+    unread = key.clone()
+    unread[:, :, : 960 - 2 * 16] = float("nan")  # all but the two last query blocks, whose keys are the new prompt's
+    assert cache.prompt(tokens).search_blocks(3, query, unread, CONFIG) == search_blocks(query, key, CONFIG)
+
+
 def test_a_key_stands_for_a_conversation_and_length_alone_for_nothing():
     tokens = tokens_of(640)
     query, key = model(tokens)
@@ -103,7 +113,7 @@ def test_other_settings_are_other_maps(changes):
 
 def test_the_least_recently_used_maps_go_first_and_the_limit_holds():
     query, key = model(tokens_of(512))
-    size = search_blocks(query, key, CONFIG).words.nbytes
+    size = search_blocks(query, key, CONFIG).words.nbytes + key[:, :, ::16].nbytes  # a map and its block means
     cache = MaskCache(max_bytes=3 * size)
     prompts = [cache.prompt(key=name) for name in "abcd"]
     for prompt in prompts[:3]:
@@ -133,7 +143,7 @@ def test_maps_are_kept_on_the_device_asked_for():
 def test_threads_share_a_cache():
     query, key = model(tokens_of(512))
     expected = search_blocks(query, key, CONFIG)
-    cache = MaskCache(max_bytes=4 * expected.words.nbytes)
+    cache = MaskCache(max_bytes=4 * (expected.words.nbytes + key[:, :, ::16].nbytes))
     wrong = []
 
     def work(number):
