@@ -75,7 +75,7 @@ def test_an_extended_prompt_pools_only_its_new_keys():
     cache = MaskCache()
     cache.prompt(tokens[:960]).search_blocks(3, query[:, :, :960], key[:, :, :960], CONFIG)
     unread = key.clone()
-    unread[:, :, : 960 - 2 * 16] = float("nan")  # all but the two last query blocks, whose keys are the new prompt's
+    unread[:, :, :896] = float("nan")  # the two last query blocks' keys are the new prompt's
     assert cache.prompt(tokens).search_blocks(3, query, unread, CONFIG) == search_blocks(query, key, CONFIG)
 
 
