@@ -260,7 +260,7 @@ class CachedPrompt:
             block_map = search_checked(*searched)
         if reused > first:
             rows = _rows(held, first, reused).to(query.device)
-            block_map = rows if block_map is None else BlockMap.from_chunks([rows, block_map])
+            block_map = BlockMap.from_chunks([rows] if block_map is None else [rows, block_map])
         counts = {"extensions": 1} if reused > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=reused - first, searched_rows=ceil_div(q_len, block) - (reused - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
@@ -269,11 +269,11 @@ class CachedPrompt:
 
 
 def _rows(block_map: BlockMap, first: int, end: int) -> BlockMap:
-    """Rows first to end, counted from the prompt's start, of a map that starts on a block's edge."""
+    """A view of rows first to end, counted from the prompt's start, of a map that starts on a block's edge."""
     block = block_map.block_size
     before = block_map.offset // block
     width = ceil_div(end, 32)
-    words = block_map.words[:, :, first - before : end - before, :width].contiguous()
+    words = block_map.words[:, :, first - before : end - before, :width]
     return BlockMap(words, (end - first) * block, end * block, block)
 
 

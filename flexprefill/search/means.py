@@ -50,14 +50,14 @@ class KeyMeans:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self._means is None else self._means.nbytes
+        return 0 if self._means is None else self._means.untyped_storage().nbytes()
 
     def first(self, blocks: int) -> KeyMeans:
         """The means of the first ``blocks`` blocks at most, all of them whole: for a prompt that starts alike."""
         start = KeyMeans()
         if self._kind is not None:
             whole = min(blocks, self._kv_len // self._kind.block_size)
-            start._kind, start._means = self._kind, self._means[:, :, :whole].contiguous()
+            start._kind, start._means = self._kind, self._means[:, :, :whole]
             start._kv_len = whole * self._kind.block_size
         return start
 
