@@ -2,9 +2,9 @@
 
     python examples/benchmarks/extend_cached_prompt.py
 
-Times the extension and a search of everything in turns, for one layer and for all layers of a model in a row, host time
-included: one layer waits for the host, several in a row for the device. Checks that both give the same maps, prints medians
-and spreads, and writes every repeat to results/extend_cached_prompt_<device>.json.
+Times the extension and a search of everything in turns, for one layer and for all layers of a model in a row, host
+time included: one layer waits for the host, several in a row for the device. Checks that both give the same maps,
+prints medians and spreads, and writes every repeat to results/extend_cached_prompt_<device>.json.
 """
 
 import argparse
