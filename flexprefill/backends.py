@@ -19,7 +19,7 @@ Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a co
 BACKENDS = ("auto", "triton", "flash")
 HOPPER = (9, 0)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-FLASH_BLOCK = 128  # its tile of keys up to D 128
+TILE = 128  # of queries and keys, in FlexAttention's kernels; FlashAttention-4's up to D 128
 FLASH_HEAD_DIMS = (64, 96, 128)  # those that were held against a float32 evaluation
 MAX_ELEMENTS = 2**31  # where 32-bit offsets end
 
@@ -69,6 +69,7 @@ class Request(NamedTuple):
     lse: bool
     max_scores: bool
     aligned: bool  # last stride 1 and all others multiples of 16 bytes
+    whole_tiles: bool  # both lengths are multiples of 128, and are known to be
     small: bool  # no tensor or index list reaches MAX_ELEMENTS
     compiling: bool  # inside a caller's torch.compile
 
@@ -90,6 +91,10 @@ class Request(NamedTuple):
         kv_len = key.shape[2]
         aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # lengths are then symbols: each fact asked of them costs a compilation
+        whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
         small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
             query.device,
@@ -104,8 +109,9 @@ class Request(NamedTuple):
             lse,
             max_scores,
             True if aligned else False,  # noqa: SIM210
+            whole_tiles,
             True if small else False,  # noqa: SIM210
-            torch.compiler.is_compiling(),
+            compiling,
         )
 
 
@@ -163,7 +169,7 @@ def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
     if request.device.type != "cuda":
         return BackendChoice("dense-sdpa", reason, dense=True)
     # of what it cannot do in FlexAttention, without it only these are left
-    plain = request._replace(block_size=FLASH_BLOCK, at_offset=False, mods=False, lse=False, max_scores=False)
+    plain = request._replace(block_size=TILE, at_offset=False, mods=False, lse=False, max_scores=False)
     against = next(against_flash(plain, named=True), None)
     if against is None:
         return BackendChoice("dense-flash", reason, dense=True)
@@ -190,6 +196,9 @@ def triton_options(request: Request) -> Options:
     elif request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
         capability = torch.cuda.get_device_capability(request.device)
         options = TRITON_OPTIONS.get((capability, request.head_dim, request.block_size), ())
+    if request.whole_tiles:
+        # compiled for lengths of all kinds, FlexAttention would check the bounds of every tile
+        options = *options, ("IS_DIVISIBLE", True)
     # by name, because short queries would get FlexAttention's decoding kernel
     return (("BACKEND", "TRITON"), *options)
 
@@ -204,8 +213,8 @@ def against_flash(request: Request, *, named: bool) -> Iterator[str]:
         yield "it takes blocks of 128 on compute capability 9.0 alone, got {}.{}".format(*capability)
     if request.dtype not in SIXTEEN_BIT:
         yield f"it takes float16 or bfloat16, got {request.dtype}"
-    if request.block_size != FLASH_BLOCK:
-        yield f"it takes blocks of {FLASH_BLOCK}, got block_size={request.block_size}"
+    if request.block_size != TILE:
+        yield f"it takes blocks of {TILE}, got block_size={request.block_size}"
     if not set(dims) <= set(FLASH_HEAD_DIMS):
         yield "it was tested with D and Dv of {}, got D={}, Dv={}".format(FLASH_HEAD_DIMS, *dims)
     if not request.positive_scale:

@@ -20,6 +20,7 @@ PUBLISHED = Request(
     lse=False,
     max_scores=False,
     aligned=True,
+    whole_tiles=False,
     small=True,
     compiling=False,
 )

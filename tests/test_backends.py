@@ -88,6 +88,8 @@ def test_flash_that_is_not_installed_or_does_not_load(machine, monkeypatch):
         ((9, 0), {"head_dim": 64, "value_dim": 64}, {}),
         ((9, 0), {"value_dim": 64}, {}),
         ((8, 0), {}, {}),
+        ((9, 0), {"whole_tiles": True}, MEASURED | {"IS_DIVISIBLE": True}),
+        ((8, 0), {"whole_tiles": True, "head_dim": 96}, {"IS_DIVISIBLE": True}),
         ((9, 0), {"block_size": 64}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}),
     ],
 )
@@ -108,6 +110,9 @@ def test_the_request_sees_what_decides():
     transposed = query.transpose(2, 3).contiguous().transpose(2, 3)
     for strange in (odd, transposed):
         assert not Request.of(strange, key, value, **arguments).aligned
+    assert not request.whole_tiles
+    for q_len, kv_len, whole in ((128, 256, True), (256, 256, True), (256, 300, False), (100, 256, False)):
+        assert Request.of(*make_qkv(q_len, kv_len), **arguments).whole_tiles == whole
     vast = torch.empty(1, 32, 2**20, 128, device="meta")
     assert not Request.of(vast, vast, vast, **arguments).small
 

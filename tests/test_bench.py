@@ -313,6 +313,8 @@ def test_what_waits_for_the_device_is_timed_eagerly():
     assert watch.timing == "eager" and "synchroniz" in watch.note and watch.measure() > 0
     assert torch.cuda.get_sync_debug_mode() == 0
     assert timing.make_watch(lambda: a @ a, torch.device("cuda"), graph=True).timing == "graph of 10"
+    asked_for = timing.make_watch(lambda: a @ a, torch.device("cuda"), graph=True, eager=True)
+    assert (asked_for.timing, asked_for.note) == ("eager", None) and asked_for.measure() > 0
 
 
 # alone: in torch 2.11 the default generator stays in a capture that was broken off

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Contestant:
 
     Attributes:
         name: as tables and pictures show it.
-        kind: PART of prefill_attention, the WHOLE, or DENSE attention.
+        kind: PART of prefill_attention, the WHOLE (that of the default backend comes first), or DENSE attention.
         prepare: the call to time on a case; what need not be timed is done before.
         work: what bounds it, if that is known.
     """
@@ -100,13 +100,21 @@ def _attention(backend: str) -> Callable[[Case], Callable[[], Any]]:
     return prepare
 
 
-def _prefill_attention(case: Case) -> Callable[[], Any]:
-    return lambda: prefill_attention(case.query, case.key, case.value, case.config)
+def _whole(backend: str) -> Callable[[Case], Callable[[], Any]]:
+    def prepare(case: Case) -> Callable[[], Any]:
+        return lambda: prefill_attention(case.query, case.key, case.value, case.config, backend=backend)
+
+    return prepare
 
 
 def _dense_flex(case: Case) -> Callable[[], Any]:
     everything = case.everything()
     return lambda: prefill_attention(case.query, case.key, case.value, block_map=everything)
+
+
+def _own_dense(case: Case) -> Callable[[], Any]:
+    config = replace(case.config, dense_below=case.length + 1)
+    return lambda: prefill_attention(case.query, case.key, case.value, config)
 
 
 def _sdpa(case: Case) -> Callable[[], Any]:
@@ -141,7 +149,8 @@ _FLASH_2, _CUDNN = _sdpa_by(SDPBackend.FLASH_ATTENTION), _sdpa_by(SDPBackend.CUD
 _SEARCH = Contestant("search", PART, _search)
 _LISTS = Contestant("lists", PART, _lists, floors.lists_work)
 _LISTS_AGAIN = Contestant("lists, buffers", PART, _lists_again)
-_WHOLE = Contestant("prefill_attention", WHOLE, _prefill_attention)
+_WHOLE = Contestant("prefill_attention", WHOLE, _whole("auto"))
+_OWN_DENSE = Contestant("dense_below's dense", DENSE, _own_dense, floors.dense_attention_work)
 _DENSE_FLEX = Contestant("FlexAttention dense", DENSE, _dense_flex, floors.dense_attention_work)
 
 # by device, then by the name that --only takes
@@ -155,9 +164,12 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "attention-triton": Contestant("attention, triton", PART, _attention("triton"), floors.sparse_attention_work),
         "attention-flash": Contestant("attention, flash", PART, _attention("flash"), floors.sparse_attention_work),
         "prefill-attention": _WHOLE,
+        "prefill-triton": Contestant("the whole, triton", WHOLE, _whole("triton")),
+        "prefill-flash": Contestant("the whole, flash", WHOLE, _whole("flash")),
         "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
         "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),
         "flash-attention-4": Contestant("FlashAttention-4", DENSE, _flash_attention_4, floors.dense_attention_work),
+        "own-dense": _OWN_DENSE,
         "flex-dense": _DENSE_FLEX,
     },
     "cpu": {

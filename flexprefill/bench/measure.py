@@ -81,7 +81,7 @@ def measure_length(settings: Settings, length: int, density: float, machine: Mac
         for name, contestant in chosen.items():
             try:
                 call = ready(contestant, case)
-                watch = make_watch(call, settings.device, graph=length <= LONGEST_GRAPH)
+                watch = make_watch(call, settings.device, graph=length <= LONGEST_GRAPH, eager=settings.eager)
                 repeats[name] = repeats_within_budget(settings.repeats, watch, watch.measure())
                 watches[name] = watch
             except FlexPrefillError as error:

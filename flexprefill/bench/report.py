@@ -63,6 +63,7 @@ def describe_settings(settings: Settings) -> dict[str, Any]:
         "dtype": str(settings.dtype).removeprefix("torch."),
         "repeats": settings.repeats,
         "only": list(settings.only),
+        "eager": settings.eager,
         "rule": rule,
     }
 

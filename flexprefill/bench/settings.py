@@ -48,6 +48,7 @@ class Settings:
         rule: the rule's settings; its alpha is not used.
         repeats: of each contestant at each length, fewer where they take long.
         only: names of contestants, keys of CONTESTANTS for the device.
+        eager: whether on CUDA the host's time counts, at every length.
     """
 
     lengths: Sequence[int]
@@ -60,6 +61,7 @@ class Settings:
     repeats: int
     device: torch.device
     only: Sequence[str]
+    eager: bool = False
 
 
 def default_density(device_type: str, length: int) -> float:

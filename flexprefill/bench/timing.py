@@ -31,7 +31,7 @@ class Watch:
         call: what is timed; kept here because a graph does not keep the tensors that it reads.
         measure: times once and returns the milliseconds of one call.
         calls: how many calls a measurement makes.
-        note: for "eager", why no graph could be captured.
+        note: for "eager" that was not asked for, why no graph could be captured.
     """
 
     timing: str
@@ -41,14 +41,17 @@ class Watch:
     note: str | None = None
 
 
-def make_watch(call: Call, device: torch.device, *, graph: bool) -> Watch:
+def make_watch(call: Call, device: torch.device, *, graph: bool, eager: bool = False) -> Watch:
     """The watch for a call that has run at least once, on the current CUDA device or the CPU.
 
     Args:
         graph: on CUDA, captures the call; one that cannot be captured is timed eagerly.
+        eager: on CUDA, times it eagerly, captured or not.
     """
     if device.type == "cpu":
         return Watch("wall clock", call, lambda: _wall_ms(call))
+    if eager:
+        return Watch("eager", call, lambda: _eager_ms(call))
     if not graph:
         return Watch("events", call, lambda: _device_ms(call))
     try:

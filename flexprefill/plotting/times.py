@@ -15,6 +15,7 @@ TIMES_WIDTH, TIMES_HEIGHT = 1900, 1240
 TIMES_LEFT, TIMES_RIGHT, TIMES_TOP, TIMES_BOTTOM = 180, 520, 140, 150
 LABEL_STEP = 42
 PART_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#a6761d", "#e7298a", "#4d9221")
+WHOLE_DASHES = ((0, (1, 1)), (0, (3, 1, 1, 1)))
 DENSE_COLOURS = ("#2b2b2b", "#565656", "#747474", "#8c8c8c")
 DENSE_DASHES = ((0, (6, 2)), (0, (3, 1.5)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 
@@ -36,7 +37,7 @@ class TimeLine:
 def plot_times(lines: Sequence[TimeLine], path: str | os.PathLike[str], *, title: str) -> None:
     """Draws times against lengths into a file, both axes logarithmic; each line's name stands at its right end.
 
-    Parts are thin and coloured, the whole is thick and blue, dense attention is grey and dashed.
+    Parts are thin and coloured, wholes thick and blue, all but the first dotted, dense attention grey and dashed.
 
     Args:
         lines: at least one.
@@ -110,10 +111,12 @@ def spread(positions: Sequence[float], step: float, low: float, high: float) -> 
 def _looks(lines: Sequence[TimeLine]) -> list[dict[str, Any]]:
     """How matplotlib is to draw each line."""
     parts, dense = itertools.cycle(PART_COLOURS), itertools.cycle(zip(DENSE_COLOURS, DENSE_DASHES, strict=True))
+    wholes = itertools.chain(["solid"], itertools.cycle(WHOLE_DASHES))
     looks: list[dict[str, Any]] = []
     for line in lines:
         if line.kind == "whole":
-            looks.append({"color": KEPT, "linewidth": 2.8, "marker": "o", "markersize": 5, "zorder": 4})
+            look = {"color": KEPT, "linewidth": 2.8, "marker": "o", "markersize": 5, "zorder": 4}
+            looks.append(look | {"linestyle": next(wholes)})
         elif line.kind == "part":
             looks.append({"color": next(parts), "linewidth": 1.3, "marker": "o", "markersize": 3, "zorder": 3})
         else:

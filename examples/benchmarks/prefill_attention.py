@@ -1,0 +1,124 @@
+"""prefill_attention, search and lists included, against dense attention, on one GPU in one run of some minutes.
+
+python examples/benchmarks/prefill_attention.py
+python examples/benchmarks/prefill_attention.py --crossover
+
+The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
+backend and by default, and short lengths a second time with the host's time included. The second one compares the
+sparse call with dense attention from 1K to 16K tokens: `flexprefill.backends.DENSE_BELOW` holds what it finds. Both
+write one JSON file with every repeat.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flexprefill import PrefillConfig
+from flexprefill.bench import report
+from flexprefill.bench.contestants import CONTESTANTS
+from flexprefill.bench.measure import Run, measure_length
+from flexprefill.bench.settings import DEFAULTS, Settings, default_density
+
+WHOLES = ("prefill-attention", "prefill-triton", "prefill-flash")
+PARTS = ("search", "lists", "attention-triton", "attention-flash")
+DENSES = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
+GOALS = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
+PUBLISHED = {4096: 0.71, 8192: 0.458, 16384: 0.28, 32768: 0.16, 65536: 0.082, 131072: 0.045}
+SHORT = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+EAGER = (1024, 2048, 4096, 8192, 16384)  # beyond, launches are short against the work
+
+
+class Part(NamedTuple):
+    """One table of the run."""
+
+    title: str
+    densities: dict[int, float]
+    only: tuple[str, ...]
+    eager: bool = False
+    dense_below: int | None = None
+
+
+def parts_of(crossover: bool) -> list[Part]:
+    if crossover:
+        usual = {length: default_density("cuda", length) for length in SHORT}
+        published = {length: PUBLISHED[min(PUBLISHED, key=lambda known: abs(known - length))] for length in SHORT}
+        return [
+            Part(f"{name}, {how}", densities, (*WHOLES[1:], *DENSES), how == "host time included", 0)
+            for name, densities in (("usual densities", usual), ("published densities", published))
+            for how in ("device time", "host time included")
+        ]
+    short = {length: default_density("cuda", length) for length in EAGER}
+    return [
+        Part("given densities", GOALS, (*PARTS, *WHOLES, *DENSES)),
+        Part("published densities", PUBLISHED, (*WHOLES, "flash-attention-4")),
+        Part("host time included", short, (*WHOLES, *DENSES), eager=True),
+    ]
+
+
+def first_sparse(runs: list[Run], whole: str) -> int | None:
+    """The shortest length from which on the whole is never slower than the best dense attention."""
+    found = None
+    for run in sorted(runs, key=lambda run: run.length, reverse=True):
+        dense = report.best_dense(run)
+        if whole not in run.contestants or (dense and dense.median_ms < run.contestants[whole].median_ms):
+            break
+        found = run.length
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crossover", action="store_true", help="look for the length from which sparse pays")
+    parser.add_argument("--repeats", type=int, default=20, help="fewer where they take long (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("prefill_attention.json"), help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    command = f"python examples/benchmarks/prefill_attention.py{' --crossover' if arguments.crossover else ''}"
+    usual = {name: DEFAULTS["cuda"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
+
+    device = torch.device("cuda")
+    record: dict[str, Any] = {
+        "command": command,
+        "machine": report.describe_machine(device),
+        "versions": report.versions(),
+        "parts": {},
+    }
+    for part in parts_of(arguments.crossover):
+        only = [name for name in CONTESTANTS["cuda"] if name in part.only]
+        rule = PrefillConfig(dense_below=part.dense_below)
+        lengths, densities = list(part.densities), list(part.densities.values())
+        settings = Settings(
+            lengths,
+            densities,
+            **usual,
+            rule=rule,
+            repeats=arguments.repeats,
+            device=device,
+            only=only,
+            eager=part.eager,
+        )
+        runs: list[Run] = []
+        print(f"\n{part.title}\n", flush=True)
+        for length, density in part.densities.items():
+            with torch.no_grad():
+                runs.append(measure_length(settings, length, density, None))
+            print(report.row(runs[-1]), flush=True)
+        names = {name: CONTESTANTS["cuda"][name].name for name in only}
+        print("", report.tables(runs, names, "flexprefill bench has them"), sep="\n", flush=True)
+        table = {"settings": report.describe_settings(settings), "runs": [dataclasses.asdict(run) for run in runs]}
+        if arguments.crossover:
+            table["first_sparse"] = {whole: first_sparse(runs, whole) for whole in WHOLES[1:]}
+        record["parts"][part.title] = table
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.crossover:
+        print("\nshortest length from which on sparse is never slower than the best dense attention")
+        for title, table in record["parts"].items():
+            print(f"  {title:<45} {table['first_sparse']}")
+    print(f"\nfigures  {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
