@@ -142,7 +142,7 @@ def test_any_maps_survive_whole_and_in_part(tmp_path_factory, layers, share, see
 
 
 def test_heads_are_split_into_steps_without_a_trace(tmp_path, monkeypatch, masks):
-    monkeypatch.setattr("flexprefill.store.heads.RUNS", 1)  # one head at a time
+    monkeypatch.setattr("flexprefill.store.heads.WORDS_AT_A_TIME", 1)  # one head at a time
     save_masks(tmp_path / "masks", masks)
     assert load_masks(tmp_path / "masks") == masks
     assert load_masks(DATA / "masks_v1.safetensors") == load_masks(DATA / "masks_v2.safetensors")

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
@@ -23,7 +22,7 @@ from flexprefill.config import PrefillConfig
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
-from flexprefill.store.heads import TrianglePacking, even_step, zero_streams
+from flexprefill.store.heads import Stream, TrianglePacking, even_step
 from flexprefill.store.whole_file import start_writing_back, whole_file, write_at
 
 
@@ -70,12 +69,11 @@ def save_masks(
         def write(packed: _Packed) -> tuple[list[float], list[int]]:
             """Appends the streams to the file; the density and the checksum of each."""
             nonlocal end
-            together = b"".join(packed.streams)
-            write_at(file, together, end)
-            start_writing_back(file, end, len(together))
-            end += len(together)
-            kept = np.bitwise_count(packed.words.view(np.uint32)).sum(1, dtype=np.int64)
-            return (kept / packed.bits).tolist(), [zlib.crc32(stream) for stream in packed.streams]
+            streams = np.ascontiguousarray(packed.words.view(np.uint8)[:, : packed.size])
+            write_at(file, streams.reshape(-1).data, end)
+            start_writing_back(file, end, streams.nbytes)
+            end += streams.nbytes
+            return packed.densities, [zlib.crc32(stream) for stream in streams]
 
         with contextlib.closing(ahead(write, _packed(masks, numbers, layers, progress))) as written:
             for shares, sums in written:
@@ -90,11 +88,11 @@ def save_masks(
 
 @dataclass(frozen=True)
 class _Packed:
-    """Streams of ``bits`` blocks each, as bytes, and in the same memory as words [heads, bits / 32 rounded up]."""
+    """Some heads' streams of ``size`` bytes each, in words, and the density of each."""
 
-    bits: int
-    streams: list[memoryview]
-    words: NDArray[np.int32]
+    densities: list[float]
+    size: int
+    words: Stream
 
 
 def _packed(
@@ -115,10 +113,9 @@ def _packed(
         heads = block_map.words.to("cpu").reshape(-1, packing.words).numpy()  # [B · H, M · W]
         step = even_step(len(heads), packing.most)
         for first in range(0, len(heads), step):
-            words = heads[first : first + step]
-            packed = _Packed(packing.bits, *zero_streams(len(words), packing.size))
-            packing.pack(words, packed.words)
-            yield packed
+            stream = packing.pack(heads[first : first + step])
+            kept = np.bitwise_count(stream).sum(1, dtype=np.int64)
+            yield _Packed((kept / packing.bits).tolist(), packing.size, stream)
 
     for layer in numbers:
         yield from pack_layer(layer, masks[layer])  # which alone holds the map, and is done with it after
