@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -21,6 +21,7 @@ from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import MaskFileError
+from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import Container, Source, opened, read_container
 from flexprefill.store.contents import (
@@ -63,7 +64,7 @@ def load_masks(
     config: PrefillConfig | None = None,
     model: str | None = None,
     token_ids: Tensor | Sequence[int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> dict[int, BlockMap]:
     """The maps of a file by layer.
 
@@ -73,7 +74,7 @@ def load_masks(
         heads: only these heads of each layer, in this order; the others are not read.
         device: where to put the maps.
         config, model, token_ids: what the file has to have been saved with; None takes any.
-        progress: called with 1 after each layer.
+        progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
     Raises:
         MaskFileError: the file is missing, truncated, changed in any bit that was read, of another kind or of a newer
@@ -101,12 +102,11 @@ def load_masks(
                 raise ValueError(f"heads must be some of 0 … {count - 1} for layer {layer} of {path}, got {heads}")
         masks = {}
         parts = ahead(functools.partial(_read_part, file), _parts(info, chosen, heads), threads=THREADS)
-        with contextlib.closing(parts) as read:
+        with asked_stage(progress, "reading masks", len(chosen)) as advance, contextlib.closing(parts) as read:
             for layer, block_map in read:
                 if block_map is not None:
                     masks[layer] = block_map.to(device)
-                    if progress is not None:
-                        progress(1)
+                    advance(1)
         return masks
 
 

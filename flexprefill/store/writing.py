@@ -8,7 +8,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_path
 from flexprefill.config import PrefillConfig
+from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
@@ -35,7 +36,7 @@ def save_masks(
     model: str | None = None,
     token_ids: Tensor | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> None:
     """Saves maps by layer into one safetensors file, which appears whole or not at all.
 
@@ -50,7 +51,7 @@ def save_masks(
         model: the name of the model whose masks they are, kept in the file.
         token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
         dtype: of the queries and keys that the masks were made from, kept in the file.
-        progress: called with 1 after each layer.
+        progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
     Raises:
         TypeError, ValueError: an argument is not of its kind.
@@ -63,7 +64,7 @@ def save_masks(
     layers: dict[int, dict[str, Any]] = {}
     densities: list[float] = []
     checksums: list[int] = []
-    with whole_file(path) as file:
+    with asked_stage(progress, "writing masks", len(numbers)) as advance, whole_file(path) as file:
         end = start
 
         def write(packed: _Packed) -> tuple[list[float], list[int]]:
@@ -75,7 +76,7 @@ def save_masks(
             end += streams.nbytes
             return packed.densities, [zlib.crc32(stream) for stream in streams]
 
-        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, progress))) as written:
+        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, advance))) as written:
             for shares, sums in written:
                 densities += shares
                 checksums += sums
@@ -99,7 +100,7 @@ def _packed(
     masks: Mapping[int, BlockMap],
     numbers: Sequence[int],
     layers: dict[int, dict[str, Any]],
-    progress: Callable[[int], None] | None,
+    advance: Advance,
 ) -> Iterator[_Packed]:
     """The heads' streams, some at a time; notes the sizes of each layer in ``layers`` on the way."""
     packing_for = functools.lru_cache(maxsize=1)(TrianglePacking)
@@ -119,8 +120,7 @@ def _packed(
 
     for layer in numbers:
         yield from pack_layer(layer, masks[layer])  # which alone holds the map, and is done with it after
-        if progress is not None:
-            progress(1)
+        advance(1)
 
 
 def _layer_numbers(masks: Mapping[int, BlockMap]) -> list[int]:
