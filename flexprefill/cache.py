@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +16,6 @@ from flexprefill.checks import check_attention_inputs, check_config, check_last_
 from flexprefill.config import PrefillConfig
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.rule import Rule
-
-HASHED = 128  # tokens a link of the chain of hashes
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class CacheStats:
         hits: searches answered whole by an earlier one of the same prompt; extensions: of which only some query
             blocks were searched; misses: searched whole.
         reused_rows, searched_rows: query blocks, summed over all searches.
-        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with their block means.
+        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with that of their block
+            means and of their prompts' tokens.
     """
 
     hits: int = 0
@@ -43,28 +42,30 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class _Identity:
-    """What two prompts are compared by: the caller's key, or a chain of hashes over their tokens."""
+    """What two prompts are compared by: the caller's key, or their tokens.
+
+    Attributes:
+        tokens: ``batch`` numbers of the dtype ``item`` for each position.
+    """
 
     key: Hashable | None
-    chain: tuple[bytes, ...] = field(compare=False)  # whole and length say as much
-    whole: bytes
-    length: int
+    tokens: bytes = b""
+    item: str = "i4"
+    batch: int = 1
 
-    def shared(self, other: _Identity, length: int, other_length: int) -> int:
-        """How many leading tokens are the same in the first ``length`` of this and ``other_length`` of the other."""
-        if self.key != other.key:
+    @property
+    def length(self) -> int:
+        return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
+
+    def shared(self, other: _Identity, limit: int) -> int:
+        """How many of the first ``limit`` positions are the same in both, up to the first that differs."""
+        if (self.key, self.item, self.batch) != (other.key, other.item, other.batch):
             return 0
-        limit = min(length, other_length)
-        if self.key is not None or (self.whole == other.whole and self.length == other.length):
+        if self.key is not None or self.tokens is other.tokens:
             return limit
-        low, high = 0, min(len(self.chain), len(other.chain))
-        while low < high:  # each hash covers all tokens before it
-            middle = (low + high + 1) // 2
-            if self.chain[middle - 1] == other.chain[middle - 1]:
-                low = middle
-            else:
-                high = middle - 1
-        return min(low * HASHED, limit)
+        ours, theirs = (np.frombuffer(each.tokens, self.item, limit * self.batch) for each in (self, other))
+        different = ours != theirs
+        return int(different.argmax()) // self.batch if different.any() else limit
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class MaskCache:
     prompt, and so kept everything, are searched again. Safe to use from several threads.
 
     Args:
-        max_bytes: of the maps and their block means together, wherever they are; the least recently used ones go
-            first, and a single map above the limit is not kept.
+        max_bytes: of the maps and their block means together, wherever they are, and of their prompts' tokens; the
+            least recently used ones go first, and a single map above the limit is not kept.
         device: where maps are kept; None leaves each on the device that it was made on.
 
     Raises:
@@ -110,18 +111,25 @@ class MaskCache:
         """One prompt, whose layers are then searched with :meth:`CachedPrompt.search_blocks`.
 
         Args:
-            token_ids: [S], or [B, S] for a batch, whole numbers. They are hashed on the host, so a tensor on a GPU
+            token_ids: [S], or [B, S] for a batch, whole numbers. They are compared on the host, so a tensor on a GPU
                 is waited for, once a prompt.
             key: instead of token_ids, whatever names a growing conversation: prompts of one key must have the same
                 tokens as far as both go.
 
         Raises:
-            TypeError, ValueError: not exactly one of them is given, or token_ids are no whole numbers.
+            TypeError, ValueError: not exactly one of them is given, token_ids are no whole numbers, or key has no hash.
         """
         if (token_ids is None) == (key is None):
             raise ValueError("prompt takes either token_ids or a key, and one of them")
-        identity = _Identity(key, (), b"", 0) if token_ids is None else _hash_tokens(token_ids)
-        return CachedPrompt(self, identity)
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(f"key must be hashable, got {type(key).__name__}") from error
+        identity = _Identity(key) if token_ids is None else _identify(token_ids)
+        with self._lock:
+            # layers of one prompt hold its tokens once, also if it comes again
+            held = next((entry.identity for entry in self._entries.values() if entry.identity == identity), identity)
+        return CachedPrompt(self, held)
 
     def __getitem__(self, layer: int) -> BlockMap:
         """The most recently used map of a layer, of whatever prompt.
@@ -151,7 +159,9 @@ class MaskCache:
             self._entries.clear()
 
     def _bytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
+        identities = {id(entry.identity): entry.identity for entry in self._entries.values()}
+        maps = sum(entry.nbytes for entry in self._entries.values())
+        return maps + sum(len(identity.tokens) for identity in identities.values())
 
     def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
         with self._lock:
@@ -161,30 +171,40 @@ class MaskCache:
             self._entries.move_to_end(place)
             return entry.block_map
 
-    def _best(self, kind: tuple[Hashable, ...], identity: _Identity, kv_len: int) -> tuple[int, _Entry | None]:
-        """The entry of a kind that shares most tokens with a prompt, and how many."""
+    def _best(
+        self, kind: tuple[Hashable, ...], identity: _Identity, first: int, end: int, last_full_blocks: int
+    ) -> tuple[_Entry, int] | None:
+        """The entry of a kind that answers most query blocks from ``first`` to ``end``, and where its answer ends.
+
+        Args:
+            first, end: counted from the prompt's start.
+            last_full_blocks: of a map that ends its prompt, rows that keep everything for that.
+        """
         with self._lock:
-            best, found = 0, None
+            best, found = first, None
             for place, entry in self._entries.items():
-                if place[: len(kind)] == kind:
-                    shared = identity.shared(entry.identity, kv_len, entry.block_map.kv_len)
-                    if shared >= max(best, 1):
-                        best, found = shared, place
+                held = entry.block_map
+                block = held.block_size
+                if place[: len(kind)] != kind or held.offset % block or held.offset // block > first:
+                    continue
+                last = last_full_blocks if entry.last_chunk else 0
+                rows = min(end, held.kv_len // block, ceil_div(held.kv_len, block) - last)
+                answers = identity.shared(entry.identity, rows * block) // block if rows > best else 0
+                if answers > best:
+                    best, found = answers, place
             if found is None:
-                return 0, None
+                return None
             self._entries.move_to_end(found)
-            return best, self._entries[found]
+            return self._entries[found], best
 
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
             self._entries.pop(place, None)
-            if entry.nbytes > self.max_bytes:
+            if entry.nbytes + len(entry.identity.tokens) > self.max_bytes:
                 return
             self._entries[place] = entry
-            held = self._bytes()
-            while held > self.max_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                held -= dropped.nbytes
+            while self._bytes() > self.max_bytes:
+                self._entries.popitem(last=False)
                 self._count(evictions=1)
 
     def _count(self, **counts: int) -> None:
@@ -239,30 +259,27 @@ class CachedPrompt:
         if known is not None:
             self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
             return known.to(query.device)
-        shared, entry = self.cache._best(kind, self.identity, kv_len)
+        first, start_in_block = divmod(kv_len - q_len, block)
+        # rows that are whole here and not last; one map may answer some, and another those after
+        end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
+        pieces: list[BlockMap] = []
         means = KeyMeans()
-        first = (kv_len - q_len) // block
-        reused = first
-        if entry is not None:
-            held = entry.block_map
-            # blocks that are whole in both prompts, and whose rows were not among the last of the other
-            held_last = config.last_full_blocks if entry.last_chunk else 0
-            known = max(0, min(shared // block, ceil_div(held.kv_len, block) - held_last))
+        row = first
+        while found := self.cache._best(kind, self.identity, row, end, config.last_full_blocks):
+            entry, known_end = found
+            pieces.append(_rows(entry.block_map, row, known_end).to(query.device))
+            row = known_end
             if entry.means is not None:
-                means = entry.means.first(known)
-            end = min(known, ceil_div(kv_len, block) - rule.last_full_blocks)
-            if (kv_len - q_len) % block == held.offset % block == 0 and held.offset // block <= first < end:
-                reused = end
-        start = reused * block - (kv_len - q_len) if reused > first else 0
-        block_map = None
-        if start < q_len:
-            searched = query[:, :, start:], key, config, rule.scale, last_chunk, implementation, means
-            block_map = search_checked(*searched)
-        if reused > first:
-            rows = _rows(held, first, reused).to(query.device)
-            block_map = BlockMap.from_chunks([rows] if block_map is None else [rows, block_map])
-        counts = {"extensions": 1} if reused > first else {"misses": 1}
-        self.cache._count(**counts, reused_rows=reused - first, searched_rows=ceil_div(q_len, block) - (reused - first))
+                means = entry.means.first(known_end)
+        if pieces and row * block >= kv_len:
+            block_map = BlockMap.from_chunks(pieces)
+        else:
+            rest = query[:, :, row * block - (kv_len - q_len) :] if pieces else query
+            block_map = search_checked(rest, key, config, rule.scale, last_chunk, implementation, means)
+            if pieces:
+                block_map = BlockMap.from_chunks([*pieces, block_map])
+        counts = {"extensions": 1} if row > first else {"misses": 1}
+        self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
         self.cache._keep(place, _Entry(self.identity, kept, means if kept is block_map else None, last_chunk))
         return block_map
@@ -277,16 +294,12 @@ def _rows(block_map: BlockMap, first: int, end: int) -> BlockMap:
     return BlockMap(words, (end - first) * block, end * block, block)
 
 
-def _hash_tokens(token_ids: Tensor | Sequence[int]) -> _Identity:
+def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
     tokens = token_tensor(token_ids)
     if tokens.dim() not in (1, 2) or 0 in tokens.shape:
         raise ValueError(f"token_ids must be [S] or [B, S], got {list(tokens.shape)}")
-    by_position = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]).T.contiguous()  # [S, B]
-    digest = hashlib.sha256(str(by_position.shape[1]).encode())
-    chain = []
-    length = by_position.shape[0]
-    for start in range(0, length, HASHED):
-        digest.update(by_position[start : start + HASHED].numpy().tobytes())
-        if start + HASHED <= length:
-            chain.append(digest.digest())
-    return _Identity(None, tuple(chain), digest.digest(), length)
+    by_position = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]).T.numpy()  # [S, B]
+    narrow = by_position.astype(np.int32)
+    if (narrow == by_position).all():  # as those of every tokenizer
+        by_position = narrow
+    return _Identity(None, by_position.tobytes(), by_position.dtype.str, by_position.shape[1])

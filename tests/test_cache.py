@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,10 +60,9 @@ def test_an_extended_prompt_searches_only_its_new_query_blocks():
     whole = cache.prompt(tokens).search_blocks(3, query, key, CONFIG)
     assert whole == search_blocks(query, key, CONFIG)
     stats = cache.stats()
-    # 60 rows were searched, of which the last two kept all and are searched again: 58 of 80 are known, but the
-    # tokens are compared 128 at a time, and 896 of the 960 are whole links
+    # 60 rows were searched, of which the last two kept all and are searched again: 58 of 80 are known
     assert (stats.misses, stats.extensions, stats.hits) == (1, 1, 0)
-    assert stats.reused_rows == 56 and stats.searched_rows == 60 + 24
+    assert stats.reused_rows == 58 and stats.searched_rows == 60 + 22
     assert cache.prompt(tokens).search_blocks(3, query, key, CONFIG) == whole
     assert cache.stats().hits == 1
     assert cache.prompt(tokens).search_blocks(4, query, key, CONFIG) == whole
@@ -75,8 +75,75 @@ def test_an_extended_prompt_pools_only_its_new_keys():
     cache = MaskCache()
     cache.prompt(tokens[:960]).search_blocks(3, query[:, :, :960], key[:, :, :960], CONFIG)
     unread = key.clone()
-    unread[:, :, :896] = float("nan")  # the two last query blocks' keys are the new prompt's
+    unread[:, :, : 960 - 2 * 16] = float("nan")  # the two last query blocks' keys are the new prompt's
     assert cache.prompt(tokens).search_blocks(3, query, unread, CONFIG) == search_blocks(query, key, CONFIG)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([16, 32, 64, 128]), st.data())
+def test_every_row_before_the_first_other_token_is_reused(block, data):
+    config = replace(CONFIG, block_size=block)
+    longest = 12 * block
+    first, second = (data.draw(st.integers(1, longest)) for _ in range(2))
+    same = data.draw(st.integers(0, min(first, second)))
+    before = tokens_of(longest)
+    after = torch.cat([before[:same], (before[same:] + 1) % 50])
+    if data.draw(st.booleans()):  # a batch differs where one of its entries does
+        before, after = torch.stack([before, before]), torch.stack([before, after])
+    last_chunks = data.draw(st.tuples(st.booleans(), st.booleans()))
+
+    cache = MaskCache()
+    for tokens, length, last_chunk in zip((before, after), (first, second), last_chunks, strict=True):
+        query, key = (torch.cat(parts) for parts in zip(*map(model, torch.atleast_2d(tokens)[:, :length]), strict=True))
+        found = cache.prompt(tokens[..., :length]).search_blocks(0, query, key, config, last_chunk=last_chunk)
+        assert found == search_blocks(query, key, config, last_chunk=last_chunk)
+    # rows of prompts that end with them keep everything there
+    known = [-(-length // block) - 2 * last for length, last in zip((first, second), last_chunks, strict=True)]
+    expected = max(0, min(same // block, *known))
+    if (same, first, *last_chunks[:1]) == (second, second, *last_chunks[1:]):
+        expected = -(-second // block)  # the same search again
+    assert cache.stats().reused_rows == expected
+
+
+def test_rows_of_several_maps_are_joined():
+    tokens = tokens_of(640)
+    query, key = model(tokens)
+    cache = MaskCache()
+    prompt = cache.prompt(tokens)
+    for start, end in ((0, 160), (160, 320), (320, 480)):
+        prompt.search_blocks(0, query[:, :, start:end], key[:, :, :end], CONFIG, last_chunk=False)
+    assert prompt.search_blocks(0, query, key, CONFIG) == search_blocks(query, key, CONFIG)
+    assert cache.stats().reused_rows == 30 and cache.stats().searched_rows == 30 + 10
+
+
+def test_what_tokens_take_counts_too_once_for_all_layers():
+    tokens = tokens_of(512)
+    query, key = model(tokens)
+    words = search_blocks(query, key, CONFIG).words.nbytes + key[:, :, ::16].nbytes  # a map and its block means
+    cache = MaskCache()
+    for layer in range(3):
+        cache.prompt(tokens).search_blocks(layer, query, key, CONFIG)
+    assert cache.stats().bytes == 3 * words + 512 * 4
+    cache.prompt(tokens + 2**40).search_blocks(0, query, key, CONFIG)  # no int32
+    assert cache.stats().bytes == 4 * words + 512 * 4 + 512 * 8
+
+    tight = MaskCache(max_bytes=2 * (words + 512 * 4))
+    for change in range(3):
+        tight.prompt(tokens + change).search_blocks(0, query, key, CONFIG)
+    assert tight.stats().entries == 2 and tight.stats().bytes == tight.max_bytes and tight.stats().evictions == 1
+    small = MaskCache(max_bytes=words + 512 * 4 - 1)
+    small.prompt(tokens).search_blocks(0, query, key, CONFIG)
+    assert small.stats().entries == 0
+
+
+def test_a_part_of_a_map_does_not_hold_the_whole():
+    tokens = tokens_of(640)
+    query, key = (tensor[:, :1].contiguous() for tensor in model(tokens))
+    cache = MaskCache()
+    cache.prompt(tokens).search_blocks(0, query, key, CONFIG, last_chunk=False)
+    part = cache.prompt(tokens).search_blocks(0, query[:, :, :544], key[:, :, :544], CONFIG, last_chunk=False)
+    assert cache.stats().searched_rows == 40
+    assert part.words.untyped_storage().nbytes() == part.words.nbytes
 
 
 def test_a_key_stands_for_a_conversation_and_length_alone_for_nothing():
@@ -177,6 +244,7 @@ def test_wrong_arguments_are_named():
     for arguments, error, message in (
         ({}, ValueError, "either token_ids or a key"),
         ({"token_ids": [1], "key": 2}, ValueError, "either token_ids or a key"),
+        ({"key": []}, TypeError, "key must be hashable, got list"),
         ({"token_ids": torch.zeros(3)}, TypeError, "token_ids must be whole numbers, got torch.float32"),
         ({"token_ids": torch.zeros(0, dtype=torch.int64)}, ValueError, r"token_ids must be \[S\].*\[0\]"),
     ):

@@ -312,6 +312,38 @@ def test_pipes_and_terminals_without_rich_get_plain_text(files, capsys, monkeypa
     assert run(capsys, "diff", files["a"], files["changed"]) == (1, piped.stdout)
 
 
+@needs_matplotlib
+def test_long_work_shows_a_bar_in_a_terminal_alone(files, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("tqdm")
+    monkeypatch.setenv("TERM", "xterm")
+    inspect, diff = ["inspect", files["a"]], ["diff", files["a"], files["same"]]
+    png = ["--png", str(tmp_path / "map.png")]
+    commands = [
+        (inspect, "inspecting layers: "),
+        ([*inspect, *png], "reading layers: "),
+        ([*inspect, "--head", "1", *png], "reading layers: "),
+        (diff, "comparing layers: "),
+        ([*diff, "--head", "1", *png], "reading layers: "),
+    ]
+
+    def shown(arguments):
+        assert cli.main(arguments) == 0
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("flexprefill.progress.MOMENT", 0)
+    assert [shown(arguments) for arguments, _ in commands] == [""] * len(commands)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for arguments, bar in commands:
+        sent = shown(arguments)
+        assert bar in sent and "/3 [" in sent
+        assert sent.endswith("\r")  # what comes next is written over the bar
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown(inspect) == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("flexprefill.progress.MOMENT", 60)
+    assert shown(inspect).strip() == ""
+
+
 def test_a_reader_that_stops_is_no_error(files):
     with subprocess.Popen([*COMMAND, "inspect", files["a"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.close()

@@ -142,7 +142,7 @@ def test_any_maps_survive_whole_and_in_part(tmp_path_factory, layers, share, see
 
 
 def test_heads_are_split_into_steps_without_a_trace(tmp_path, monkeypatch, masks):
-    monkeypatch.setattr("flexprefill.store.heads.RUNS", 1)  # one head at a time
+    monkeypatch.setattr("flexprefill.store.heads.WORDS_AT_A_TIME", 1)  # one head at a time
     save_masks(tmp_path / "masks", masks)
     assert load_masks(tmp_path / "masks") == masks
     assert load_masks(DATA / "masks_v1.safetensors") == load_masks(DATA / "masks_v2.safetensors")
@@ -228,6 +228,29 @@ def test_progress_is_told_of_each_layer(tmp_path, masks):
     save_masks(tmp_path / "masks", masks, progress=steps.append)
     load_masks(tmp_path / "masks", progress=steps.append)
     assert steps == [1] * 4
+
+
+def test_progress_can_be_shown(tmp_path, masks, capsys, monkeypatch):
+    path = tmp_path / "masks"
+    save_masks(path, masks, progress=False)
+    load_masks(path, progress=None)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as without tqdm
+    save_masks(path, masks, progress=True)
+    load_masks(path, progress=True)
+    assert capsys.readouterr() == ("", "writing masks …\nreading masks …\n")
+    monkeypatch.undo()
+    pytest.importorskip("tqdm")
+    save_masks(path, masks, progress=True)
+    load_masks(path, layers=[7], progress=True)
+    shown = capsys.readouterr().err
+    assert "writing masks: " in shown and "/2 [" in shown and "reading masks: " in shown and "/1 [" in shown
+    for wrong in (1, "tqdm"):
+        with pytest.raises(TypeError, match="progress must be a bool, None or a function of the steps done, got"):
+            save_masks(tmp_path / "new", masks, progress=wrong)
+        with pytest.raises(TypeError, match="progress must be"):
+            load_masks(path, progress=wrong)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class Lazy(Mapping):

@@ -23,6 +23,7 @@ from flexprefill.cli.table import print_table
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import MapDifference, compare_maps
 from flexprefill.plotting import plot_difference, plot_layers
+from flexprefill.progress import terminal_stage
 from flexprefill.store import MaskFileInfo, read_mask_info
 
 NAME = "diff"
@@ -76,7 +77,11 @@ def execute(arguments: argparse.Namespace) -> int:
     for path, info in zip(paths, infos, strict=True):
         check_choice(path, info, layer, head)
     numbers = sorted({*infos[0].layers, *infos[1].layers}) if layer is None else [layer]
-    layers = [_compare(paths, infos, number, head) for number in numbers]
+    layers = []
+    with terminal_stage("comparing layers", len(numbers)) as advance:
+        for number in numbers:
+            layers.append(_compare(paths, infos, number, head))
+            advance(1)
     code = EQUAL if all(layer.equal for layer in layers) else DIFFERENT
     if arguments.json:
         record = {

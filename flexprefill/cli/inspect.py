@@ -28,7 +28,8 @@ from flexprefill.cli.table import print_table
 from flexprefill.config import PrefillConfig
 from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_heads, plot_layers, token_label
-from flexprefill.store import MaskFileInfo, load_masks, read_mask_info
+from flexprefill.progress import terminal_stage
+from flexprefill.store import MaskFileInfo, read_mask_info
 
 NAME = "inspect"
 SUMMARY = "what a mask file holds, by layer and head"
@@ -105,16 +106,18 @@ def _read_layers(path: Path, info: MaskFileInfo, numbers: Sequence[int], head: i
     """The chosen layers, of which two are held at a time."""
     layers: list[Layer] = []
     before: tuple[int, BlockMap] | None = None
-    for number in numbers:
-        block_map = read_layer(path, number, head)
-        summaries = summarize_heads(block_map, config=info.config)
-        if head is not None:
-            summaries = [dataclasses.replace(summary, head=head) for summary in summaries]
-        like_before = None
-        if before is not None and info.layers[before[0]] == info.layers[number]:
-            like_before = (before[0], compare_maps(before[1], block_map).iou)
-        layers.append(Layer(number, summaries, head_similarity(block_map), like_before))
-        before = (number, block_map)
+    with terminal_stage("inspecting layers", len(numbers)) as advance:
+        for number in numbers:
+            block_map = read_layer(path, number, head)
+            summaries = summarize_heads(block_map, config=info.config)
+            if head is not None:
+                summaries = [dataclasses.replace(summary, head=head) for summary in summaries]
+            like_before = None
+            if before is not None and info.layers[before[0]] == info.layers[number]:
+                like_before = (before[0], compare_maps(before[1], block_map).iou)
+            layers.append(Layer(number, summaries, head_similarity(block_map), like_before))
+            before = (number, block_map)
+            advance(1)
     return layers
 
 
@@ -248,7 +251,11 @@ def _draw(
     path: Path, info: MaskFileInfo, numbers: Sequence[int], head: int | None, picture: Path, *, overview: bool
 ) -> None:
     if overview and len(numbers) > 1:
-        densities = {number: load_masks(path, layers=[number])[number].density().flatten() for number in numbers}
+        densities = {}
+        with terminal_stage("reading layers", len(numbers)) as advance:
+            for number in numbers:
+                densities[number] = read_layer(path, number, head).density().flatten()
+                advance(1)
         plot_layers(densities, picture, label="kept share of the causal blocks")
         return
     block_map, titles = as_panels(path, info, numbers, head)

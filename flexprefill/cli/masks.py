@@ -12,6 +12,7 @@ import torch
 from flexprefill.blockmap import BlockMap
 from flexprefill.cli.values import whole
 from flexprefill.errors import FlexPrefillError
+from flexprefill.progress import terminal_stage
 from flexprefill.store import MaskFileInfo, load_masks
 
 
@@ -67,12 +68,14 @@ def as_panels(path: Path, info: MaskFileInfo, layers: Sequence[int], head: int |
             f"such as those of layers {layers[0]} and {other[0]}"
         )
     words, titles = [], []
-    for layer in layers:
-        block_map = read_layer(path, layer, head)
-        words.append(block_map.words.flatten(0, 1))
-        for batch in range(block_map.shape[0]):
-            for index in range(block_map.shape[1]) if head is None else [head]:
-                titles.append(f"layer {layer}, {head_name(info, layer, batch, index)}")
+    with terminal_stage("reading layers", len(layers)) as advance:
+        for layer in layers:
+            block_map = read_layer(path, layer, head)
+            words.append(block_map.words.flatten(0, 1))
+            for batch in range(block_map.shape[0]):
+                for index in range(block_map.shape[1]) if head is None else [head]:
+                    titles.append(f"layer {layer}, {head_name(info, layer, batch, index)}")
+            advance(1)
     return BlockMap(torch.cat(words)[None], *geometry(first)), titles
 
 

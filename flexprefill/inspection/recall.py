@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, unpack_bits
 from flexprefill.checks import check_attention_inputs, check_block_map, resolve_scale
+from flexprefill.progress import Advance, asked_stage
 
 
 def attention_recall(
@@ -18,7 +20,7 @@ def attention_recall(
     *,
     scale: float | None = None,
     rows: Iterable[int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> Tensor:
     """The share of the exact causal attention mass that the kept blocks hold, averaged over the query rows.
 
@@ -30,8 +32,9 @@ def attention_recall(
         scale: factor on the dot products; 1 / sqrt(D) if None.
         rows: only these queries, 0 … q_len - 1, such as ``range(0, q_len, 1000)``, since all queries of a long
             prompt take long; all if None.
-        progress: called with 1 after each query block of each key head, B · Hkv · M times if all rows take part,
-            and fewer where some query blocks hold none of them.
+        progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each query
+            block of each key head, B · Hkv · M times if all rows take part, and fewer where some query blocks hold
+            none of them.
 
     Returns:
         float32 [B, Hq], in 0 … 1.
@@ -51,8 +54,8 @@ def attention_recall(
     chosen = torch.arange(q_len) if rows is None else _row_tensor(rows, q_len)
     row_blocks = [(block, chosen[chosen // size == block]) for block in (chosen // size).unique().tolist()]
     kept_mass = torch.zeros(batch, kv_heads, group, device=query.device, dtype=torch.float32)
-    for b in range(batch):
-        for head in range(kv_heads):
+    with asked_stage(progress, "attention mass", batch * kv_heads * len(row_blocks)) as advance:
+        for b, head in product(range(batch), range(kv_heads)):
             keys = key[b, head].float()
             for row_block, block_rows in row_blocks:
                 end = block_map.offset + int(block_rows.max()) + 1  # keys from here on are in the future
@@ -62,8 +65,7 @@ def attention_recall(
                 mass = torch.where(visible, logits, -torch.inf).softmax(-1)
                 kept = unpack_bits(words[b, head, :, row_block], columns).repeat_interleave(size, -1)[:, :end]
                 kept_mass[b, head] += (mass * kept[:, None]).sum((-1, -2))
-                if progress is not None:
-                    progress(1)
+                advance(1)
     return (kept_mass / chosen.numel()).flatten(1)
 
 

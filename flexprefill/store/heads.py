@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexprefill.blockmap import WORD_BITS, causal_blocks, ceil_div, pack_bits, visible_blocks
 
-RUNS = 2**19  # at a time: some megabytes, which stay in the cache
+Words = NDArray[np.int32]  # of maps, 32 blocks each
+Stream = NDArray[np.uint64]  # of files, 64 blocks each
+Numbers = NDArray[np.int64]
+STREAM_BITS = 64
+WORDS_AT_A_TIME = 2**18  # some megabytes, which stay in the cache
 
 
 def words_shape(q_len: int, kv_len: int, block_size: int) -> tuple[int, int]:
@@ -41,35 +46,43 @@ class TrianglePacking:
     """
 
     def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
-        width = words_shape(q_len, kv_len, block_size)[1]
-        self.words = math.prod(words_shape(q_len, kv_len, block_size))
+        rows, width = words_shape(q_len, kv_len, block_size)
+        self.words = rows * width
         self.bits = triangle_bits(q_len, kv_len, block_size)
         self.size = ceil_div(self.bits, 8)
-        first, visible = _rows_in_stream(q_len, kv_len, block_size)
+        self._odd = (rows, width) if width % 2 else None
+        place, start, visible = _rows_in_stream(q_len, kv_len, block_size)
 
-        def runs(row: NDArray[np.int64], bit: NDArray[np.int64]) -> _Runs:
-            """From these bits of the stream, in these rows, to the end of the stream's word or of the row."""
-            in_row = bit - first[row]
-            length = np.minimum(visible[row] - in_row, WORD_BITS - bit % WORD_BITS)
-            return _Runs(row * (width * WORD_BITS) + in_row, length, self.words)
+        # each row's words of 64 bits; the last row has one more, of no bits, for what the one before does not hold
+        words_of_row = ceil_div(visible, STREAM_BITS)
+        words_of_row[-1] += 1
+        row, word = _numbered(words_of_row)
+        self._word = row * ceil_div(width, 2) + word
+        self._mask = _low_bits(visible[row] - STREAM_BITS * word)
+        self._left, self._right = _shifts(start[row])
+        self._scratch = _Scratch(len(row))
+        self.most = max(1, WORDS_AT_A_TIME // len(row))
+        # a word begins in this one of the stream and goes on in the next; where rows meet, several begin in one
+        target = place[row] + word
+        self._first = np.unique(target, return_index=True)[1][: ceil_div(self.bits, STREAM_BITS)]
+        self._others = (np.diff(target) == 0).nonzero()[0] + 1
+        self._place, self._first_there = np.unique(target[self._others], return_index=True)
 
-        # what each word of the stream starts with, and then what each row that starts inside a word adds to it
-        edge = WORD_BITS * np.arange(ceil_div(self.bits, WORD_BITS))
-        self._at_edges = runs(np.searchsorted(first, edge, side="right") - 1, edge)
-        row = (first % WORD_BITS).nonzero()[0]
-        self._inside = runs(row, first[row]) if len(row) else None
-        self._shift = first[row] % WORD_BITS
-        self._place, self._first_there = np.unique(first[row] // WORD_BITS, return_index=True)
-        self.most = max(1, RUNS // len(edge))
-
-    def pack(self, words: NDArray[np.int32], stream: NDArray[np.int32]) -> None:
-        """Writes the streams of [heads, M · W] to [heads, size / 4 rounded up], zero bits after each."""
-        packed = self._at_edges.read(words)
-        if self._inside is not None:
-            inside = self._inside.read(words)
-            inside <<= self._shift
-            packed[:, self._place] |= np.bitwise_or.reduceat(inside, self._first_there, axis=1)
-        np.copyto(stream, packed, casting="unsafe")  # the lower half
+    def pack(self, words: Words) -> Stream:
+        """The streams of [heads, M · W]: [heads, size / 8 rounded up], zero bits after each."""
+        if self._odd is not None:
+            words = np.pad(words.reshape(-1, *self._odd), ((0, 0), (0, 0), (0, 1))).reshape(len(words), -1)
+        begun, rest = self._scratch.arrays(len(words))
+        np.take(words.view(np.uint64), self._word, axis=1, out=rest, mode="wrap")  # the fastest mode
+        rest &= self._mask
+        np.left_shift(rest, self._left, out=begun)
+        rest >>= self._right
+        begun[:, 1:] |= rest[:, :-1]
+        stream = begun.take(self._first, axis=1, mode="wrap")
+        if len(self._others):
+            others = begun.take(self._others, axis=1, mode="wrap")
+            stream[:, self._place] |= np.bitwise_or.reduceat(others, self._first_there, axis=1)
+        return stream
 
 
 class TriangleUnpacking:
@@ -81,34 +94,42 @@ class TriangleUnpacking:
     """
 
     def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
-        self._bits = triangle_bits(q_len, kv_len, block_size)
-        self.size = ceil_div(self._bits, 8)
-        first, visible = _rows_in_stream(q_len, kv_len, block_size)
         self._shape = words_shape(q_len, kv_len, block_size)
-        column = WORD_BITS * np.arange(self._shape[1])
-        length = (visible[:, None] - column).clip(0, WORD_BITS)
-        seen = length > 0
-        self._runs = _Runs((first[:, None] + column)[seen], length[seen], ceil_div(self._bits, WORD_BITS))
-        self.most = max(1, RUNS // int(seen.sum()))
-        # rows that see equally many words follow each other: their first one, that number, and their first run
-        self._widths, self._row = np.unique(seen.sum(1), return_index=True)
-        self._run = (seen.sum(1).cumsum() - seen.sum(1))[self._row]
+        self._in_last = triangle_bits(q_len, kv_len, block_size) % STREAM_BITS
+        self.size = triangle_bytes(q_len, kv_len, block_size)
+        place, start, visible = _rows_in_stream(q_len, kv_len, block_size)
 
-    def unpack(self, stream: NDArray[np.int32], words: NDArray[np.int32]) -> bool:
-        """Writes the words of [heads, size / 4 rounded up] to [heads, M · W], which is zero before.
+        # each row's words of 64 bits, and one more of no bits, since the last one may go on in the stream's next
+        width = ceil_div(visible, STREAM_BITS)
+        row, word = _numbered(width + 1)
+        self._word = place[row] + word
+        self._mask = _low_bits(visible[row] - STREAM_BITS * word)
+        self._left, self._right = _shifts(start[row])
+        self._scratch = _Scratch(len(row))
+        self.most = max(1, WORDS_AT_A_TIME // len(row))
+        # rows of equally many words follow each other: that number, their first row, and its first word
+        self._widths, first = np.unique(width, return_index=True)
+        self._rows = [*first, len(width)]
+        self._words = [*(word == 0).nonzero()[0][first], len(word)]
+
+    def unpack(self, stream: Stream, words: Words) -> bool:
+        """Writes the words of [heads, size / 8 rounded up] to [heads, M · W], which is zero before.
 
         Returns:
             whether no bit after a last block is set.
         """
-        runs = self._runs.read(stream)
+        found, rest = self._scratch.arrays(len(stream))
+        np.take(stream, self._word, axis=1, out=rest, mode="wrap")  # what wraps around is masked
+        np.right_shift(rest, self._left, out=found)
+        rest <<= self._right
+        found[:, :-1] |= rest[:, 1:]
+        found &= self._mask
         table = words.reshape(-1, *self._shape)
-        row_ends, run_ends = [*self._row[1:], self._shape[0]], [*self._run[1:], runs.shape[1]]
-        for width, row, row_end, run, run_end in zip(
-            self._widths, self._row, row_ends, self._run, run_ends, strict=True
-        ):
-            table[:, row:row_end, :width] = runs[:, run:run_end].reshape(len(runs), -1, width)
-        in_last = self._bits % WORD_BITS
-        return not in_last or not (stream[:, -1].view(np.uint32) >> in_last).any()
+        for width, rows, places in zip(self._widths, pairwise(self._rows), pairwise(self._words), strict=True):
+            target = table[:, slice(*rows), : 2 * width]
+            with_next = found[:, slice(*places)].reshape(len(found), -1, width + 1).view(np.int32)
+            target[:] = with_next[:, :, : target.shape[2]]
+        return not self._in_last or not (stream[:, -1] >> np.uint64(self._in_last)).any()
 
 
 class PlainUnpacking:
@@ -117,42 +138,50 @@ class PlainUnpacking:
     def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
         words = math.prod(words_shape(q_len, kv_len, block_size))
         self.size = 4 * words
-        self.most = max(1, RUNS // words)
+        self.most = max(1, WORDS_AT_A_TIME // words)
         self._future = ~pack_bits(causal_blocks(q_len, kv_len, block_size, "cpu")).flatten().numpy()
 
-    def unpack(self, stream: NDArray[np.int32], words: NDArray[np.int32]) -> bool:
+    def unpack(self, stream: Stream, words: Words) -> bool:
         """Copies [heads, M · W]; returns whether no bit in the causal future or past the end is set."""
-        words[:] = stream
+        words[:] = stream.view(np.int32)[:, : words.shape[1]]
         return not (words & self._future).any()
 
 
-class _Runs:
-    """Runs of 1 … 32 bits that start at any bit of rows of ``words`` int32 words."""
+class _Scratch:
+    """Two arrays of rows of ``size`` words for each thread; kept, since fresh pages cost more than the work in them."""
 
-    def __init__(self, start: NDArray[np.int64], length: NDArray[np.int64], words: int) -> None:
-        word = start // WORD_BITS
-        self._pairs = np.stack([word, np.minimum(word + 1, words - 1)], 1).ravel()
-        self._shift = start % WORD_BITS
-        self._mask = (1 << length) - 1
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._memory = threading.local()
 
-    def read(self, words: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Each run's bits, from bit 0: [rows, runs] of [rows, words]. The thread's next call overwrites them."""
-        if len(getattr(self._memory, "pairs", ())) < len(words):  # kept: fresh pages cost more than the work
-            self._memory.pairs = np.empty((len(words), len(self._pairs)), np.int32)
-        pairs = self._memory.pairs[: len(words)]
-        np.take(words, self._pairs, axis=1, out=pairs, mode="wrap")  # the fastest mode; all are in range
-        # two words hold any run, and the sign that a shift by at most 31 brings in is above the lower one
-        runs = pairs.view(np.int64)
-        runs >>= self._shift
-        runs &= self._mask
-        return runs
+    def arrays(self, rows: int) -> tuple[Stream, Stream]:
+        """[rows, size] each, of anything; the thread's next call has them again."""
+        pair = getattr(self._memory, "pair", None)
+        if pair is None or pair.shape[1] < rows:
+            pair = self._memory.pair = np.empty((2, rows, self._size), np.uint64)
+        return pair[0, :rows], pair[1, :rows]
 
 
-def _rows_in_stream(q_len: int, kv_len: int, block_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each row's first bit in the stream, and how many are its own: [M]."""
+def _rows_in_stream(q_len: int, kv_len: int, block_size: int) -> tuple[Numbers, Numbers, Numbers]:
+    """The stream's word and the bit in it where each row starts, and how many bits it has: [M] each."""
     visible = visible_blocks(q_len, kv_len, block_size, "cpu").numpy().astype(np.int64)
-    return visible.cumsum() - visible, visible
+    return *np.divmod(visible.cumsum() - visible, STREAM_BITS), visible
+
+
+def _numbered(counts: Numbers) -> tuple[Numbers, Numbers]:
+    """Of things of which row I has counts[I]: each one's row, and its number in the row."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return row, np.arange(len(row)) - (counts.cumsum() - counts)[row]
+
+
+def _shifts(start: Numbers) -> tuple[Stream, Stream]:
+    """By how much what starts at these bits of words is shifted to them, and to them from the words after."""
+    return start.astype(np.uint64), (STREAM_BITS - start).astype(np.uint64)
+
+
+def _low_bits(count: Numbers) -> Stream:
+    """Words whose first ``count`` bits are set, at least none and at most all."""
+    return np.uint64(2**64 - 1) >> (STREAM_BITS - count.clip(0, STREAM_BITS)).astype(np.uint64)
 
 
 def even_step(heads: int, most: int) -> int:
@@ -160,7 +189,7 @@ def even_step(heads: int, most: int) -> int:
     return ceil_div(heads, ceil_div(heads, most))
 
 
-def zero_streams(heads: int, size: int) -> tuple[list[memoryview], NDArray[np.int32]]:
-    """Zeros for streams of ``size`` bytes: each one's bytes, and all as [heads, size / 4 rounded up]."""
-    stream = np.zeros((heads, ceil_div(size, 4)), np.int32)
-    return [memoryview(row)[:size] for row in stream.view(np.uint8)], stream
+def as_stream_words(streams: NDArray[np.uint8]) -> Stream:
+    """Bytes of streams [heads, size] as words, zero bits after each: the same memory if it has no need of these."""
+    missing = -streams.shape[1] % (STREAM_BITS // 8)
+    return (np.pad(streams, ((0, 0), (0, missing))) if missing else streams).view(np.uint64)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -20,6 +21,7 @@ from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import MaskFileError
+from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import Container, Source, opened, read_container
 from flexprefill.store.contents import (
@@ -32,9 +34,10 @@ from flexprefill.store.contents import (
     read_description,
     tensor_name,
 )
-from flexprefill.store.heads import PlainUnpacking, TriangleUnpacking, even_step, words_shape, zero_streams
+from flexprefill.store.heads import PlainUnpacking, TriangleUnpacking, as_stream_words, even_step, words_shape
 
 THREADS = 2  # more wait for each other and for the memory
+HUGE_PAGE = 2**21  # bytes
 UNPACKING = {1: PlainUnpacking, 2: TriangleUnpacking}  # by format version
 
 
@@ -61,7 +64,7 @@ def load_masks(
     config: PrefillConfig | None = None,
     model: str | None = None,
     token_ids: Tensor | Sequence[int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> dict[int, BlockMap]:
     """The maps of a file by layer.
 
@@ -71,7 +74,7 @@ def load_masks(
         heads: only these heads of each layer, in this order; the others are not read.
         device: where to put the maps.
         config, model, token_ids: what the file has to have been saved with; None takes any.
-        progress: called with 1 after each layer.
+        progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
     Raises:
         MaskFileError: the file is missing, truncated, changed in any bit that was read, of another kind or of a newer
@@ -99,12 +102,11 @@ def load_masks(
                 raise ValueError(f"heads must be some of 0 … {count - 1} for layer {layer} of {path}, got {heads}")
         masks = {}
         parts = ahead(functools.partial(_read_part, file), _parts(info, chosen, heads), threads=THREADS)
-        with contextlib.closing(parts) as read:
+        with asked_stage(progress, "reading masks", len(chosen)) as advance, contextlib.closing(parts) as read:
             for layer, block_map in read:
                 if block_map is not None:
                     masks[layer] = block_map.to(device)
-                    if progress is not None:
-                        progress(1)
+                    advance(1)
         return masks
 
 
@@ -176,8 +178,7 @@ def _parts(info: MaskFileInfo, layers: Sequence[int], heads: Sequence[int] | Non
         batch, in_file = info.layers[layer]["shape"]
         chosen = range(in_file) if heads is None else heads
         stored = [b * in_file + head for b in range(batch) for head in chosen]
-        shape = batch, len(chosen), *words_shape(**lengths)
-        words = np.zeros(shape, np.int32)  # as torch.zeros, but no page is touched before it is filled
+        words = _zero_words((batch, len(chosen), *words_shape(**lengths)))
         block_map = BlockMap(torch.from_numpy(words), **lengths)
         words = words.reshape(len(stored), -1)
         unpacking = unpacking_for(**lengths)
@@ -192,17 +193,37 @@ def _read_part(file: _MaskFile, part: _Part) -> tuple[int, BlockMap | None]:
     """Reads the part's heads, checks them and fills its words; the layer, and its map if it is whole now."""
     layer, size = part.layer, part.unpacking.size
     start, _ = file.container.place(tensor_name(layer))
-    streams, as_words = zero_streams(len(part.stored), size)
+    streams = np.empty((len(part.stored), size), np.uint8)
+    for first, end in _in_a_row(part.stored):
+        file.source.fill(streams[first:end].reshape(-1).data, start + part.stored[first] * size)
     for head, stream in zip(part.stored, streams, strict=True):
-        file.source.fill(stream, start + head * size)
         if layer in file.checksums and zlib.crc32(stream) != file.checksums[layer][head]:
             b, h = divmod(head, file.info.layers[layer]["shape"][1])
             raise MaskFileError(
                 f"{file.source.path} is damaged: layer {layer}, batch entry {b}, head {h} does not have its checksum"
             )
-    if not part.unpacking.unpack(as_words, part.words):
+    if not part.unpacking.unpack(as_stream_words(streams), part.words):
         raise MaskFileError(f"{file.source.path} is damaged: layer {layer} has bits outside its triangle")
     return layer, part.whole
+
+
+def _zero_words(shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """As np.zeros, in huge pages where there are such: the pages of a map take longer to get than to fill."""
+    size = 4 * math.prod(shape)
+    if size < HUGE_PAGE:
+        return np.zeros(shape, np.int32)
+    memory = np.zeros(size + HUGE_PAGE, np.uint8)  # for which numpy asks the system
+    start = -memory.ctypes.data % HUGE_PAGE
+    return memory[start : start + size].view(np.int32).reshape(shape)
+
+
+def _in_a_row(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where runs of numbers that follow each other begin and end."""
+    first = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield first, end
+            first = end
 
 
 def _number_list(name: str, numbers: Iterable[int] | None) -> list[int] | None:

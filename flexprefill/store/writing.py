@@ -8,22 +8,22 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_path
 from flexprefill.config import PrefillConfig
+from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
-from flexprefill.store.heads import TrianglePacking, even_step, zero_streams
+from flexprefill.store.heads import Stream, TrianglePacking, even_step
 from flexprefill.store.whole_file import start_writing_back, whole_file, write_at
 
 
@@ -36,7 +36,7 @@ def save_masks(
     model: str | None = None,
     token_ids: Tensor | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> None:
     """Saves maps by layer into one safetensors file, which appears whole or not at all.
 
@@ -51,7 +51,7 @@ def save_masks(
         model: the name of the model whose masks they are, kept in the file.
         token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
         dtype: of the queries and keys that the masks were made from, kept in the file.
-        progress: called with 1 after each layer.
+        progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
     Raises:
         TypeError, ValueError: an argument is not of its kind.
@@ -64,20 +64,19 @@ def save_masks(
     layers: dict[int, dict[str, Any]] = {}
     densities: list[float] = []
     checksums: list[int] = []
-    with whole_file(path) as file:
+    with asked_stage(progress, "writing masks", len(numbers)) as advance, whole_file(path) as file:
         end = start
 
         def write(packed: _Packed) -> tuple[list[float], list[int]]:
             """Appends the streams to the file; the density and the checksum of each."""
             nonlocal end
-            together = b"".join(packed.streams)
-            write_at(file, together, end)
-            start_writing_back(file, end, len(together))
-            end += len(together)
-            kept = np.bitwise_count(packed.words.view(np.uint32)).sum(1, dtype=np.int64)
-            return (kept / packed.bits).tolist(), [zlib.crc32(stream) for stream in packed.streams]
+            streams = np.ascontiguousarray(packed.words.view(np.uint8)[:, : packed.size])
+            write_at(file, streams.reshape(-1).data, end)
+            start_writing_back(file, end, streams.nbytes)
+            end += streams.nbytes
+            return packed.densities, [zlib.crc32(stream) for stream in streams]
 
-        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, progress))) as written:
+        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, advance))) as written:
             for shares, sums in written:
                 densities += shares
                 checksums += sums
@@ -90,18 +89,18 @@ def save_masks(
 
 @dataclass(frozen=True)
 class _Packed:
-    """Streams of ``bits`` blocks each, as bytes, and in the same memory as words [heads, bits / 32 rounded up]."""
+    """Some heads' streams of ``size`` bytes each, in words, and the density of each."""
 
-    bits: int
-    streams: list[memoryview]
-    words: NDArray[np.int32]
+    densities: list[float]
+    size: int
+    words: Stream
 
 
 def _packed(
     masks: Mapping[int, BlockMap],
     numbers: Sequence[int],
     layers: dict[int, dict[str, Any]],
-    progress: Callable[[int], None] | None,
+    advance: Advance,
 ) -> Iterator[_Packed]:
     """The heads' streams, some at a time; notes the sizes of each layer in ``layers`` on the way."""
     packing_for = functools.lru_cache(maxsize=1)(TrianglePacking)
@@ -115,15 +114,13 @@ def _packed(
         heads = block_map.words.to("cpu").reshape(-1, packing.words).numpy()  # [B · H, M · W]
         step = even_step(len(heads), packing.most)
         for first in range(0, len(heads), step):
-            words = heads[first : first + step]
-            packed = _Packed(packing.bits, *zero_streams(len(words), packing.size))
-            packing.pack(words, packed.words)
-            yield packed
+            stream = packing.pack(heads[first : first + step])
+            kept = np.bitwise_count(stream).sum(1, dtype=np.int64)
+            yield _Packed((kept / packing.bits).tolist(), packing.size, stream)
 
     for layer in numbers:
         yield from pack_layer(layer, masks[layer])  # which alone holds the map, and is done with it after
-        if progress is not None:
-            progress(1)
+        advance(1)
 
 
 def _layer_numbers(masks: Mapping[int, BlockMap]) -> list[int]:
