@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,7 +90,6 @@ def window_mask(query: Tensor, key: Tensor, window: int) -> MaskMod:
     return within_window
 
 
-@functools.cache
 def soft_cap(cap: float) -> Callable[..., Tensor]:
     """score_mod of a soft cap."""
 

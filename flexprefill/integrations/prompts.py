@@ -30,30 +30,49 @@ class Prompts:
     A mask_mod is what a BlockMask carries through the code of a model, so here it carries the numbers, too.
 
     Args:
-        spans: one for each batch entry.
-        offset: the slot of the first query; the queries are the last of the slots that are used.
+        batch: how many prompts.
+        offset: the slot of the first query.
         window: how many keys a query sees at most, its own among them; None is all of them.
+        spans: the slots of each prompt; None if each fills all slots up to the last query.
         device: of the mask.
     """
 
-    def __init__(self, spans: tuple[Span, ...], offset: int, window: int | None, device: torch.device | str) -> None:
-        self.spans, self.offset, self.window = spans, offset, window
-        self._first, self._end = torch.tensor(spans, dtype=torch.int32, device=device).T.contiguous()
+    def __init__(
+        self,
+        batch: int,
+        offset: int,
+        window: int | None,
+        spans: tuple[Span, ...] | None,
+        device: torch.device | str,
+    ) -> None:
+        self.batch, self.offset, self.window, self.spans, self.device = batch, offset, window, spans, device
+        if spans is not None:
+            self._first, self._end = torch.tensor(spans, dtype=torch.int32, device=device).T.contiguous()
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         behind = q_idx + self.offset - kv_idx
-        seen = (behind >= 0) & (kv_idx >= self._first[b]) & (kv_idx < self._end[b])
-        return seen if self.window is None else seen & (behind < self.window)
+        seen = behind >= 0
+        if self.window is not None:
+            seen = seen & (behind < self.window)
+        if self.spans is not None:
+            seen = seen & (kv_idx >= self._first[b]) & (kv_idx < self._end[b])
+        return seen
 
     def to_block_mask(self, q_len: int) -> BlockMask:
-        """The BlockMask of ``q_len`` queries over the used slots: [B, 1, q_len, offset + q_len], all blocks partial."""
-        device, lengths = self._first.device, (q_len, self.offset + q_len)
+        """The BlockMask of ``q_len`` queries over the slots up to the last: [B, 1, q_len, offset + q_len].
+
+        Every block that is causally visible is listed as partial.
+        """
+        lengths = q_len, self.offset + q_len
         causal = BlockMap.causal(
-            len(self.spans), 1, q_len=q_len, kv_len=lengths[1], block_size=BLOCK_SIZE, device=device
+            self.batch, 1, q_len=q_len, kv_len=lengths[1], block_size=BLOCK_SIZE, device=self.device
         )
-        lists = lists_of(causal, self, None)
         return BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=self, seq_lengths=lengths, compute_q_blocks=False
+            *lists_of(causal, self, None),
+            BLOCK_SIZE=BLOCK_SIZE,
+            mask_mod=self,
+            seq_lengths=lengths,
+            compute_q_blocks=False,
         )
 
 
@@ -93,9 +112,9 @@ def attend_each(
     Raises:
         FlexPrefillError: masks are recorded, and the prompts differ in their places.
     """
-    spans, q_len = prompts.spans, query.shape[2]
-    if len(set(spans)) == 1 and spans[0].first <= prompts.offset and spans[0].end == prompts.offset + q_len:
-        used = slice(*spans[0])
+    spans = prompts.spans
+    if spans is None:
+        used = slice(prompts.offset + query.shape[2])
         return attend(query, key[:, :, used], value[:, :, used])
     if is_recording() and len(set(spans)) > 1:
         raise FlexPrefillError(

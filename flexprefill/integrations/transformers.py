@@ -7,8 +7,8 @@
 
 Prompts go through the search, steps of decoding are dense. What the search cannot do is attended exactly: layers with
 a sliding window that is shorter than the prompt, and layers without causality such as an image encoder's. A soft cap
-and sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps the
-blocks that it keeps alone.
+and sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps
+the blocks that it keeps alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flexprefill.integrations.prompts import Prompts, Span, attend_each, spans_o
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(
         "flexprefill.integrations.transformers needs transformers 5: pip install 'flexprefill[transformers]'"
@@ -116,6 +116,7 @@ def prompt_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -132,7 +133,9 @@ def prompt_mask(
         a Prompts. For a single query, and without causality, the mask of the implementation sdpa.
 
     Raises:
-        FlexPrefillError: the mask is one that a search over prompts cannot follow.
+        FlexPrefillError: the mask is one that a search over prompts cannot follow; where that shows only when a
+            compiled graph runs, it is a RuntimeError.
+        ValueError: padding stands between tokens.
     """
     if q_length == 1 or "allow_is_bidirectional_skip" in others:
         return sdpa_mask(
@@ -141,36 +144,44 @@ def prompt_mask(
             kv_length=kv_length,
             q_offset=q_offset,
             kv_offset=kv_offset,
+            mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip,
             device=device,
             **others,
         )
-    if not allow_is_causal_skip:
-        raise FlexPrefillError(
-            "attention_mask must be causal with padding alone: flexprefill takes no packed sequences and no images "
-            "whose tokens see each other. torch.compile of a model without a cache asks for packed sequences, too: "
-            "use_cache=True does not"
-        )
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         raise FlexPrefillError(f"layers that attend in chunks (attention_chunk_size={local_size}) are not supported")
-    if torch.compiler.is_compiling() and (attention_mask is not None or isinstance(q_offset, Tensor)):
+    if torch.compiler.is_compiling() and isinstance(q_offset, Tensor):
         raise FlexPrefillError(
-            "a prompt inside torch.compile takes no attention_mask and no static cache, whose lengths are on the "
-            "device: leave them out, or compile the steps of decoding alone, as generate() does"
+            "past_key_values must be no filled static cache for a prompt inside torch.compile, because its length is "
+            "on the device: compile the steps of decoding alone, as generate() does"
+        )
+    if not allow_is_causal_skip:
+        # transformers says so, too, of every prompt that is compiled without a cache, in case it is packed
+        _require(
+            not others.get("use_vmap") and _is_causal(mask_function, batch_size, q_length, q_offset, device),
+            "attention_mask must be causal with padding alone: flexprefill takes no packed sequences (position_ids "
+            "that start anew) and no images whose tokens see each other",
         )
     offset = int(q_offset) - kv_offset  # waits for the device if the cache is a static one
     used = offset + q_length
     window = local_size if local_size is not None and local_size < used else None
-    spans = (Span(0, used),) * batch_size
+    spans = None
     if attention_mask is not None:
         real = attention_mask[:, kv_offset : kv_offset + used]
         # slots that the padding mask does not reach are padding
-        spans = spans_of(nn.functional.pad(real, (0, used - real.shape[1])))
-    if window is None and used == kv_length and set(spans) == {Span(0, used)}:
+        real = nn.functional.pad(real, (0, used - real.shape[1]))
+        if torch.compiler.is_compiling():
+            _require(real.all(), "attention_mask must be without padding inside torch.compile, where it cannot be cut")
+        else:
+            spans = spans_of(real)
+            if set(spans) == {Span(0, used)}:
+                spans = None
+    if spans is None and window is None and used == kv_length:
         return None
-    return Prompts(spans, offset, window, device).to_block_mask(q_length)
+    return Prompts(batch_size, offset, window, spans, device).to_block_mask(q_length)
 
 
 def _attention_function(
@@ -225,6 +236,32 @@ def _attention_function(
 
 def _published(module: nn.Module) -> PrefillConfig:
     return PUBLISHED.get(getattr(getattr(module, "config", None), "model_type", None), PrefillConfig())
+
+
+def _is_causal(
+    mask_function: Callable[..., Tensor], batch_size: int, q_length: int, q_offset: int, device: torch.device | str
+) -> Tensor:
+    """Whether each query sees the key before its own and none sees the next: bool, no dimensions.
+
+    So it is with a causal mask and with a window. Sequences that are packed hide their first token's predecessor, and
+    tokens that see each other see the next.
+    """
+    batch = torch.arange(batch_size, device=device)[:, None]
+    position = torch.arange(1, q_length, device=device)[None] + q_offset
+    head = torch.zeros_like(position)
+    before, after = (
+        mask_function(batch, head, position, position - 1),
+        mask_function(batch, head, position - 1, position),
+    )
+    return (before & ~after).all()
+
+
+def _require(condition: bool | Tensor, message: str) -> None:
+    """Raises FlexPrefillError unless it holds; inside torch.compile RuntimeError, when the graph runs."""
+    if torch.compiler.is_compiling() and isinstance(condition, Tensor):
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise FlexPrefillError(message)
 
 
 def _prompts_of(attention_mask: BlockMask | Tensor | None) -> Prompts | None:
