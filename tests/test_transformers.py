@@ -29,8 +29,8 @@ EDGES = (0, 90, LENGTH)  # of a prompt's chunks
 def registered():
     register(ALL_KEPT, name="all_kept")
     register(FEW_KEPT, name="few_kept")
-    # families and ways of padding share what is compiled: more layouts than one model has
-    with torch._dynamo.config.patch(recompile_limit=32), torch.no_grad():
+    # families and ways of padding share what is compiled, at once for all lengths: more layouts than one model has
+    with torch._dynamo.config.patch(recompile_limit=32, assume_static_by_default=False), torch.no_grad():
         yield
     unregister("all_kept")
     unregister("few_kept")
@@ -88,10 +88,14 @@ def test_logits_are_those_of_the_models_own_attention_where_all_blocks_are_kept(
     allowed = 2 * relative_error(logits_alone(model_of(family, reference_of(family))), exact)
     model = model_of(family, "all_kept")
     assert relative_error(logits_alone(model), exact) <= allowed
-    for side in ("left", "right"):
-        for cache in (None, hf.DynamicCache(config=model.config), hf.StaticCache(model.config, max_cache_len=256)):
-            error = relative_error(logits_padded(model, side, cache), exact)
-            assert error <= allowed, (side, type(cache).__name__)
+    for side, cache in (
+        ("left", None),
+        ("right", None),
+        ("left", hf.DynamicCache(config=model.config)),
+        ("right", hf.StaticCache(model.config, max_cache_len=256)),
+    ):
+        error = relative_error(logits_padded(model, side, cache), exact)
+        assert error <= allowed, (side, type(cache).__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -295,6 +299,14 @@ def test_training_is_refused():
         model(prompts()[0])
 
 
+@pytest.fixture
+def default_compile():
+    """torch.compile as callers have it: for the first length alone, then for all."""
+    with torch._dynamo.config.patch(assume_static_by_default=True, recompile_limit=8):
+        yield
+
+
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
     graphs = []
@@ -310,6 +322,7 @@ def test_a_model_is_compiled_at_most_twice_over_lengths(family):
     assert len(graphs) <= 2
 
 
+@pytest.mark.usefixtures("default_compile")
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one():
     model = model_of("llama", "few_kept")
     compiled = torch.compile(model, fullgraph=True)
@@ -319,6 +332,7 @@ def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one():
         assert relative_error(model_of("llama", "sdpa")(prompt).logits, expected) > 1e-3
 
 
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -90,11 +90,13 @@ def window_mask(query: Tensor, key: Tensor, window: int) -> MaskMod:
     return within_window
 
 
-def soft_cap(cap: float) -> Callable[..., Tensor]:
+def soft_cap(query: Tensor, cap: float) -> Callable[..., Tensor]:
     """score_mod of a soft cap."""
+    # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
+    caps = torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
+        return caps[h] * torch.tanh(score / caps[h])
 
     return capped
 
@@ -115,7 +117,7 @@ def _attend(
         layer.config or PrefillConfig(),
         block_map=block_map,
         mask_mod=mask_mod,
-        score_mod=None if layer.softcap is None else soft_cap(layer.softcap),
+        score_mod=None if layer.softcap is None else soft_cap(query, layer.softcap),
         scale=layer.scale,
         return_aux=return_aux,
     )
