@@ -22,7 +22,7 @@ ALL_KEPT = PrefillConfig(alpha=1e-30, block_size=16)
 FEW_KEPT = PrefillConfig(alpha=1.0, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 LENGTHS = (200, 163)  # of a batch's prompts
 LENGTH = max(LENGTHS)
-EDGES = (0, 90, LENGTH)  # of a prompt's chunks
+EDGES = (0, 180, LENGTH)  # of a batch's chunks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,14 +58,14 @@ def pad_prompts(side):
 
 
 def logits_alone(model):
-    """float [tokens of all prompts, vocabulary], each prompt without padding or a cache."""
-    return torch.cat([model(prompt, use_cache=False).logits[0] for prompt in prompts()])
+    """float [tokens of all prompts, vocabulary], each prompt without padding."""
+    return torch.cat([model(prompt).logits[0] for prompt in prompts()])
 
 
 def logits_padded(model, side, cache):
     tokens, real, positions = pad_prompts(side)
     if cache is None:
-        logits = model(tokens, attention_mask=real, position_ids=positions, use_cache=False).logits
+        logits = model(tokens, attention_mask=real, position_ids=positions).logits
     else:
         logits = torch.cat(
             [
@@ -105,7 +105,7 @@ def test_logits_in_low_precision(dtype):
     assert relative_error(logits_alone(model_of("llama", "all_kept", dtype)), exact) <= allowed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_a_batch_without_padding_shares_its_calls(family):
     tokens = torch.cat([prompt[:, :160] for prompt in prompts()])
     expected = model_of(family, reference_of(family))(tokens).logits
