@@ -91,9 +91,8 @@ class Request(NamedTuple):
         kv_len = key.shape[2]
         aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
-        compiling = (
-            torch.compiler.is_compiling()
-        )  # lengths are then symbols: each fact asked of them costs a compilation
+        compiling = torch.compiler.is_compiling()
+        # lengths are symbols while compiling: each fact asked of them costs a compilation
         whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
         small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
@@ -128,9 +127,9 @@ def choose_backend(backend: str, request: Request) -> BackendChoice:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if request.compiling:
-        from flexprefill import constants  # imports torch._dynamo
+        from flexprefill import compile_time  # imports torch._dynamo
 
-        return constants.choose(backend, *request)
+        return compile_time.choose(backend, *request)
     return choose_once(backend, request)
 
 
