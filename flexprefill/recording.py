@@ -91,8 +91,8 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
         yield recording
     if not recording:
         raise FlexPrefillError(
-            "record_masks saw no mask: the model did not run, its attention does not go through flexprefill, or it "
-            "is compiled as a whole (record with the uncompiled model)"
+            "record_masks saw no mask: the model did not run, or only steps of decoding, its attention does not go "
+            "through flexprefill, or it is compiled as a whole (record with the uncompiled model)"
         )
 
 
