@@ -119,6 +119,8 @@ class MaskCache:
         """
         if (token_ids is None) == (key is None):
             raise ValueError("prompt takes either token_ids or a key, and one of them")
+        if isinstance(token_ids, str):
+            raise TypeError(f"token_ids must be whole numbers, got a str; a name goes to key={token_ids!r}")
         try:
             hash(key)
         except TypeError as error:

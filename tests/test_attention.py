@@ -178,7 +178,7 @@ def test_the_mask_works_in_a_callers_own_compiled_model():
         ({"value": torch.zeros(1, 2, 64, 64, requires_grad=True)}, ValueError, "value requires grad"),
         ({"value": torch.zeros(1, 2, 64, 64, device="meta")}, ValueError, "value must be on query's device"),
         ({"value": None}, TypeError, "value must be a tensor"),
-        ({"query": torch.zeros(1, 4, 65, 64)}, ValueError, "query must be no longer than key"),
+        ({"query": torch.zeros(1, 4, 65, 64)}, ValueError, r"query \[B, Hq, S_q, D\] must be no longer than key"),
         ({"score_mod": 1}, TypeError, "score_mod must be a function"),
         ({"mask_mod": 1}, TypeError, "mask_mod must be a function"),
         ({"config": None}, TypeError, "config must be a PrefillConfig, got NoneType"),

@@ -235,6 +235,7 @@ def test_wrong_arguments_are_named():
         ({}, ValueError, "either token_ids or a key"),
         ({"token_ids": [1], "key": 2}, ValueError, "either token_ids or a key"),
         ({"key": []}, TypeError, "key must be hashable, got list"),
+        ({"token_ids": "chat"}, TypeError, "token_ids must be whole numbers, got a str; a name goes to key='chat'"),
         ({"token_ids": torch.zeros(3)}, TypeError, "token_ids must be whole numbers, got torch.float32"),
         ({"token_ids": torch.zeros(0, dtype=torch.int64)}, ValueError, r"token_ids must be \[S\].*\[0\]"),
     ):

@@ -216,7 +216,7 @@ def wrong(**changes):
     ("arguments", "error", "message"),
     [
         (wrong(query=torch.zeros(1, 3, 64, 64)), ValueError, r"query must have a multiple.*\[1, 3, 64, 64\]"),
-        (wrong(query=torch.zeros(1, 4, 65, 64)), ValueError, "query must be no longer than key.*S_q=65"),
+        (wrong(query=torch.zeros(1, 4, 65, 64)), ValueError, "must be no longer than key.*S_q=65"),
         (wrong(query=torch.zeros(2, 4, 64, 64)), ValueError, "key must have query's batch size 2, got 1"),
         (
             wrong(key=torch.zeros(1, 2, 64, 128)),
