@@ -127,7 +127,7 @@ class MaskCache:
             raise TypeError(f"key must be hashable, got {type(key).__name__}") from error
         identity = _Identity(key) if token_ids is None else _identify(token_ids)
         with self._lock:
-            others = {id(entry.identity): entry.identity for entry in self._entries.values()}.values()
+            others = self._identities()
             # layers of one prompt hold its tokens once, also if it comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
             for other in others:  # now, not while the device waits for the first layer
@@ -161,10 +161,13 @@ class MaskCache:
         with self._lock:
             self._entries.clear()
 
+    def _identities(self) -> list[_Identity]:
+        """Those of the prompts that have maps, each once."""
+        return list({id(entry.identity): entry.identity for entry in self._entries.values()}.values())
+
     def _bytes(self) -> int:
-        identities = {id(entry.identity): entry.identity for entry in self._entries.values()}
         words = sum(entry.block_map.words.nbytes for entry in self._entries.values())
-        return words + sum(len(identity.tokens) for identity in identities.values())
+        return words + sum(len(identity.tokens) for identity in self._identities())
 
     def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
         with self._lock:
