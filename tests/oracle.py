@@ -14,40 +14,45 @@ def evaluate_rule(query, key, *, config, scale=None, last_chunk=True):
     q, k = query.double().cpu().numpy(), key.double().cpu()
     keep = np.zeros((batch, heads, rows, columns), bool)
     close = np.zeros_like(keep)
+    group = heads // kv_heads
+    members = group if config.mask_heads == "kv" else 1  # query heads of one mask
     for n in range(batch):
-        for h in range(heads):
-            head_keys = k[n, h // (heads // kv_heads)]
+        for first in range(0, heads, members):
+            head_keys = k[n, first // group]
             means = np.stack(
                 [head_keys[j * b : (j + 1) * b].mean(0).to(dtype).double().numpy() for j in range(columns)]
             )
             for i in range(rows):
                 row = np.arange(i * b, min((i + 1) * b, q_len))
-                s = q[n, h, row] @ means.T * scale * np.log2(np.e)
+                s = q[n, first : first + members, row[0] : row[-1] + 1] @ means.T * scale * np.log2(np.e)
                 L = np.full(columns, -np.inf)
                 has_score = np.zeros(columns, bool)
                 for j in range(columns):
-                    sees = row + offset >= min((j + 1) * b, kv_len) - 1
+                    first_position = j * b if config.score_rows == "visible" else min((j + 1) * b, kv_len) - 1
+                    sees = row + offset >= first_position
                     if sees.any():
                         has_score[j] = True
-                        seen = s[sees, j]
+                        seen = s[:, sees, j]
                         with np.errstate(all="ignore"):
                             L[j] = seen.max() + np.log2(np.exp2(seen - seen.max()).sum())
                 finite = has_score & np.isfinite(L)
                 last_visible = (offset + row[-1]) // b
+                h = slice(first, first + members)
                 for j in range(last_visible + 1):
-                    keep[n, h, i, j] = (
+                    kept = (
                         j < config.sink_blocks
                         or last_visible - j < config.window_blocks
                         or (last_chunk and i >= rows - config.last_full_blocks)
                         or (has_score[j] and not finite[j])
                     )
-                    if not keep[n, h, i, j] and finite[j]:
+                    if not kept and finite[j]:
                         margins = [L[j] - L[finite].max() - np.log2(config.alpha)]
                         if config.min_blocks:
                             ranked = np.sort(L[finite])[::-1]
                             margins.append(L[j] - ranked[min(config.min_blocks, len(ranked)) - 1])
-                        keep[n, h, i, j] = max(margins) >= 0
+                        kept = max(margins) >= 0
                         close[n, h, i, j] = min(abs(margin) for margin in margins) < 1e-3
+                    keep[n, h, i, j] = kept
     return torch.from_numpy(keep), torch.from_numpy(close)
 
 

@@ -25,6 +25,8 @@ def cases(draw, *, max_length, dtypes, head_dims, max_group=8):
         window_blocks=draw(st.integers(0, 4)),
         last_full_blocks=draw(st.integers(0, 3)),
         min_blocks=draw(st.sampled_from([0, 0, 1, 3])),
+        mask_heads=draw(st.sampled_from(["query", "kv"])),
+        score_rows=draw(st.sampled_from(["whole", "visible"])),
     )
     query, key, _ = make_qkv(
         draw(st.one_of(st.just(kv_len), st.integers(1, kv_len))),
@@ -190,7 +192,9 @@ def test_views_are_read_by_their_strides():
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_the_operator_passes_opcheck(implementation):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
-    torch.library.opcheck(op.search_words, (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, implementation))
+    torch.library.opcheck(
+        op.search_words, (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", implementation)
+    )
 
 
 def test_traces_into_one_graph_for_all_lengths():
