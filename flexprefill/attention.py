@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,13 @@ from flexprefill.checks import check_attention_inputs, check_block_map, check_co
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
-from flexprefill.flex import MaskMod
+from flexprefill.flex import MaskMod, lists_of, query_offset
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
 from flexprefill.recording import is_recording, note
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
+from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 
 logger = logging.getLogger("flexprefill")
 
@@ -98,21 +100,19 @@ def prefill_attention(
         if block_map is None:
             block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
         note(block_map)
-    result = flex_over(
-        query,
-        key,
-        value,
-        block_map,
-        scale=call.scale,
-        kernel_options=choice.kernel_options,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        return_aux=return_aux,
-        buffers=buffers,
-    )
-    if choice.name == "flash" and return_aux is not None and return_aux.lse:
+    lse = return_aux is not None and return_aux.lse
+    factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
+    settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": return_aux}
+    if choice.tail_parts > 1:
+        split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
+        result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
+    else:
+        blocks = lists_of(block_map, mask_mod, buffers), query_offset(block_map)
+        mods = {"mask_mod": mask_mod, "score_mod": score_mod}
+        result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
+    if lse and factor != 1:
         output, aux = result
-        return output, aux._replace(lse=aux.lse * flash_lse_factor(query.device))
+        return output, aux._replace(lse=aux.lse * factor)
     return result
 
 
@@ -206,7 +206,7 @@ def _choose(call: _Call) -> BackendChoice:
     )
     sparse = choose_backend(call.backend, request)
     if call.block_map is not None:
-        return sparse
+        return _with_tail(call, request, sparse)
     kv_len = call.key.shape[2]
     if call.query.shape[2] == 1 < kv_len and call.last_chunk:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
@@ -214,13 +214,25 @@ def _choose(call: _Call) -> BackendChoice:
             return BackendChoice("dense-sdpa", reason, dense=True)
         return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
     if not call.plain or is_recording():
-        return sparse
+        return _with_tail(call, request, sparse)
     below = call.config.dense_below
     if below is None:
         below = measured_dense_below(request, sparse)
     if kv_len < below:
         return choose_dense(request, f"S_kv is below dense_below, which is {below} here")
-    return sparse
+    return _with_tail(call, request, sparse)
+
+
+def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendChoice:
+    """The choice, its last rows split where that pays and is possible."""
+    rows = call.config.last_full_blocks if call.last_chunk else 0
+    # lengths are symbols while compiling, and a mod may read the position of a query
+    if rows == 0 or request.device.type != "cuda" or request.compiling or request.mods or request.max_scores:
+        return sparse
+    if call.key.shape[2] < TAIL_SPLIT_FROM or call.query.shape[2] <= rows * request.block_size:
+        return sparse
+    batch, heads = call.query.shape[:2]
+    return replace(sparse, tail_parts=parts_for(batch * heads * rows, request.device))
 
 
 def _all_blocks(call: _Call) -> BlockMap:

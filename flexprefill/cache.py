@@ -130,7 +130,9 @@ class MaskCache:
             others = self._identities()
             # layers of one prompt hold its tokens once, also if it comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
-            for other in others:  # now, not while the device waits for the first layer
+            # now, not while the device waits for the first layer: both read all tokens
+            hash(prompt.identity)
+            for other in others:
                 prompt._shared(other)
         return prompt
 
