@@ -254,7 +254,10 @@ def search_kernel(
             batch_base = query_ptr + (batch_head // HEADS) * stride_b
             head = batch_head % HEADS
             means_base = means_ptr + (batch_head // GROUP) * columns * D
+            q_t = 0.0
             if D_STEP == D_PAD:
+                # also for the second pass: loaded once more there, it would cost the hot loop registers
+                q_t = _load_queries(batch_base + head * stride_h, stride_s, stride_d, row, q_len, D, D_PAD)
                 logs = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
                 if not logs:
                     shift = tl.zeros([QUERY_BLOCKS], tl.float32)
@@ -266,7 +269,8 @@ def search_kernel(
                     for member in range(0, MEMBERS):
                         scratch = scratch_base + member * member_stride
                         query_base = batch_base + (head + member) * stride_h
-                        q_t = _load_queries(query_base, stride_s, stride_d, row, q_len, D, D_PAD)
+                        if MEMBERS > 1:
+                            q_t = _load_queries(query_base, stride_s, stride_d, row, q_len, D, D_PAD)
                         inputs = (
                             means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden
                         )  # fmt: skip
@@ -303,8 +307,7 @@ def search_kernel(
                 for member in range(0, MEMBERS):
                     scratch = scratch_base + member * member_stride
                     query_base = batch_base + (head + member) * stride_h
-                    q_t = 0.0
-                    if D_STEP == D_PAD:
+                    if (D_STEP == D_PAD) and (MEMBERS > 1):
                         q_t = _load_queries(query_base, stride_s, stride_d, row, q_len, D, D_PAD)
                     inputs = (
                         means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden
@@ -386,7 +389,8 @@ def _launch(query: Tensor, rule: Rule) -> Launch:
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not tensor-core ones, and registers are few
         return Launch(False, 64, 128, 32, 4, 2, 2, None)
-    if head_dim > 128:
+    if head_dim > 128 or rule.kv_masks:
+        # a loop over the group's heads around the tiles' takes registers too
         return Launch(False, 64, 128, 256, 4, 2, 2, None)
     return Launch(False, 64, 128, 128, 4, 2, 3, 168)
 
