@@ -20,9 +20,11 @@ from flexprefill.dense import DENSE_KERNELS, dense_attention
 from flexprefill.flex import MaskMod, lists_of, query_offset
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
+from flexprefill.mean_correction import add_dropped_blocks
 from flexprefill.recording import is_recording, note
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
+from flexprefill.search.scorers import find_scorer
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 
 logger = logging.getLogger("flexprefill")
@@ -62,7 +64,9 @@ def prefill_attention(
         query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.
         key: [B, Hkv, S_kv, D]; Hq a multiple of Hkv.
         value: [B, Hkv, S_kv, Dv]; D and Dv multiples of 8 from 16 to 256.
-        config: the rule's settings; not used if ``block_map`` is given.
+        config: the rule's settings, of which a given ``block_map`` leaves only ``mean_correction``: dropped blocks that
+            are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
+            ``max_scores``.
         block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.
         mask_mod: a further mask_mod that hides elements inside the kept blocks.
         score_mod: FlexAttention's score_mod; the search does not know of it.
@@ -100,9 +104,11 @@ def prefill_attention(
         if block_map is None:
             block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
         note(block_map)
-    lse = return_aux is not None and return_aux.lse
+    correct = config.mean_correction and not choice.dense
+    aux_request = AuxRequest(lse=True) if correct and call.gives_lse else return_aux
+    lse = aux_request is not None and aux_request.lse
     factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
-    settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": return_aux}
+    settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": aux_request}
     if choice.tail_parts > 1:
         split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
         result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
@@ -112,7 +118,12 @@ def prefill_attention(
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
     if lse and factor != 1:
         output, aux = result
-        return output, aux._replace(lse=aux.lse * factor)
+        result = output, aux._replace(lse=aux.lse * factor)
+    if correct:
+        output, aux = (result, None) if aux_request is None else result
+        kept = None if aux is None else aux.lse
+        output, sums = add_dropped_blocks(query, key, value, block_map, output, kept, scale=call.scale)
+        return output if return_aux is None else (output, aux._replace(lse=sums if return_aux.lse else None))
     return result
 
 
@@ -181,10 +192,24 @@ class _Call(NamedTuple):
         for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
+        find_scorer(config.scorer)
+        if config.mean_correction:
+            max_scores = return_aux is not None and return_aux.max_scores
+            for name, asked in (("mask_mod", mask_mod), ("score_mod", score_mod), ("max_scores", max_scores)):
+                if asked:
+                    raise ValueError(
+                        f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
+                        "attention: pass a config with mean_correction=False"
+                    )
         if block_map is not None:
             check_block_map(block_map, query, key)
         scale = resolve_scale(scale, query.shape[3])
         return cls(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+
+    @property
+    def gives_lse(self) -> bool:
+        """Whether FlexAttention gives log-sum-exps here."""
+        return self.query.is_cuda
 
     @property
     def plain(self) -> bool:
@@ -201,7 +226,7 @@ def _choose(call: _Call) -> BackendChoice:
         block_size=call.config.block_size if call.block_map is None else call.block_map.block_size,
         mods=call.mask_mod is not None or call.score_mod is not None,
         scale=call.scale,
-        lse=call.return_aux is not None and call.return_aux.lse,
+        lse=(call.return_aux is not None and call.return_aux.lse) or (call.config.mean_correction and call.gives_lse),
         max_scores=call.return_aux is not None and call.return_aux.max_scores,
     )
     sparse = choose_backend(call.backend, request)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexprefill.blockmap import BlockMap, ceil_div
+from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
 from flexprefill.recording import note
@@ -74,8 +75,14 @@ def create_prefill_block_mask(
         it: outside, FlexAttention ignores the block lists and is dense.
 
     Raises:
-        TypeError, ValueError: as :func:`search_blocks`.
+        TypeError, ValueError: as :func:`search_blocks`, or ``config.mean_correction`` is set.
     """
+    check_config(config)
+    if config.mean_correction:
+        raise ValueError(
+            "config.mean_correction is more than a BlockMask can say: call prefill_attention, or pass a config with "
+            "mean_correction=False"
+        )
     block_map = search_blocks(
         query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation, means=means
     )

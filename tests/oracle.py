@@ -77,3 +77,33 @@ def masked_attention(query, key, value, block_map, *, mask=None, dtype=torch.flo
 
 def relative_error(output, expected):
     return ((output.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def corrected_attention(query, key, value, block_map, *, scale=None):
+    """Mean correction from its definition, in float64: every dropped block that all rows of a query block see whole is
+    one more key of the softmax, its mean, with the log of its length added to the logit. Returns output and lse."""
+    b, offset, kv_len = block_map.block_size, block_map.offset, block_map.kv_len
+    group, dtype = query.shape[1] // key.shape[1], key.dtype
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    kept = block_map.to_dense().cpu()
+    query, key, value = (tensor.double().cpu() for tensor in (query, key, value))
+    output = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    for n, h in np.ndindex(*query.shape[:2]):
+        keys, values = key[n, h // group], value[n, h // group]
+        for i in range(block_map.shape[2]):
+            rows = range(i * b, min((i + 1) * b, block_map.q_len))
+            blocks = [range(j * b, min((j + 1) * b, kv_len)) for j in range(block_map.shape[3])]
+            dropped = [one for j, one in enumerate(blocks) if not kept[n, h, i, j] and one[-1] <= offset + rows[0]]
+            mean_keys = [keys[one[0] : one[-1] + 1].mean(0).to(dtype).double() for one in dropped]
+            mean_values = [values[one[0] : one[-1] + 1].mean(0).to(dtype).double() for one in dropped]
+            for row in rows:
+                real = [k for j, one in enumerate(blocks) if kept[n, h, i, j] for k in one if k <= offset + row]
+                logits = [scale * keys[real] @ query[n, h, row]]
+                logits += [(scale * mean @ query[n, h, row] + np.log(len(one)))[None] for mean, one in
+                           zip(mean_keys, dropped, strict=True)]  # fmt: skip
+                logits = torch.cat(logits)
+                if logits.numel():
+                    lse[n, h, row] = logits.logsumexp(0)
+                    output[n, h, row] = logits.softmax(0) @ torch.stack([*values[real], *mean_values])
+    return output, lse

@@ -19,7 +19,6 @@ from flexprefill import (
     record_masks,
     search_blocks,
 )
-from flexprefill.backends import HOPPER
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
@@ -280,14 +279,6 @@ def test_the_gpu_error_is_at_most_twice_pytorchs_own(dtype, q_len, kv_len, head_
     check(query, key, value, config, tolerance=2 * theirs)
     output, aux = prefill_attention(query, key, value, config, return_aux=AuxRequest(lse=True))
     assert relative_error(output, exact) <= 2 * theirs and aux.lse.shape == query.shape[:3]
-
-
-@pytest.fixture
-def flash():
-    """Skips a test where FlashAttention-4 cannot be used."""
-    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
-    if torch.cuda.get_device_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.gpu
