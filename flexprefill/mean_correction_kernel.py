@@ -120,7 +120,7 @@ def _launch(query: Tensor, value_dim: int) -> Launch:
     wide = max(query.shape[3], value_dim) > 128
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not tensor-core ones, and registers are few
-        return Launch(32 if wide else 64, 32, 4, 1)
+        return Launch(32 if wide else 64, 32, 8, 1)
     return Launch(64, 64, 4, 2) if wide else Launch(128, 64, 8, 3)
 
 
