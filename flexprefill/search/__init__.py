@@ -80,6 +80,13 @@ def search_checked(
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 
+def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans:
+    """The means that :func:`search_checked` takes, of all blocks of a key that is known to be right."""
+    means = KeyMeans()
+    means.extend(key, config.block_size, _resolve_implementation(implementation, key.device))
+    return means
+
+
 def _resolve_implementation(implementation: str, device: torch.device) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
