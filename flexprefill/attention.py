@@ -254,10 +254,11 @@ def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendC
     # lengths are symbols while compiling, and a mod may read the position of a query
     if rows == 0 or request.device.type != "cuda" or request.compiling or request.mods or request.max_scores:
         return sparse
-    if call.key.shape[2] < TAIL_SPLIT_FROM or call.query.shape[2] <= rows * request.block_size:
+    if call.key.shape[2] < TAIL_SPLIT_FROM[sparse.name] or call.query.shape[2] <= rows * request.block_size:
         return sparse
     batch, heads = call.query.shape[:2]
-    return replace(sparse, tail_parts=parts_for(batch * heads * rows, request.device))
+    parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
+    return replace(sparse, tail_parts=parts)
 
 
 def _all_blocks(call: _Call) -> BlockMap:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
-from flexprefill.search import search_checked
+from flexprefill.search import pool_checked, search_checked
 from flexprefill.search.rule import Rule
 
 
@@ -275,6 +275,8 @@ class CachedPrompt:
         if known is not None:
             self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
             return known.to(query.device)
+        # the device pools the keys while the host looks for rows
+        means = pool_checked(key, config, implementation)
         first, start_in_block = divmod(kv_len - q_len, block)
         # rows that are whole here and not last; one map may answer some, and another those after
         end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
@@ -288,7 +290,7 @@ class CachedPrompt:
             block_map = BlockMap.from_chunks(pieces)
         else:
             rest = query[:, :, row * block - (kv_len - q_len) :] if pieces else query
-            block_map = search_checked(rest, key, config, rule.scale, last_chunk, implementation, None)
+            block_map = search_checked(rest, key, config, rule.scale, last_chunk, implementation, means)
             if pieces:
                 block_map = BlockMap.from_chunks([*pieces, block_map])
         counts = {"extensions": 1} if row > first else {"misses": 1}

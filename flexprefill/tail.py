@@ -20,22 +20,24 @@ from flexprefill.compiled import flex_over
 from flexprefill.flex import Lists, lists_of, offsets_at, query_offset
 from flexprefill.lists import ListBuffers
 
-TAIL_SPLIT_FROM = 16_384  # tokens (S_kv) from which splitting pays, measured on an H200
+# tokens (S_kv) from which splitting pays, measured on an H200
+TAIL_SPLIT_FROM = {"triton": 8_192, "flash": 16_384}
 MOST_PARTS = 8
 WELL_USED = 0.9  # of the multiprocessors' time, while all programs take equally long
 
 
 @functools.cache
-def parts_for(programs: int, device: torch.device) -> int:
+def parts_for(programs: int, kernel: str, value_dim: int, device: torch.device) -> int:
     """Into how many parts to split the keys of rows that are ``programs`` programs as a whole.
 
     The fewest that leave few multiprocessors idle: every part is one more output to merge.
     """
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    # so small, two of Triton's programs share a multiprocessor
+    side_by_side = 2 if kernel == "triton" and value_dim <= 64 else 1
+    places = side_by_side * torch.cuda.get_device_properties(device).multi_processor_count
 
     def used(parts: int) -> float:
-        waves = ceil_div(programs * parts, multiprocessors)
-        return programs * parts / (waves * multiprocessors)
+        return programs * parts / (ceil_div(programs * parts, places) * places)
 
     choices = range(2, MOST_PARTS + 1)
     return next((parts for parts in choices if used(parts) >= WELL_USED), max(choices, key=used))

@@ -103,14 +103,16 @@ def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
 
 
 @pytest.mark.parametrize(
-    ("programs", "parts"), [(64, 2), (56, 7), (32, 4), (16, 8), (8, 8), (256, 2), (1, 8), (132, 2)]
-)
-def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, parts):
+    ("programs", "kernel", "value_dim", "parts"),
+    [(64, "flash", 128, 2), (56, "flash", 128, 7), (32, "triton", 128, 4), (16, "flash", 64, 8), (8, "flash", 128, 8),
+     (256, "triton", 128, 2), (1, "triton", 64, 8), (132, "flash", 64, 2), (64, "triton", 64, 4), (64, "flash", 64, 2)],
+)  # fmt: skip
+def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, kernel, value_dim, parts):
     h200 = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     tail.parts_for.cache_clear()
     try:
-        assert tail.parts_for(programs, torch.device("cuda", 0)) == parts
+        assert tail.parts_for(programs, kernel, value_dim, torch.device("cuda", 0)) == parts
     finally:
         tail.parts_for.cache_clear()
 
@@ -118,7 +120,7 @@ def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, parts):
 @pytest.fixture
 def always(monkeypatch):
     """Splits at every length."""
-    monkeypatch.setattr(attention, "TAIL_SPLIT_FROM", 0)
+    monkeypatch.setattr(attention, "TAIL_SPLIT_FROM", {"triton": 0, "flash": 0})
 
 
 @pytest.fixture(params=["triton", "flash"])
@@ -130,13 +132,15 @@ def backend(request):
 
 @pytest.mark.gpu
 def test_long_prompts_are_split_and_what_cannot_be_is_not(backend):
-    query, key, value = make_qkv(tail.TAIL_SPLIT_FROM, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda")
+    query, key, value = make_qkv(
+        tail.TAIL_SPLIT_FROM[backend], heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda"
+    )
 
     def parts(*tensors, config=CONFIG, **arguments):
         choice = explain_backend(*(tensors or (query, key, value)), config, **{"backend": backend, **arguments})
         return choice.tail_parts
 
-    assert parts() == parts(query[:, :, -1000:], key, value) == tail.parts_for(8, query.device)
+    assert parts() == parts(query[:, :, -1000:], key, value) == tail.parts_for(8, backend, 64, query.device)
     shorter = (tensor[:, :, 128:] for tensor in (query, key, value))
     assert parts(*shorter) == parts(query[:, :, -256:], key, value) == parts(last_chunk=False) == 1
     assert parts(config=PrefillConfig(last_full_blocks=0)) == 1

@@ -87,6 +87,19 @@ def search_checked(
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 
+def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
+    """The means that :func:`search_checked` takes, of all blocks of a key that is known to be right.
+
+    None for a scorer that takes none.
+    """
+    implementation = _resolve_implementation(implementation, key.device, config.scorer)
+    if config.scorer != MEANS_SCORER:
+        return None
+    means = KeyMeans()
+    means.extend(key, config.block_size, implementation)
+    return means
+
+
 def _resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
