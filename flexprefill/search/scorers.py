@@ -90,8 +90,8 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
     if grid.block_size % stride:
         raise ValueError(f"XAttention's score needs a block_size that is a multiple of {stride}, got {grid.block_size}")
     device, per_block = query.device, grid.block_size // stride
-    queries = _groups(query.float(), stride).flip(3).flatten(3)  # [B, Hq, groups, stride · D], each reversed
-    keys = _groups(key.float(), stride).flatten(3)
+    queries = _groups(query, stride).flip(3).flatten(3)  # [B, Hq, groups, stride · D], each reversed
+    keys = _groups(key, stride).flatten(3)
     start_q = torch.arange(queries.shape[2], device=device) * stride + grid.offset
     start_k = torch.arange(keys.shape[2], device=device) * stride
     from_group = start_k[::per_block]
@@ -116,7 +116,7 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     start_q = torch.arange(grid.q_len, device=device) + grid.offset
     start_k = torch.arange(grid.kv_len, device=device)
     scored_from = grid.scored_from(device)
-    return _block_shares(query.float(), key.float(), start_q, start_k, scored_from, grid, grid.block_size, grid.scale)
+    return _block_shares(query, key, start_q, start_k, scored_from, grid, grid.block_size, grid.scale)
 
 
 def _groups(tensor: Tensor, stride: int) -> Tensor:
@@ -157,8 +157,9 @@ def _block_shares(
         hidden = start_k > start_q[rows, None]
         gives = start_q[rows, None] >= scored_from
         for b, h in product(range(batch), range(heads)):
-            logits = (scale * LOG2_E) * (queries[b, h, rows] @ keys[b, h // group].T)  # [rows, R]
-            logits = pad(logits.masked_fill(hidden, -torch.inf), (0, missing_keys), value=-torch.inf)
+            products = queries[b, h, rows].float() @ keys[b, h // group].float().T  # [rows, R]
+            logits = (products * (scale * LOG2_E)).masked_fill(hidden, -torch.inf)
+            logits = pad(logits, (0, missing_keys), value=-torch.inf)
             # in logs: a share that underflows would be no score
             by_block = log2_sum(logits.unflatten(1, (columns, per_block)), 2)  # [rows, N]
             shares = torch.where(gives, by_block - log2_sum(by_block, 1)[:, None], -torch.inf)
