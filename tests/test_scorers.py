@@ -21,6 +21,8 @@ from flexprefill import (
     save_masks,
     search_blocks,
 )
+from flexprefill.cli import main
+from flexprefill.inspection import summarize_heads
 from flexprefill.search import reference, scorers
 from flexprefill.search.grid import Grid
 from flexprefill.search.scorers import antidiagonal_scores, exact_scores, find_scorer
@@ -163,7 +165,7 @@ def test_scorers_are_compared_on_one_engine():
     assert recalls["exact"] == max(recalls.values()) > min(recalls.values()) > 0.3
 
 
-def test_what_a_scorer_finds_goes_the_way_of_every_map(tmp_path):
+def test_what_a_scorer_finds_goes_the_way_of_every_map(tmp_path, capsys):
     query, key, _ = make_qkv(300, heads=2)
     config = dataclasses.replace(LEAN, scorer="xattention", block_size=64, mask_heads="kv", score_rows="visible")
     block_map = search_blocks(query, key, config)
@@ -172,6 +174,9 @@ def test_what_a_scorer_finds_goes_the_way_of_every_map(tmp_path):
     assert load_masks(tmp_path / "masks", config=config)[0] == block_map
     info = read_mask_info(tmp_path / "masks")
     assert info.config == config and info.scoring == "xattention"
+    assert main(["inspect", str(tmp_path / "masks")]) == 0
+    assert "min blocks 0, mask heads kv, score rows visible, scorer xattention\n" in capsys.readouterr().out
+    assert summarize_heads(block_map, config=config)[0].density == block_map.density()[0, 0]
     prompt = MaskCache().prompt(list(range(300)))
     others = [
         prompt.search_blocks(0, query, key, other) for other in (config, dataclasses.replace(config, scorer="exact"))
@@ -214,6 +219,16 @@ def test_a_callers_own_scorer(own_scorer):
         register_scorer("other", lambda query, key, grid: None)
     with pytest.raises(TypeError, match="name must be a string.*got 3"):
         register_scorer(3, find_scorer("exact"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scorer": "exact"}, {"mask_heads": "kv", "score_rows": "visible"}, {"scorer": "xattention"}]
+)
+def test_every_setting_traces_into_one_graph(changes):
+    config = dataclasses.replace(LEAN, **changes)
+    compiled = torch.compile(lambda query, key: search_blocks(query, key, config), fullgraph=True, backend="eager")
+    query, key, _ = make_qkv(300, heads=4, kv_heads=2, device=DEVICE)
+    assert compiled(query, key) == search_blocks(query, key, config)
 
 
 def test_every_scorer_is_cited():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, 
 from flexprefill.search import op
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+SHARED = replace(SPARSE, mask_heads="kv", score_rows="visible")
 
 
 @st.composite
@@ -85,6 +87,7 @@ def test_both_implementations_write_every_word(q_len, kv_len):
     query, key, _ = make_qkv(q_len, kv_len, heads=4, kv_heads=2)
     both_implementations(query, key, SPARSE)
     both_implementations(query, key, PrefillConfig(alpha=0.5, window_blocks=1, sink_blocks=0, last_full_blocks=0))
+    both_implementations(query, key, SHARED)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -95,6 +98,7 @@ def test_a_key_that_is_not_finite_keeps_its_block_and_touches_no_other(bad):
     spoilt = both_implementations(query, key, SPARSE).to_dense()
     seen_by = torch.arange(25, device=DEVICE) >= 2
     assert torch.equal(spoilt[..., 2], seen_by.expand(1, 2, 25))
+    both_implementations(query, key, SHARED)
     others = torch.arange(25) != 2
     clean_best_is_elsewhere = spoilt[..., others] >= clean[..., others]
     assert clean_best_is_elsewhere.all()  # without block 2 the row's maximum can only fall
@@ -105,6 +109,8 @@ def test_a_query_that_is_not_finite_keeps_its_row_and_touches_no_other(bad):
     query, key, _ = make_qkv(400)
     clean = both_implementations(query, key, SPARSE).to_dense()
     query[0, 1, 201] = bad
+    shared = both_implementations(query, key, SHARED).to_dense()
+    assert shared[0, :, 201 // 16, : 201 // 16 + 1].all()  # of both heads
     spoilt = both_implementations(query, key, SPARSE).to_dense()
     row, others = 201 // 16, torch.arange(25) != 201 // 16
     # the row of query 201 sees blocks 0 … 11 whole; its own block is in the window
@@ -136,12 +142,15 @@ def test_any_scale(scale):
     # at 30 the scores of a row are further apart than float32 powers of two reach
     query, key, _ = make_qkv(400)
     both_implementations(query, key, SPARSE, scale=scale)
+    both_implementations(query, key, SHARED, scale=scale)
 
 
 @pytest.mark.parametrize("alpha", [1e-20, 1e-35, 1e-300])
 def test_a_tiny_alpha_keeps_what_a_power_of_two_would_lose(alpha):
     query, key, _ = make_qkv(400)
-    both_implementations(query, key, PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0), scale=10.0)
+    config = PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0)
+    both_implementations(query, key, config, scale=10.0)
+    both_implementations(query, key, replace(config, mask_heads="kv"), scale=10.0)
 
 
 @pytest.mark.parametrize("level", [-3, -1, 0, 1])
@@ -307,9 +316,21 @@ def assert_equal_but_for_rounding(query, key, config, **arguments):
 )
 def test_each_kernel_equals_the_reference(q_len, kv_len, head_dim, dtype):
     query, key = published_shape(q_len, kv_len, head_dim=head_dim, dtype=dtype)
-    for config in (LEAN, PrefillConfig()):
+    for config in (LEAN, PrefillConfig(), replace(LEAN, score_rows="visible")):
         assert_equal_but_for_rounding(query, key, config)
         assert_equal_but_for_rounding(query, key, config, scale=-0.2, last_chunk=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float16), (96, torch.float32)])
+@pytest.mark.parametrize("q_len, kv_len", [(4096, 4096), (3001, 20001), (1, 1), (129, 129), (1, 700)])
+def test_masks_of_key_heads_equal_the_reference_on_a_gpu(q_len, kv_len, head_dim, dtype):
+    query, key = published_shape(q_len, kv_len, head_dim=head_dim, dtype=dtype)
+    for changes in ({}, {"score_rows": "visible"}, {"min_blocks": 3}, {"block_size": 64}):
+        config = replace(LEAN, mask_heads="kv", **changes)
+        assert_equal_but_for_rounding(query, key, config)
+        assert_equal_but_for_rounding(query, key, config, scale=20.0)  # summed in logs
 
 
 @pytest.mark.gpu

@@ -35,8 +35,9 @@ class HeadError:
     """Of one head at one alpha, over the sampled rows. Errors are norms of differences over the norm of the output.
 
     Attributes:
-        mass: exact attention mass of the kept blocks; dropped_mass: of the dropped ones that have a mean; and
-            estimated_mass: what the means take it for, in units of the exact total.
+        mass: exact attention mass of the kept blocks; dropped_mass: of the dropped ones that have a mean;
+            two_keys_mass: of the two greatest keys of each of those; and estimated_mass: what the means take them for,
+            in units of the exact total.
         error, corrected: without and with correction.
         right_mass: as if the means had the blocks' exact mass, which leaves the error of their values alone.
     """
@@ -46,6 +47,7 @@ class HeadError:
     density: float
     mass: float
     dropped_mass: float
+    two_keys_mass: float
     estimated_mass: float
     error: float
     corrected: float
@@ -68,7 +70,9 @@ def head_errors(prompt: Prompt, alpha: float, rows: torch.Tensor) -> list[HeadEr
     position = torch.arange(length, device=rows.device)
     found = []
     for head, name in enumerate(HEADS):
-        sums = dict.fromkeys(("exact", "error", "corrected", "right_mass", "mass", "dropped", "estimated"), 0.0)
+        sums = dict.fromkeys(
+            ("exact", "error", "corrected", "right_mass", "mass", "dropped", "two_keys", "estimated"), 0.0
+        )
         values, means = prompt.value[0, head].float(), value_means[head]
         for chosen in rows.split(64):
             queries = scale * prompt.query[0, head, chosen].float()
@@ -76,7 +80,8 @@ def head_errors(prompt: Prompt, alpha: float, rows: torch.Tensor) -> list[HeadEr
             shares = logits.softmax(-1)
             exact = shares @ values
             kept = kept_blocks[head, chosen // block]
-            by_block = torch.nn.functional.pad(shares, (0, -length % block)).unflatten(1, (-1, block)).sum(-1)
+            by_key = torch.nn.functional.pad(shares, (0, -length % block)).unflatten(1, (-1, block))
+            by_block = by_key.sum(-1)
             dropped = ~kept & (torch.arange(kept.shape[1], device=rows.device) < (chosen // block)[:, None])
             estimate = (queries @ key_means[head].T + torch.tensor(block).log() - logits.logsumexp(-1)[:, None]).exp()
             of_kept = (shares * kept.repeat_interleave(block, 1)[:, :length]) @ values
@@ -88,9 +93,10 @@ def head_errors(prompt: Prompt, alpha: float, rows: torch.Tensor) -> list[HeadEr
             sums["right_mass"] += (right - exact).square().sum().item()
             sums["mass"] += (by_block * kept).sum().item()
             sums["dropped"] += weights.sum().item()
+            sums["two_keys"] += (by_key.topk(2, -1).values.sum(-1) * dropped).sum().item()
             sums["estimated"] += (estimate * dropped).sum().item()
         errors = [(sums[what] / sums["exact"]) ** 0.5 for what in ("error", "corrected", "right_mass")]
-        masses = [sums[what] / len(rows) for what in ("mass", "dropped", "estimated")]
+        masses = [sums[what] / len(rows) for what in ("mass", "dropped", "two_keys", "estimated")]
         found.append(HeadError(name, alpha, density[head], *masses, *errors))
     return found
 
@@ -99,15 +105,15 @@ def measure_errors(settings: argparse.Namespace, device: torch.device) -> list[d
     prompt = build_prompt(read_tokens(settings.length), device, settings.seed)
     rows = torch.arange(37, settings.length, settings.every, device=device)
     print(f"{settings.length:,} tokens, {len(rows)} rows of each head; relative output errors\n")
-    print("alpha  head       density  dropped mass  as estimated   without      with  ratio  with the right mass")
+    print(
+        "alpha  head       density  dropped mass  of 2 keys  estimated   without      with  ratio  with the right mass"
+    )
     found = []
     for alpha in ALPHAS:
         for row in head_errors(prompt, alpha, rows):
-            print(
-                f"{alpha:<5}  {row.head:<9}  {row.density:6.1%}  {row.dropped_mass:12.3%}  {row.estimated_mass:12.3%}"
-                f"  {row.error:8.4f}  {row.corrected:8.4f}  {row.ratio:4.1f}×  {row.right_mass:19.4f}",
-                flush=True,
-            )
+            masses = f"{row.dropped_mass:12.3%}  {row.two_keys_mass:9.3%}  {row.estimated_mass:9.3%}"
+            errors = f"{row.error:8.4f}  {row.corrected:8.4f}  {row.ratio:4.1f}×  {row.right_mass:19.4f}"
+            print(f"{alpha:<5}  {row.head:<9}  {row.density:6.1%}  {masses}  {errors}", flush=True)
             found.append(asdict(row) | {"ratio": row.ratio})
     return found
 

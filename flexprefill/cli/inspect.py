@@ -157,7 +157,8 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     for text, layers in about.items():
         lines.append(text if len(about) == 1 else f"layer {', '.join(layers)}: {text}")
     if info.config is not None:
-        lines.append(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in info.config.to_dict().items()))
+        settings = info.config.to_dict() | {"alpha": f"{info.config.alpha:g}"}
+        lines.append(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
     told = {"model": info.model, "dtype": info.dtype, "token ids": info.token_ids_hash, "scoring": info.scoring}
     told |= {"written by": ", ".join(f"{name} {version}" for name, version in info.library.items())}
     lines += [f"{name}: {entry}" for name, entry in told.items() if entry]
