@@ -45,7 +45,8 @@ class PrefillConfig:
         mask_heads: "query", a mask for each query head; or "kv", one for the query heads that share a key head, from
             the scores of all their rows together (FlashPrefill-V2, arXiv 2608.19758). Maps have H = Hq either way.
         score_rows: which rows of I give a score to J: "whole", those that see all of J; or "visible", those that see
-            J's first key, as in FlashPrefill-V2, so that the blocks on the causal edge are scored by all their rows.
+            J's first key, as in FlashPrefill-V2, so that blocks on the causal edge are scored by all their rows. The
+            scorers "xattention" and "exact" are "visible" by their own definitions.
         scorer: name of the function that scores the blocks, "flashprefill", "xattention", "exact" or one that was
             registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
         mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value

@@ -78,7 +78,7 @@ def merge_means(
 
 @torch.library.register_fake("flexprefill::merge_means")
 def _(query, key, value, words, output, lse, block_size, scale, implementation):
-    return torch.empty_like(output), torch.empty_like(lse)
+    return torch.empty_like(output), lse.new_empty(lse.shape)
 
 
 def merge_in_pieces(
@@ -98,7 +98,7 @@ def merge_in_pieces(
     J = torch.arange(columns, device=query.device)
     log_sizes = (kv_len - J * block_size).clamp(max=block_size).log()
     whole = J < whole_blocks(q_len, kv_len, block_size, query.device)[:, None]
-    merged, sums = torch.empty_like(output), torch.empty_like(lse)
+    merged, sums = torch.empty_like(output), lse.new_empty(lse.shape)
     blocks_a_piece = max(1, PIECE // (block_size * columns))
     for first in range(0, words.shape[2], blocks_a_piece):
         rows = slice(first * block_size, min((first + blocks_a_piece) * block_size, q_len))

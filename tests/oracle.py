@@ -91,19 +91,23 @@ def corrected_attention(query, key, value, block_map, *, scale=None):
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
     for n, h in np.ndindex(*query.shape[:2]):
         keys, values = key[n, h // group], value[n, h // group]
+        blocks = [slice(j * b, min((j + 1) * b, kv_len)) for j in range(block_map.shape[3])]
         for i in range(block_map.shape[2]):
-            rows = range(i * b, min((i + 1) * b, block_map.q_len))
-            blocks = [range(j * b, min((j + 1) * b, kv_len)) for j in range(block_map.shape[3])]
-            dropped = [one for j, one in enumerate(blocks) if not kept[n, h, i, j] and one[-1] <= offset + rows[0]]
-            mean_keys = [keys[one[0] : one[-1] + 1].mean(0).to(dtype).double() for one in dropped]
-            mean_values = [values[one[0] : one[-1] + 1].mean(0).to(dtype).double() for one in dropped]
-            for row in rows:
-                real = [k for j, one in enumerate(blocks) if kept[n, h, i, j] for k in one if k <= offset + row]
-                logits = [scale * keys[real] @ query[n, h, row]]
-                logits += [(scale * mean @ query[n, h, row] + np.log(len(one)))[None] for mean, one in
-                           zip(mean_keys, dropped, strict=True)]  # fmt: skip
-                logits = torch.cat(logits)
-                if logits.numel():
-                    lse[n, h, row] = logits.logsumexp(0)
-                    output[n, h, row] = logits.softmax(0) @ torch.stack([*values[real], *mean_values])
+            rows = slice(i * b, min((i + 1) * b, block_map.q_len))
+            position = torch.arange(rows.start, rows.stop)[:, None] + offset
+            attended_keys, attended_values, biases = [], [], []  # biases are -inf for the future
+            for j, block in enumerate(blocks):
+                if kept[n, h, i, j]:
+                    attended_keys.append(keys[block])
+                    attended_values.append(values[block])
+                    seen = torch.arange(block.start, block.stop) <= position
+                    biases.append(torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf))
+                elif block.stop - 1 <= offset + rows.start:
+                    attended_keys.append(keys[block].mean(0, keepdim=True).to(dtype).double())
+                    attended_values.append(values[block].mean(0, keepdim=True).to(dtype).double())
+                    biases.append(torch.full(position.shape, np.log(block.stop - block.start), dtype=torch.float64))
+            if biases:
+                logits = scale * query[n, h, rows] @ torch.cat(attended_keys).T + torch.cat(biases, 1)
+                lse[n, h, rows] = logits.logsumexp(1)
+                output[n, h, rows] = logits.softmax(1).nan_to_num(0) @ torch.cat(attended_values)
     return output, lse

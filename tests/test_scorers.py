@@ -45,23 +45,20 @@ def cases(draw):
         seed=draw(st.integers(0, 2**31)),
     )
     block_size = draw(st.sampled_from([16, 32]))
-    first_key = draw(st.booleans())
-    return tensors[:2], Grid(tensors[0].shape[2], kv_len, block_size, draw(st.sampled_from([0.25, 1.0])), first_key)
+    return tensors[:2], Grid(tensors[0].shape[2], kv_len, block_size, draw(st.sampled_from([0.25, 1.0])), True)
 
 
-def shares_by_loops(logits, start_q, start_k, per_block, grid, stride):
-    """log2 of each block's softmax shares, for logits [P, R] in float64; positions are of the first of each."""
-    visible = start_k <= start_q[:, None]
+def shares_by_loops(logits, query_positions, key_positions, per_block, grid):
+    """log2 of each block's softmax shares, for logits [P, R] in float64."""
+    visible = key_positions <= query_positions[:, None]
     weights = np.where(visible, np.exp(logits - np.where(visible, logits, -np.inf).max(1, keepdims=True)), 0)
     shares = weights / weights.sum(1, keepdims=True)
     L = np.full((grid.rows, grid.columns), -np.inf)
     for i, j in np.ndindex(*L.shape):
-        rows = range(i * per_block, min((i + 1) * per_block, len(start_q)))
-        keys = range(j * per_block, min((j + 1) * per_block, len(start_k)))
-        needed = start_k[keys[0] if grid.first_key else keys[-1]]
-        rows = [row for row in rows if start_q[row] >= needed]
-        if rows:
-            L[i, j] = np.log2(shares[np.ix_(rows, keys)].sum())
+        rows = slice(i * per_block, (i + 1) * per_block)
+        keys = slice(j * per_block, (j + 1) * per_block)
+        if visible[rows, keys].any():
+            L[i, j] = np.log2(shares[rows, keys].sum())
     return L
 
 
@@ -81,7 +78,7 @@ def test_exact_scores_are_the_attention_mass_of_each_block(case):
     for n, h in np.ndindex(*query.shape[:2]):
         logits = (query[n, h].double() @ key[n, h // group].double().T * grid.scale).numpy()
         positions = np.arange(grid.q_len) + grid.offset, np.arange(grid.kv_len)
-        assert_close(found[n, h], shares_by_loops(logits, *positions, grid.block_size, grid, 1))
+        assert_close(found[n, h], shares_by_loops(logits, *positions, grid.block_size, grid))
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,21 +87,21 @@ def test_antidiagonal_scores_follow_the_paper(case, stride):
     (query, key), grid = case
     found = antidiagonal_scores(query, key, grid, stride)
     group = query.shape[1] // key.shape[1]
-    start_q = np.arange(0, grid.q_len, stride) + grid.offset
+    last_q = np.minimum(np.arange(0, grid.q_len, stride) + stride, grid.q_len) - 1 + grid.offset
     start_k = np.arange(0, grid.kv_len, stride)
     for n, h in np.ndindex(*query.shape[:2]):
         products = (query[n, h].double() @ key[n, h // group].double().T).numpy()
-        logits = np.zeros((len(start_q), len(start_k)))
-        for t, u, i in np.ndindex(len(start_q), len(start_k), stride):
+        logits = np.zeros((len(last_q), len(start_k)))
+        for t, u, i in np.ndindex(len(last_q), len(start_k), stride):
             row, column = t * stride + stride - 1 - i, u * stride + i
             if row < grid.q_len and column < grid.kv_len:
                 logits[t, u] += products[row, column] * grid.scale / stride
-        assert_close(found[n, h], shares_by_loops(logits, start_q, start_k, grid.block_size // stride, grid, stride))
+        assert_close(found[n, h], shares_by_loops(logits, last_q, start_k, grid.block_size // stride, grid))
 
 
 def test_pieces_change_nothing(monkeypatch):
     query, key, _ = make_qkv(200, heads=2, device=DEVICE)
-    grid = Grid(200, 200, 16, 0.125, False)
+    grid = Grid(200, 200, 16, 0.125, True)
     whole = exact_scores(query, key, grid), antidiagonal_scores(query, key, grid)
     monkeypatch.setattr(scorers, "PIECE", 5000)
     for before, after in zip(
@@ -123,16 +120,19 @@ def test_shares_that_underflow_are_still_compared():
 
 
 @settings(deadline=None, max_examples=40)
-@given(cases(), st.sampled_from(["flashprefill", "xattention", "exact"]), st.booleans(), st.sampled_from([0, 2]))
-def test_the_rule_does_not_depend_on_the_scorer(case, scorer, kv_masks, min_blocks):
+@given(cases(), st.sampled_from(["flashprefill", "xattention", "exact"]), st.data())
+def test_the_rule_does_not_depend_on_the_scorer(case, scorer, data):
     (query, key), grid = case
+    kv_masks, min_blocks = data.draw(st.booleans()), data.draw(st.sampled_from([0, 2]))
+    score_rows = data.draw(st.sampled_from(["whole", "visible"]))
+    grid = grid._replace(first_key=score_rows == "visible" or scorer != "flashprefill")
     config = dataclasses.replace(
         LEAN,
         block_size=grid.block_size,
         scorer=scorer,
         min_blocks=min_blocks,
         mask_heads="kv" if kv_masks else "query",
-        score_rows="visible" if grid.first_key else "whole",
+        score_rows=score_rows,
         sink_blocks=1,
     )
     block_map = search_blocks(query, key, config, scale=grid.scale, implementation="reference")
@@ -217,6 +217,8 @@ def test_a_callers_own_scorer(own_scorer):
         register_scorer(own_scorer, find_scorer("exact"))
     with pytest.raises(TypeError, match="scorer must be a Scorer, got function"):
         register_scorer("other", lambda query, key, grid: None)
+    with pytest.raises(ValueError, match="scorer.score_rows must be None or one of.*'visible'.*got 'all'"):
+        register_scorer("other", dataclasses.replace(find_scorer("exact"), score_rows="all"))
     with pytest.raises(TypeError, match="name must be a string.*got 3"):
         register_scorer(3, find_scorer("exact"))
 
@@ -256,4 +258,4 @@ def test_kernels_are_for_the_default_scorer_alone():
 def test_xattention_needs_blocks_of_whole_strides():
     query, key, _ = make_qkv(64)
     with pytest.raises(ValueError, match="block_size that is a multiple of 12, got 16"):
-        antidiagonal_scores(query, key, Grid(64, 64, 16, 0.1, False), 12)
+        antidiagonal_scores(query, key, Grid(64, 64, 16, 0.1, True), 12)

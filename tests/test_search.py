@@ -468,6 +468,7 @@ def test_nothing_waits_for_the_device():
         search_blocks(query, key, PrefillConfig(block_size=64, min_blocks=2)).to_block_mask(buffers=buffers)
         search_blocks(query[:, :, :600], key).density()
         prefill_attention(query, key, value, PrefillConfig(dense_below=0))
+        prefill_attention(query, key, value, PrefillConfig(dense_below=0, mask_heads="kv", mean_correction=True))
 
     run()
     torch.cuda.synchronize()

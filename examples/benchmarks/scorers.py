@@ -34,7 +34,7 @@ print(f"{settings.length:,} tokens, {len(rows)} rows of each head\n")
 print("scorer        head       density  exact mass kept      alpha   one search")
 found = []
 for scorer in ("flashprefill", "xattention", "exact"):
-    rule = PrefillConfig(scorer=scorer, score_rows="visible")
+    rule = PrefillConfig(scorer=scorer, score_rows="visible")  # as the other two are by definition
     for number, head in enumerate(HEADS):
         qkv = tuple(tensor[:, number : number + 1] for tensor in (prompt.query, prompt.key, prompt.value))
         case = make_case(qkv, settings.density, rule)

@@ -67,8 +67,10 @@ def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implemen
         pooled: of FlashPrefill's scorer the means of the keys' blocks, [B, Hkv, N, D].
     """
     if implementation == "reference":
-        grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, rule.first_key)
-        scores = find_scorer(rule.scorer).log_scores(query, pooled, grid)
+        scorer = find_scorer(rule.scorer)
+        first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
+        grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
+        scores = scorer.log_scores(query, pooled, grid)
         return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap import ceil_div
+from flexprefill.config import SCORE_ROWS
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.search.reference import LOG2_E, log2_sum
@@ -35,11 +36,14 @@ class Scorer:
             block I wants key block J. Only differences within a row of blocks count. -inf where ``grid.scored`` says
             that there is no score; any other score that is not finite keeps its block.
         source: where the method comes from.
+        score_rows: "whole" or "visible" (see PrefillConfig) where the method itself says which rows score a block; None
+            leaves it to the config.
     """
 
     pool: Callable[[Tensor, int], Tensor]
     log_scores: Callable[[Tensor, Tensor, Grid], Tensor]
     source: str
+    score_rows: str | None = None
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -47,12 +51,14 @@ def register_scorer(name: str, scorer: Scorer) -> None:
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the scorer's ``score_rows`` are none.
     """
     if not isinstance(name, str) or not name.isprintable() or not name:
         raise TypeError(f"name must be a string such as 'exact', got {name!r}")
     if not isinstance(scorer, Scorer):
         raise TypeError(f"scorer must be a Scorer, got {type(scorer).__name__}")
+    if scorer.score_rows not in (None, *SCORE_ROWS):
+        raise ValueError(f"scorer.score_rows must be None or one of {SCORE_ROWS}, got {scorer.score_rows!r}")
     if name in _SCORERS:
         raise ValueError(f"name {name!r} is taken; registered are {list(_SCORERS)}")
     _SCORERS[name] = scorer
@@ -77,8 +83,7 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
     Queries and keys are taken in groups of ``stride``, counted from the first of each. The logit of two groups is the
     sum along the antidiagonal of their square of products, (stride - 1 - i, i) for i = 0 … stride - 1, times
     scale / stride; what a short last group lacks counts as zero. A group of queries takes the softmax over the groups
-    of keys that do not start after it, and log2 of the block's sum of shares is its score. By ``score_rows="whole"``
-    only query groups that see all key groups of J give J a score; XAttention's own is "visible".
+    of keys that start at or before its last row, and log2 of the block's sum of shares is its score.
 
     Args:
         query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
@@ -92,19 +97,16 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
     device, per_block = query.device, grid.block_size // stride
     queries = _groups(query, stride).flip(3).flatten(3)  # [B, Hq, groups, stride · D], each reversed
     keys = _groups(key, stride).flatten(3)
-    start_q = torch.arange(queries.shape[2], device=device) * stride + grid.offset
-    start_k = torch.arange(keys.shape[2], device=device) * stride
-    from_group = start_k[::per_block]
-    if not grid.first_key:
-        from_group = (from_group + grid.block_size - stride).clamp(max=start_k[-1])
-    return _block_shares(queries, keys, start_q, start_k, from_group, grid, per_block, grid.scale / stride)
+    last_rows = ((torch.arange(queries.shape[2], device=device) + 1) * stride).clamp(max=grid.q_len) - 1 + grid.offset
+    first_keys = torch.arange(keys.shape[2], device=device) * stride
+    return _block_shares(queries, keys, last_rows, first_keys, grid, per_block, grid.scale / stride)
 
 
 def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     """The exact attention mass of each block, which a perfect search would go by: slow, for evaluation.
 
-    log2 of the sum of softmax(scale · query · key) over the rows of I that give J a score and the keys of J, each row's
-    softmax being over all keys up to its own position.
+    log2 of the sum of softmax(scale · query · key) over the rows of I and the keys of J, each row's softmax being over
+    all keys up to its own position.
 
     Args:
         query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
@@ -112,11 +114,8 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 [B, Hq, M, N].
     """
-    device = query.device
-    start_q = torch.arange(grid.q_len, device=device) + grid.offset
-    start_k = torch.arange(grid.kv_len, device=device)
-    scored_from = grid.scored_from(device)
-    return _block_shares(query, key, start_q, start_k, scored_from, grid, grid.block_size, grid.scale)
+    positions = torch.arange(grid.kv_len, device=query.device)
+    return _block_shares(query, key, positions[grid.offset :], positions, grid, grid.block_size, grid.scale)
 
 
 def _groups(tensor: Tensor, stride: int) -> Tensor:
@@ -129,9 +128,8 @@ def _groups(tensor: Tensor, stride: int) -> Tensor:
 def _block_shares(
     queries: Tensor,
     keys: Tensor,
-    start_q: Tensor,
-    start_k: Tensor,
-    scored_from: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
     grid: Grid,
     per_block: int,
     scale: float,
@@ -140,8 +138,7 @@ def _block_shares(
 
     Args:
         queries: [B, Hq, P, E]; keys: [B, Hkv, R, E].
-        start_q, start_k: positions [P] and [R]; a query sees the keys that do not start after it.
-        scored_from: [N], the first start_q that gives each block of keys a share.
+        query_positions, key_positions: [P] and [R]; a query sees the keys at and before its own.
 
     Returns:
         float32 [B, Hq, M, N].
@@ -154,16 +151,14 @@ def _block_shares(
     for first in range(0, grid.rows, blocks_a_piece):
         rows = slice(first * per_block, min((first + blocks_a_piece) * per_block, count))
         missing_rows = -(rows.stop - rows.start) % per_block
-        hidden = start_k > start_q[rows, None]
-        gives = start_q[rows, None] >= scored_from
+        hidden = key_positions > query_positions[rows, None]
         for b, h in product(range(batch), range(heads)):
             products = queries[b, h, rows].float() @ keys[b, h // group].float().T  # [rows, R]
             logits = (products * (scale * LOG2_E)).masked_fill(hidden, -torch.inf)
             logits = pad(logits, (0, missing_keys), value=-torch.inf)
             # in logs: a share that underflows would be no score
             by_block = log2_sum(logits.unflatten(1, (columns, per_block)), 2)  # [rows, N]
-            shares = torch.where(gives, by_block - log2_sum(by_block, 1)[:, None], -torch.inf)
-            padded = pad(shares, (0, 0, 0, missing_rows), value=-torch.inf)
+            padded = pad(by_block - log2_sum(by_block, 1)[:, None], (0, 0, 0, missing_rows), value=-torch.inf)
             L[b, h, first : first + blocks_a_piece] = log2_sum(padded.unflatten(0, (-1, per_block)), 1)
     return L
 
@@ -174,6 +169,6 @@ def _keys_themselves(key: Tensor, block_size: int) -> Tensor:
 
 _SCORERS = {
     MEANS_SCORER: Scorer(reference.pool_keys, reference.log_scores, "FlashPrefill, arXiv 2603.06199"),
-    "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428"),
-    "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself"),
+    "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428", "visible"),
+    "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible"),
 }
