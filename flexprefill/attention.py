@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
@@ -254,10 +254,11 @@ def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendC
     # lengths are symbols while compiling, and a mod may read the position of a query
     if rows == 0 or request.device.type != "cuda" or request.compiling or request.mods or request.max_scores:
         return sparse
-    if call.key.shape[2] < TAIL_SPLIT_FROM[sparse.name] or call.query.shape[2] <= rows * request.block_size:
+    if call.key.shape[2] < TAIL_SPLIT_FROM or call.query.shape[2] <= rows * request.block_size:
         return sparse
     batch, heads = call.query.shape[:2]
     parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
+    parts = min(parts, ceil_div(call.key.shape[2], request.block_size) // (rows + 2))
     return replace(sparse, tail_parts=parts)
 
 

@@ -55,6 +55,9 @@ class _Identity:
     item: str = "i4"
     batch: int = 1
 
+    def __hash__(self) -> int:
+        return hash(self.tokens) if self.key is None else hash(self.key)
+
     @property
     def length(self) -> int:
         return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
@@ -130,7 +133,7 @@ class MaskCache:
             others = self._identities()
             # layers of one prompt hold its tokens once, also if it comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
-            # now, not while the device waits for the first layer: both read all tokens
+            # now, not while the device waits for the first layer: both read all tokens, once
             hash(prompt.identity)
             for other in others:
                 prompt._shared(other)
@@ -280,19 +283,19 @@ class CachedPrompt:
         first, start_in_block = divmod(kv_len - q_len, block)
         # rows that are whole here and not last; one map may answer some, and another those after
         end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
-        pieces: list[BlockMap] = []
+        known_rows: list[tuple[BlockMap, int, int]] = []
         row = first
         while found := self.cache._best(kind, self, row, end, config.last_full_blocks):
             held, known_end = found
-            pieces.append(_rows(held, row, known_end).to(query.device))
+            known_rows.append((held, row, known_end))
             row = known_end
-        if pieces and row * block >= kv_len:
-            block_map = BlockMap.from_chunks(pieces)
-        else:
-            rest = query[:, :, row * block - (kv_len - q_len) :] if pieces else query
-            block_map = search_checked(rest, key, config, rule.scale, last_chunk, implementation, means)
-            if pieces:
-                block_map = BlockMap.from_chunks([*pieces, block_map])
+        rest: list[BlockMap] = []
+        if not known_rows or row * block < kv_len:
+            # before the known rows are put together: the device waits for it
+            others = query[:, :, row * block - (kv_len - q_len) :] if known_rows else query
+            rest = [search_checked(others, key, config, rule.scale, last_chunk, implementation, means)]
+        pieces = [_rows(*rows).to(query.device) for rows in known_rows] + rest
+        block_map = BlockMap.from_chunks(pieces) if known_rows else rest[0]
         counts = {"extensions": 1} if row > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import make_qkv
 from oracle import masked_attention, relative_error
@@ -57,19 +57,21 @@ def listed_attention(query, key, value, lists, offset, *, block_size, scale, ret
 @st.composite
 def cases(draw):
     block_size = draw(st.sampled_from([16, 32]))
-    rows = draw(st.integers(1, 3))
+    rows, parts = draw(st.integers(1, 3)), draw(st.integers(2, 5))
     q_len = draw(st.integers(rows * block_size + 1, 12 * block_size))
-    kv_len = q_len + draw(st.sampled_from([0, 1, block_size, 5 * block_size - 3]))
-    return block_size, rows, draw(st.integers(2, 8)), q_len, kv_len, draw(st.integers(1, 2)), draw(st.booleans())
+    kv_len = q_len + draw(st.sampled_from([0, 1, block_size, 25 * block_size - 3]))
+    assume(-(-kv_len // block_size) >= parts * (rows + 2))
+    return block_size, rows, parts, q_len, kv_len, draw(st.integers(1, 2)), draw(st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.integers(0, 2**31), st.sampled_from([1.0, LN2]))
 def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
     block_size, rows, parts, q_len, kv_len, batch, with_buffers = case
     query, key, value = (
         tensor.double() for tensor in make_qkv(q_len, kv_len, batch=batch, heads=4, kv_heads=2, head_dim=16, seed=seed)
     )
+    value = torch.cat([value, -value], 3)[..., :24]
     shape = batch, 4, -(-q_len // block_size), -(-kv_len // block_size)
     dense = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     block_map = BlockMap.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=block_size)
@@ -98,8 +100,8 @@ def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
         query, key, value, lists, offset, block_size=block_size, scale=0.25, return_aux=LSE
     )
     expected = masked_attention(query, key, value, block_map).nan_to_num(0)
-    assert relative_error(whole, expected) <= 1e-12 and relative_error(output, expected) <= 1e-12
-    assert torch.allclose(aux.lse / lse_scale, whole_aux.lse, rtol=1e-12)
+    assert relative_error(whole, expected) <= 1e-12 and relative_error(output, expected) <= 1e-6  # merged in float32
+    assert torch.allclose(aux.lse / lse_scale, whole_aux.lse, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, kernel, va
 @pytest.fixture
 def always(monkeypatch):
     """Splits at every length."""
-    monkeypatch.setattr(attention, "TAIL_SPLIT_FROM", {"triton": 0, "flash": 0})
+    monkeypatch.setattr(attention, "TAIL_SPLIT_FROM", 0)
 
 
 @pytest.fixture(params=["triton", "flash"])
@@ -132,9 +134,7 @@ def backend(request):
 
 @pytest.mark.gpu
 def test_long_prompts_are_split_and_what_cannot_be_is_not(backend):
-    query, key, value = make_qkv(
-        tail.TAIL_SPLIT_FROM[backend], heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda"
-    )
+    query, key, value = make_qkv(tail.TAIL_SPLIT_FROM, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda")
 
     def parts(*tensors, config=CONFIG, **arguments):
         choice = explain_backend(*(tensors or (query, key, value)), config, **{"backend": backend, **arguments})
