@@ -172,7 +172,7 @@ def test_min_blocks_are_the_best_and_alpha_alone_keeps_the_best():
     query, key, _ = make_qkv(512, heads=1)
     one = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=0, window_blocks=0, last_full_blocks=0)
     assert (both_implementations(query, key, one).counts() == 1).all()
-    for min_blocks in (2, 5, 100):
+    for min_blocks in (2, 5, 31, 32, 10**9):
         config = PrefillConfig(**(one.to_dict() | {"min_blocks": min_blocks}))
         counts = both_implementations(query, key, config).counts()
         expected = torch.arange(1, 33, device=DEVICE).clamp(max=min_blocks)

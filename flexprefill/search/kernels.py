@@ -329,7 +329,7 @@ def search_kernel(
             # the min_blocks-th best score, ties counted together: step down from one distinct value to the next
             kth = tl.full([QUERY_BLOCKS], float("inf"), tl.float32)
             count = tl.zeros([QUERY_BLOCKS], tl.int32)
-            for _ in range(0, min_blocks):
+            for _ in range(0, tl.where(most > min_blocks, min_blocks, 0)):
                 below = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
                 for j0 in range(0, most, TILE):
                     j = j0 + tl.arange(0, TILE)
@@ -348,7 +348,8 @@ def search_kernel(
                     L = _load_scores(scratch_base, offsets, member_stride, mask, float("nan"), True, MEMBERS)
                     equal += (L >= kth[None, :]).to(tl.int32)
                 count = tl.sum(equal, 0)
-            threshold = tl.minimum(threshold, kth)
+            # a row that has no more than these keeps them all
+            threshold = tl.minimum(threshold, tl.where(scored > min_blocks, kth, float("-inf")))
 
         words_row = words_ptr + (batch_head * rows + I0) * width
         for w0 in range(0, width, WORDS):
