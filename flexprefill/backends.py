@@ -194,8 +194,13 @@ def triton_options(request: Request) -> Options:
     """The kernel options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
     options: Options = ()
     if request.block_size < 128:
-        # a kernel tile must divide the mask's blocks
-        options = ("BLOCK_M", request.block_size), ("BLOCK_N", request.block_size), ("num_warps", 4)
+        # a kernel tile must divide the mask's blocks; long rows get the tiles of FlexAttention's own defaults for them,
+        # since several of keys and values have to fit the shared memory
+        block, dim = request.block_size, max(request.head_dim, request.value_dim)
+        row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
+        queries = block if row_bytes <= 512 else min(block, 32)
+        keys = block if row_bytes <= 256 else min(block, 32)
+        options = ("BLOCK_M", queries), ("BLOCK_N", keys), ("num_warps", 4)
     if request.whole_tiles:
         if request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
             capability = torch.cuda.get_device_capability(request.device)

@@ -93,6 +93,14 @@ def test_flash_that_is_not_installed_or_does_not_load(machine, monkeypatch):
         ((9, 0), {"whole_tiles": False}, {}),
         ((9, 0), {"block_size": 64}, SMALL | WHOLE),
         ((9, 0), {"block_size": 64, "whole_tiles": False}, SMALL),
+        ((9, 0), {"block_size": 64, "head_dim": 192}, SMALL | WHOLE | {"BLOCK_N": 32}),
+        ((9, 0), {"block_size": 16, "head_dim": 192}, SMALL | WHOLE | {"BLOCK_M": 16, "BLOCK_N": 16}),
+        ((9, 0), {"block_size": 64, "dtype": torch.float32}, SMALL | WHOLE | {"BLOCK_N": 32}),
+        (
+            (9, 0),
+            {"block_size": 64, "dtype": torch.float32, "value_dim": 256},
+            SMALL | WHOLE | {"BLOCK_M": 32, "BLOCK_N": 32},
+        ),
     ],
 )
 def test_triton_gets_measured_options_or_the_defaults(machine, capability, changes, options):
