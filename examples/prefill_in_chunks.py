@@ -23,9 +23,16 @@ parser.add_argument("--head-dim", type=int, default=64)
 parser.add_argument("--compare", action="store_true", help="also search all queries at once and compare the bits")
 arguments = parser.parse_args()
 length, chunk, device = arguments.length, arguments.chunk, arguments.device
+config = PrefillConfig(alpha=0.3)
+if chunk < 1 or chunk % config.block_size:
+    parser.error(
+        f"argument --chunk: must be whole blocks of {config.block_size} tokens, so that the maps join, got {chunk}"
+    )
+last_rows = length - (length - 1) // chunk * chunk
+if arguments.compare and length > chunk and last_rows <= (config.last_full_blocks - 1) * config.block_size:
+    parser.error(f"argument --compare: the last chunk, {last_rows} tokens, has fewer blocks than last_full_blocks")
 gpu = device != "cpu"
 dtype = torch.bfloat16 if gpu else torch.float32
-config = PrefillConfig(alpha=0.3)
 
 torch.manual_seed(0)
 # stretches of 500 keys share a direction, so that blocks differ in what they weigh
@@ -64,6 +71,11 @@ joined = BlockMap.from_chunks(maps)
 print(f"{joined}: {joined.words.nbytes / 2**20:.1f} MiB")
 
 if arguments.compare:
+    last_blocks = -(-(length - (length - 1) // chunk * chunk) // config.block_size)
+    if last_blocks < min(config.last_full_blocks, joined.shape[2]):
+        parser.error(
+            f"argument --compare: the last chunk has {last_blocks} block, fewer than the rule's last full ones"
+        )
     query = torch.cat([queries(start, min(start + chunk, length)) for start in range(0, length, chunk)], 2)
     assert search_blocks(query, key, config).to("cpu") == joined
     print("the same blocks as in one search over all queries")

@@ -12,6 +12,7 @@ from flexprefill.inspection import attention_recall
 from flexprefill.lists import ListBuffers
 from flexprefill.recording import Recording, record_masks
 from flexprefill.search import KeyMeans, search_blocks
+from flexprefill.search.scorers import Scorer, register_scorer
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MaskFileInfo",
     "PrefillConfig",
     "Recording",
+    "Scorer",
     "__version__",
     "attention_recall",
     "create_prefill_block_mask",
@@ -35,6 +37,7 @@ __all__ = [
     "prefill_attention",
     "read_mask_info",
     "record_masks",
+    "register_scorer",
     "save_masks",
     "search_blocks",
 ]

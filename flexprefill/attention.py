@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +12,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
-from flexprefill.flex import MaskMod
+from flexprefill.flex import MaskMod, lists_of, query_offset
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
+from flexprefill.mean_correction import add_dropped_blocks
 from flexprefill.recording import is_recording, note
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
+from flexprefill.search.scorers import find_scorer
+from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 
 logger = logging.getLogger("flexprefill")
 
@@ -60,7 +64,9 @@ def prefill_attention(
         query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.
         key: [B, Hkv, S_kv, D]; Hq a multiple of Hkv.
         value: [B, Hkv, S_kv, Dv]; D and Dv multiples of 8 from 16 to 256.
-        config: the rule's settings; not used if ``block_map`` is given.
+        config: the rule's settings, of which a given ``block_map`` leaves only ``mean_correction``: dropped blocks that
+            are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
+            ``max_scores``.
         block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.
         mask_mod: a further mask_mod that hides elements inside the kept blocks.
         score_mod: FlexAttention's score_mod; the search does not know of it.
@@ -98,21 +104,26 @@ def prefill_attention(
         if block_map is None:
             block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
         note(block_map)
-    result = flex_over(
-        query,
-        key,
-        value,
-        block_map,
-        scale=call.scale,
-        kernel_options=choice.kernel_options,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        return_aux=return_aux,
-        buffers=buffers,
-    )
-    if choice.name == "flash" and return_aux is not None and return_aux.lse:
+    correct = config.mean_correction and not choice.dense
+    aux_request = AuxRequest(lse=True) if correct and call.gives_lse else return_aux
+    lse = aux_request is not None and aux_request.lse
+    factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
+    settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": aux_request}
+    if choice.tail_parts > 1:
+        split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
+        result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
+    else:
+        blocks = lists_of(block_map, mask_mod, buffers), query_offset(block_map)
+        mods = {"mask_mod": mask_mod, "score_mod": score_mod}
+        result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
+    if lse and factor != 1:
         output, aux = result
-        return output, aux._replace(lse=aux.lse * flash_lse_factor(query.device))
+        result = output, aux._replace(lse=aux.lse * factor)
+    if correct:
+        output, aux = (result, None) if aux_request is None else result
+        kept = None if aux is None else aux.lse
+        output, sums = add_dropped_blocks(query, key, value, block_map, output, kept, scale=call.scale)
+        return output if return_aux is None else (output, aux._replace(lse=sums if return_aux.lse else None))
     return result
 
 
@@ -181,10 +192,24 @@ class _Call(NamedTuple):
         for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
+        find_scorer(config.scorer)
+        if config.mean_correction:
+            max_scores = return_aux is not None and return_aux.max_scores
+            for name, asked in (("mask_mod", mask_mod), ("score_mod", score_mod), ("max_scores", max_scores)):
+                if asked:
+                    raise ValueError(
+                        f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
+                        "attention: pass a config with mean_correction=False"
+                    )
         if block_map is not None:
             check_block_map(block_map, query, key)
         scale = resolve_scale(scale, query.shape[3])
         return cls(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+
+    @property
+    def gives_lse(self) -> bool:
+        """Whether FlexAttention gives log-sum-exps here."""
+        return self.query.is_cuda
 
     @property
     def plain(self) -> bool:
@@ -201,12 +226,12 @@ def _choose(call: _Call) -> BackendChoice:
         block_size=call.config.block_size if call.block_map is None else call.block_map.block_size,
         mods=call.mask_mod is not None or call.score_mod is not None,
         scale=call.scale,
-        lse=call.return_aux is not None and call.return_aux.lse,
+        lse=(call.return_aux is not None and call.return_aux.lse) or (call.config.mean_correction and call.gives_lse),
         max_scores=call.return_aux is not None and call.return_aux.max_scores,
     )
     sparse = choose_backend(call.backend, request)
     if call.block_map is not None:
-        return sparse
+        return _with_tail(call, request, sparse)
     kv_len = call.key.shape[2]
     if call.query.shape[2] == 1 < kv_len and call.last_chunk:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
@@ -214,13 +239,27 @@ def _choose(call: _Call) -> BackendChoice:
             return BackendChoice("dense-sdpa", reason, dense=True)
         return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
     if not call.plain or is_recording():
-        return sparse
+        return _with_tail(call, request, sparse)
     below = call.config.dense_below
     if below is None:
         below = measured_dense_below(request, sparse)
     if kv_len < below:
         return choose_dense(request, f"S_kv is below dense_below, which is {below} here")
-    return sparse
+    return _with_tail(call, request, sparse)
+
+
+def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendChoice:
+    """The choice, its last rows split where that pays and is possible."""
+    rows = call.config.last_full_blocks if call.last_chunk else 0
+    # lengths are symbols while compiling, and a mod may read the position of a query
+    if rows == 0 or request.device.type != "cuda" or request.compiling or request.mods or request.max_scores:
+        return sparse
+    if call.key.shape[2] < TAIL_SPLIT_FROM or call.query.shape[2] <= rows * request.block_size:
+        return sparse
+    batch, heads = call.query.shape[:2]
+    parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
+    parts = min(parts, ceil_div(call.key.shape[2], request.block_size) // (rows + 2))
+    return replace(sparse, tail_parts=parts)
 
 
 def _all_blocks(call: _Call) -> BlockMap:

@@ -24,15 +24,16 @@ FLASH_HEAD_DIMS = (64, 96, 128)  # those that were held against a float32 evalua
 MAX_ELEMENTS = 2**31  # where 32-bit offsets end
 
 # FlexAttention's kernel options that beat its own defaults, by compute capability, head dimension and block size, in
-# float16 or bfloat16. Measured on an H200: 4 to 6 % there; whatever is not in the table keeps the defaults.
+# float16 or bfloat16, for lengths that are known to be multiples of TILE. Measured on an H200: 4 to 6 % there, and
+# slower by 13 % where the bounds of tiles are checked; whatever is not in the table keeps the defaults.
 TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
     (HOPPER, 128, 128): (("BLOCK_M", 128), ("BLOCK_N", 128), ("num_warps", 8), ("num_stages", 3)),
 }
 
 # Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together, by compute
 # capability and FlexAttention's kernel, in float16 or bfloat16 with D and Dv of 128. By device times on an H200:
-# with flash dense is faster at 2,048 tokens and sparse at 4,096, with triton dense at 4,096 and sparse at 8,192.
-DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 5120}
+# sparse is never slower from 4,096 tokens on with flash, up to a density of 71 %, and from 6,144 with triton.
+DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 6144}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class BackendChoice:
         dense: whether every query attends to all keys before it, instead of the kept blocks.
         kernel_options: what FlexAttention is told, pairs of name and setting.
         passed_over: pairs of name and reason: why each better one was not taken.
+        tail_parts: into how many parts the keys of the last query blocks, which keep them all, are split; 1 if those
+            blocks are computed with the others.
     """
 
     name: str
@@ -53,6 +56,7 @@ class BackendChoice:
     dense: bool = False
     kernel_options: Options = ()
     passed_over: tuple[tuple[str, str], ...] = ()
+    tail_parts: int = 1
 
 
 class Request(NamedTuple):
@@ -91,9 +95,8 @@ class Request(NamedTuple):
         kv_len = key.shape[2]
         aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
-        compiling = (
-            torch.compiler.is_compiling()
-        )  # lengths are then symbols: each fact asked of them costs a compilation
+        compiling = torch.compiler.is_compiling()
+        # lengths are symbols while compiling: each fact asked of them costs a compilation
         whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
         small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
@@ -128,9 +131,9 @@ def choose_backend(backend: str, request: Request) -> BackendChoice:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if request.compiling:
-        from flexprefill import constants  # imports torch._dynamo
+        from flexprefill import compile_time  # imports torch._dynamo
 
-        return constants.choose(backend, *request)
+        return compile_time.choose(backend, *request)
     return choose_once(backend, request)
 
 
@@ -191,12 +194,17 @@ def triton_options(request: Request) -> Options:
     """The kernel options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
     options: Options = ()
     if request.block_size < 128:
-        # a kernel tile must divide the mask's blocks
-        options = ("BLOCK_M", request.block_size), ("BLOCK_N", request.block_size), ("num_warps", 4)
-    elif request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
-        capability = torch.cuda.get_device_capability(request.device)
-        options = TRITON_OPTIONS.get((capability, request.head_dim, request.block_size), ())
+        # a kernel tile must divide the mask's blocks; long rows get the tiles of FlexAttention's own defaults for them,
+        # since several of keys and values have to fit the shared memory
+        block, dim = request.block_size, max(request.head_dim, request.value_dim)
+        row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
+        queries = block if row_bytes <= 512 else min(block, 32)
+        keys = block if row_bytes <= 256 else min(block, 32)
+        options = ("BLOCK_M", queries), ("BLOCK_N", keys), ("num_warps", 4)
     if request.whole_tiles:
+        if request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
+            capability = torch.cuda.get_device_capability(request.device)
+            options = TRITON_OPTIONS.get((capability, request.head_dim, request.block_size), options)
         # compiled for lengths of all kinds, FlexAttention would check the bounds of every tile
         options = *options, ("IS_DIVISIBLE", True)
     # by name, because short queries would get FlexAttention's decoding kernel

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
-from flexprefill.search import KeyMeans, search_checked
+from flexprefill.search import pool_checked, search_checked
 from flexprefill.search.rule import Rule
 
 
@@ -26,8 +28,8 @@ class CacheStats:
         hits: searches answered whole by an earlier one of the same prompt; extensions: of which only some query
             blocks were searched; misses: searched whole.
         reused_rows, searched_rows: query blocks, summed over all searches.
-        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with that of their block
-            means and of their prompts' tokens.
+        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with that of their
+            prompts' tokens.
     """
 
     hits: int = 0
@@ -53,31 +55,30 @@ class _Identity:
     item: str = "i4"
     batch: int = 1
 
+    def __hash__(self) -> int:
+        return hash(self.tokens) if self.key is None else hash(self.key)
+
     @property
     def length(self) -> int:
         return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
 
-    def shared(self, other: _Identity, limit: int) -> int:
-        """How many of the first ``limit`` positions are the same in both, up to the first that differs."""
+    def shared(self, other: _Identity) -> int:
+        """How many positions are the same before the first that differs; a huge number for all, now and later."""
         if (self.key, self.item, self.batch) != (other.key, other.item, other.batch):
             return 0
         if self.key is not None or self.tokens is other.tokens:
-            return limit
-        ours, theirs = (np.frombuffer(each.tokens, self.item, limit * self.batch) for each in (self, other))
+            return sys.maxsize
+        both = min(self.length, other.length)
+        ours, theirs = (np.frombuffer(each.tokens, self.item, both * self.batch) for each in (self, other))
         different = ours != theirs
-        return int(different.argmax()) // self.batch if different.any() else limit
+        return int(different.argmax()) // self.batch if different.any() else both
 
 
 @dataclass(frozen=True)
 class _Entry:
     identity: _Identity
     block_map: BlockMap
-    means: KeyMeans | None  # where maps are kept on another device
     last_chunk: bool
-
-    @property
-    def nbytes(self) -> int:
-        return self.block_map.words.nbytes + (0 if self.means is None else self.means.nbytes)
 
 
 class MaskCache:
@@ -88,8 +89,8 @@ class MaskCache:
     prompt, and so kept everything, are searched again. Safe to use from several threads.
 
     Args:
-        max_bytes: of the maps and their block means together, wherever they are, and of their prompts' tokens; the
-            least recently used ones go first, and a single map above the limit is not kept.
+        max_bytes: of the maps together, wherever they are, and of their prompts' tokens; the least recently used
+            ones go first, and a single map above the limit is not kept.
         device: where maps are kept; None leaves each on the device that it was made on.
 
     Raises:
@@ -121,15 +122,22 @@ class MaskCache:
         """
         if (token_ids is None) == (key is None):
             raise ValueError("prompt takes either token_ids or a key, and one of them")
+        if isinstance(token_ids, str):
+            raise TypeError(f"token_ids must be whole numbers, got a str; a name goes to key={token_ids!r}")
         try:
             hash(key)
         except TypeError as error:
             raise TypeError(f"key must be hashable, got {type(key).__name__}") from error
         identity = _Identity(key) if token_ids is None else _identify(token_ids)
         with self._lock:
+            others = self._identities()
             # layers of one prompt hold its tokens once, also if it comes again
-            held = next((entry.identity for entry in self._entries.values() if entry.identity == identity), identity)
-        return CachedPrompt(self, held)
+            prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
+            # now, not while the device waits for the first layer: both read all tokens, once
+            hash(prompt.identity)
+            for other in others:
+                prompt._shared(other)
+        return prompt
 
     def __getitem__(self, layer: int) -> BlockMap:
         """The most recently used map of a layer, of whatever prompt.
@@ -158,10 +166,13 @@ class MaskCache:
         with self._lock:
             self._entries.clear()
 
+    def _identities(self) -> list[_Identity]:
+        """Those of the prompts that have maps, each once."""
+        return list({id(entry.identity): entry.identity for entry in self._entries.values()}.values())
+
     def _bytes(self) -> int:
-        identities = {id(entry.identity): entry.identity for entry in self._entries.values()}
-        maps = sum(entry.nbytes for entry in self._entries.values())
-        return maps + sum(len(identity.tokens) for identity in identities.values())
+        words = sum(entry.block_map.words.nbytes for entry in self._entries.values())
+        return words + sum(len(identity.tokens) for identity in self._identities())
 
     def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
         with self._lock:
@@ -172,9 +183,9 @@ class MaskCache:
             return entry.block_map
 
     def _best(
-        self, kind: tuple[Hashable, ...], identity: _Identity, first: int, end: int, last_full_blocks: int
-    ) -> tuple[_Entry, int] | None:
-        """The entry of a kind that answers most query blocks from ``first`` to ``end``, and where its answer ends.
+        self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
+    ) -> tuple[BlockMap, int] | None:
+        """The map of a kind that answers most query blocks from ``first`` to ``end``, and where its answer ends.
 
         Args:
             first, end: counted from the prompt's start.
@@ -189,18 +200,18 @@ class MaskCache:
                     continue
                 last = last_full_blocks if entry.last_chunk else 0
                 rows = min(end, held.kv_len // block, ceil_div(held.kv_len, block) - last)
-                answers = identity.shared(entry.identity, rows * block) // block if rows > best else 0
+                answers = min(rows, prompt._shared(entry.identity) // block)
                 if answers > best:
                     best, found = answers, place
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found], best
+            return self._entries[found].block_map, best
 
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
             self._entries.pop(place, None)
-            if entry.nbytes + len(entry.identity.tokens) > self.max_bytes:
+            if entry.block_map.words.nbytes + len(entry.identity.tokens) > self.max_bytes:
                 return
             self._entries[place] = entry
             while self._bytes() > self.max_bytes:
@@ -220,6 +231,14 @@ class CachedPrompt:
 
     cache: MaskCache
     identity: _Identity
+    _known: WeakKeyDictionary[_Identity, int] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+
+    def _shared(self, other: _Identity) -> int:
+        """As identity.shared, of each other prompt once; under the cache's lock."""
+        shared = self._known.get(other)
+        if shared is None:
+            shared = self._known[other] = self.identity.shared(other)
+        return shared
 
     def search_blocks(
         self,
@@ -259,29 +278,28 @@ class CachedPrompt:
         if known is not None:
             self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
             return known.to(query.device)
+        # the device pools the keys while the host looks for rows
+        means = pool_checked(key, config, implementation)
         first, start_in_block = divmod(kv_len - q_len, block)
         # rows that are whole here and not last; one map may answer some, and another those after
         end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
-        pieces: list[BlockMap] = []
-        means = KeyMeans()
+        known_rows: list[tuple[BlockMap, int, int]] = []
         row = first
-        while found := self.cache._best(kind, self.identity, row, end, config.last_full_blocks):
-            entry, known_end = found
-            pieces.append(_rows(entry.block_map, row, known_end).to(query.device))
+        while found := self.cache._best(kind, self, row, end, config.last_full_blocks):
+            held, known_end = found
+            known_rows.append((held, row, known_end))
             row = known_end
-            if entry.means is not None:
-                means = entry.means.first(known_end)
-        if pieces and row * block >= kv_len:
-            block_map = BlockMap.from_chunks(pieces)
-        else:
-            rest = query[:, :, row * block - (kv_len - q_len) :] if pieces else query
-            block_map = search_checked(rest, key, config, rule.scale, last_chunk, implementation, means)
-            if pieces:
-                block_map = BlockMap.from_chunks([*pieces, block_map])
+        rest: list[BlockMap] = []
+        if not known_rows or row * block < kv_len:
+            # before the known rows are put together: the device waits for it
+            others = query[:, :, row * block - (kv_len - q_len) :] if known_rows else query
+            rest = [search_checked(others, key, config, rule.scale, last_chunk, implementation, means)]
+        pieces = [_rows(*rows).to(query.device) for rows in known_rows] + rest
+        block_map = BlockMap.from_chunks(pieces) if known_rows else rest[0]
         counts = {"extensions": 1} if row > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, _Entry(self.identity, kept, means if kept is block_map else None, last_chunk))
+        self.cache._keep(place, _Entry(self.identity, kept, last_chunk))
         return block_map
 
 

@@ -39,7 +39,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
         )
     if query.shape[2] > key.shape[2]:
         raise ValueError(
-            "query must be no longer than key (queries are the last positions), "
+            "query [B, Hq, S_q, D] must be no longer than key [B, Hkv, S_kv, D] (queries are the last positions), "
             f"got S_q={query.shape[2]} and S_kv={key.shape[2]}"
         )
     if value and value[0].shape[1:3] != key.shape[1:3]:

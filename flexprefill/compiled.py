@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexprefill.backends import Options
-from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
-from flexprefill.flex import MaskMod, block_mask_of, lists_of, query_offset
-from flexprefill.lists import ListBuffers
+from flexprefill.flex import Lists, MaskMod, block_mask_of
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
 
@@ -24,27 +22,30 @@ def flex_over(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_map: BlockMap,
+    lists: Lists,
+    offset: Tensor | None,
     *,
+    block_size: int,
     scale: float,
     kernel_options: Options,
     mask_mod: MaskMod | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     return_aux: AuxRequest | None = None,
-    buffers: ListBuffers | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
-    """FlexAttention over the blocks of a map, compiled; inside a caller's own torch.compile, a part of its graph.
+    """FlexAttention over listed blocks, compiled; inside a caller's own torch.compile, a part of its graph.
 
-    Args: as in prefill_attention, checked.
+    Args:
+        lists, offset: what lists_of and query_offset give for a map.
+        others: as in prefill_attention, checked.
 
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    inputs = (query, key, value, lists_of(block_map, mask_mod, buffers), query_offset(block_map), mask_mod, score_mod)
+    inputs = (query, key, value, lists, offset, mask_mod, score_mod)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            return _attend(*inputs, block_map.block_size, scale, kernel_options, return_aux)
+            return _attend(*inputs, block_size, scale, kernel_options, return_aux)
         attend = _compiled(
             Signature(
                 query.device.type,
@@ -53,10 +54,10 @@ def flex_over(
                 key.shape[1],
                 query.shape[3],
                 value.shape[3],
-                block_map.offset > 0,
+                offset is not None,
                 _code_of(mask_mod),
                 _code_of(score_mod),
-                block_map.block_size,
+                block_size,
                 scale,
                 kernel_options,
                 return_aux,
@@ -120,7 +121,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: Lists,
     offset: Tensor | None,
     mask_mod: MaskMod | None,
     score_mod: Callable[..., Tensor] | None,

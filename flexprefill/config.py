@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 BLOCK_SIZES = (16, 32, 64, 128)
+MASK_HEADS = ("query", "kv")
+SCORE_ROWS = ("whole", "visible")
+FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
 
 # FlashPrefill (arXiv 2603.06199), and the last row FlashPrefill-V2 (arXiv 2608.19758)
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -39,6 +42,15 @@ class PrefillConfig:
         dense_below: prompts of fewer tokens (S_kv) are attended densely by :func:`flexprefill.prefill_attention`, which
             says on which terms; 0 is never, and None the length below which dense was measured to be faster on the
             device, which is 0 where nothing was measured. What a search keeps does not depend on it.
+        mask_heads: "query", a mask for each query head; or "kv", one for the query heads that share a key head, from
+            the scores of all their rows together (FlashPrefill-V2, arXiv 2608.19758). Maps have H = Hq either way.
+        score_rows: which rows of I give a score to J: "whole", those that see all of J; or "visible", those that see
+            J's first key, as in FlashPrefill-V2, so that blocks on the causal edge are scored by all their rows. The
+            scorers "xattention" and "exact" are "visible" by their own definitions.
+        scorer: name of the function that scores the blocks, "flashprefill", "xattention", "exact" or one that was
+            registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
+        mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value
+            (FlashPrefill-V2; docs/mean_correction.md). What a search keeps does not depend on it.
 
     Raises:
         TypeError: a setting is of the wrong type.
@@ -52,22 +64,32 @@ class PrefillConfig:
     last_full_blocks: int = 2
     min_blocks: int = 0
     dense_below: int | None = None
+    mask_heads: str = "query"
+    score_rows: str = "whole"
+    scorer: str = "flashprefill"
+    mean_correction: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
             raise TypeError(f"alpha must be a number in (0, 1], got {self.alpha!r}")
         if not 0 < self.alpha <= 1:  # false for NaN as well
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
-        for field in dataclasses.fields(self)[1:]:
-            number = getattr(self, field.name)
-            if number is None and field.name == "dense_below":
+        for name in ("block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks", "dense_below"):
+            number = getattr(self, name)
+            if number is None and name == "dense_below":
                 continue
             if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{field.name} must be an int, got {number!r}")
+                raise TypeError(f"{name} must be an int, got {number!r}")
             if not 0 <= number < 2**31:
-                raise ValueError(f"{field.name} must be at least 0 and below 2**31, got {number}")
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+                raise ValueError(f"{name} must be at least 0 and below 2**31, got {number}")
+        for name, known in (("block_size", BLOCK_SIZES), ("mask_heads", MASK_HEADS), ("score_rows", SCORE_ROWS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        # a file's scorer need not be registered where the file is read: search_blocks asks for it
+        if not isinstance(self.scorer, str) or not self.scorer.isprintable() or not self.scorer:
+            raise TypeError(f"scorer must be the name of a scorer such as 'flashprefill', got {self.scorer!r}")
+        if not isinstance(self.mean_correction, bool):
+            raise TypeError(f"mean_correction must be a bool, got {self.mean_correction!r}")
 
     @property
     def log2_alpha(self) -> float:
@@ -75,11 +97,14 @@ class PrefillConfig:
         return math.log2(self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain dictionary, ready for JSON; ``dense_below`` is left out where it is None."""
-        settings = dataclasses.asdict(self)
-        if self.dense_below is None:  # so that mask files and their hashes are as before there was the setting
-            del settings["dense_below"]
-        return settings
+        """The settings as a plain dictionary, ready for JSON; those from ``dense_below`` on only where they are set."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        # mask files and their hashes are as before there was a setting that is not used
+        return {
+            name: setting
+            for name, setting in dataclasses.asdict(self).items()
+            if name in FIRST_SETTINGS or setting != defaults[name]
+        }
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PrefillConfig:
@@ -90,7 +115,7 @@ class PrefillConfig:
             ValueError: a name that is no setting.
         """
         if not isinstance(settings, Mapping):
-            raise TypeError(f"settings must be a mapping of names to numbers, got {type(settings).__name__}")
+            raise TypeError(f"settings must be a mapping of names to settings, got {type(settings).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(str(name) for name in set(settings) - set(known))
         if unknown:
@@ -103,7 +128,8 @@ class PrefillConfig:
 
         The names are the keys of ``flexprefill.config.PUBLISHED``; what stands before the name
         (an organisation) or after it (``-Instruct``) is ignored, and case does not matter.
-        ``FlashPrefill-V2`` is the second paper's one setting for every model; that paper also leaves the
+        ``FlashPrefill-V2`` is the second paper's one setting for every model; its options are switched on by name,
+        ``replace(config, mask_heads="kv", score_rows="visible", mean_correction=True)``. That paper also leaves the
         first four layers dense, which is the model's matter, not a mask's.
 
         Raises:

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexprefill.blockmap import BlockMap, ceil_div
+from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
 def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -39,8 +41,13 @@ def query_offset(block_map: BlockMap) -> Tensor | None:
     """The ``offset`` of :func:`causal_mask_at` for a map; None for a whole prompt, whose mask needs none."""
     if block_map.offset == 0:
         return None
+    return offsets_at(block_map, block_map.offset)
+
+
+def offsets_at(block_map: BlockMap, position: int) -> Tensor:
+    """The ``offset`` of :func:`causal_mask_at` for queries of a map's batch that start at a position."""
     # filled on the device: a copy from the host would wait, and cannot be captured
-    return torch.full((block_map.words.shape[0],), block_map.offset, dtype=torch.int32, device=block_map.device)
+    return torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device)
 
 
 def create_prefill_block_mask(
@@ -68,8 +75,14 @@ def create_prefill_block_mask(
         it: outside, FlexAttention ignores the block lists and is dense.
 
     Raises:
-        TypeError, ValueError: as :func:`search_blocks`.
+        TypeError, ValueError: as :func:`search_blocks`, or ``config.mean_correction`` is set.
     """
+    check_config(config)
+    if config.mean_correction:
+        raise ValueError(
+            "config.mean_correction is more than a BlockMask can say: call prefill_attention, or pass a config with "
+            "mean_correction=False"
+        )
     block_map = search_blocks(
         query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation, means=means
     )
@@ -88,16 +101,14 @@ def to_block_mask(
     return block_mask_of(lists, lengths, block_map.block_size, query_offset(block_map), mask_mod)
 
 
-def lists_of(
-    block_map: BlockMap, mask_mod: MaskMod | None, buffers: ListBuffers | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def lists_of(block_map: BlockMap, mask_mod: MaskMod | None, buffers: ListBuffers | None) -> Lists:
     """The index lists of a map whose blocks a further mask_mod may cut; see index_lists."""
     sizes = block_map.q_len, block_map.kv_len, block_map.block_size
     return make_lists(block_map.words, *sizes, mask_mod is not None, buffers)
 
 
 def block_mask_of(
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: Lists,
     lengths: tuple[int, int],
     block_size: int,
     offset: Tensor | None,

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 from flexprefill.blockmap import BlockMap
 from flexprefill.compiled import flex_over
 from flexprefill.errors import FlexPrefillError
+from flexprefill.flex import lists_of
 
 LENGTH, HEAD_DIM = 128, 64  # of the known input
 CLOSE = 0.01  # relative; the fault is 30 %
@@ -33,7 +34,9 @@ def flash_lse_factor(device: torch.device) -> float:
     scale = HEAD_DIM**-0.5
     options = (("BACKEND", "FLASH"),)
     aux = AuxRequest(lse=True)
-    _, found = flex_over(query, key, key, block_map, scale=scale, kernel_options=options, return_aux=aux)
+    lists = lists_of(block_map, None, None)
+    settings = {"block_size": LENGTH, "scale": scale, "kernel_options": options, "return_aux": aux}
+    _, found = flex_over(query, key, key, lists, None, **settings)
 
     products = scale * query.float() @ key.float().transpose(2, 3)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=device).triu(1)

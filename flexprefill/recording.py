@@ -12,7 +12,7 @@ from torch import nn
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
 
-_active: list[Recording] = []
+_active: dict[int, Recording] = {}  # by id: two that hold equal maps are equal
 
 
 class Recording(Mapping[int, BlockMap]):
@@ -86,13 +86,13 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
             after = module.register_forward_hook(lambda *_: recording._names().pop() and None, always_call=True)
             hooks.callback(before.remove)
             hooks.callback(after.remove)
-        _active.append(recording)
-        hooks.callback(_active.remove, recording)
+        _active[id(recording)] = recording
+        hooks.callback(_active.pop, id(recording))
         yield recording
     if not recording:
         raise FlexPrefillError(
-            "record_masks saw no mask: the model did not run, its attention does not go through flexprefill, or it "
-            "is compiled as a whole (record with the uncompiled model)"
+            "record_masks saw no mask: the model did not run, or only steps of decoding, its attention does not go "
+            "through flexprefill, or it is compiled as a whole (record with the uncompiled model)"
         )
 
 
@@ -104,5 +104,5 @@ def is_recording() -> bool:
 def note(block_map: BlockMap) -> None:
     """Tells whoever records that a map is about to be used."""
     if is_recording():
-        for recording in tuple(_active):
+        for recording in tuple(_active.values()):
             recording._add(block_map)

@@ -31,6 +31,16 @@ def machine(monkeypatch):
 
 
 @pytest.fixture
+def flash():
+    """Skips a test where FlashAttention-4 cannot be used."""
+    from flexprefill.backends import HOPPER
+
+    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fills fresh memory with NaN (integers: their maximum), so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -14,40 +14,45 @@ def evaluate_rule(query, key, *, config, scale=None, last_chunk=True):
     q, k = query.double().cpu().numpy(), key.double().cpu()
     keep = np.zeros((batch, heads, rows, columns), bool)
     close = np.zeros_like(keep)
+    group = heads // kv_heads
+    members = group if config.mask_heads == "kv" else 1  # query heads of one mask
     for n in range(batch):
-        for h in range(heads):
-            head_keys = k[n, h // (heads // kv_heads)]
+        for first in range(0, heads, members):
+            head_keys = k[n, first // group]
             means = np.stack(
                 [head_keys[j * b : (j + 1) * b].mean(0).to(dtype).double().numpy() for j in range(columns)]
             )
             for i in range(rows):
                 row = np.arange(i * b, min((i + 1) * b, q_len))
-                s = q[n, h, row] @ means.T * scale * np.log2(np.e)
+                s = q[n, first : first + members, row[0] : row[-1] + 1] @ means.T * scale * np.log2(np.e)
                 L = np.full(columns, -np.inf)
                 has_score = np.zeros(columns, bool)
                 for j in range(columns):
-                    sees = row + offset >= min((j + 1) * b, kv_len) - 1
+                    first_position = j * b if config.score_rows == "visible" else min((j + 1) * b, kv_len) - 1
+                    sees = row + offset >= first_position
                     if sees.any():
                         has_score[j] = True
-                        seen = s[sees, j]
+                        seen = s[:, sees, j]
                         with np.errstate(all="ignore"):
                             L[j] = seen.max() + np.log2(np.exp2(seen - seen.max()).sum())
                 finite = has_score & np.isfinite(L)
                 last_visible = (offset + row[-1]) // b
+                h = slice(first, first + members)
                 for j in range(last_visible + 1):
-                    keep[n, h, i, j] = (
+                    kept = (
                         j < config.sink_blocks
                         or last_visible - j < config.window_blocks
                         or (last_chunk and i >= rows - config.last_full_blocks)
                         or (has_score[j] and not finite[j])
                     )
-                    if not keep[n, h, i, j] and finite[j]:
+                    if not kept and finite[j]:
                         margins = [L[j] - L[finite].max() - np.log2(config.alpha)]
                         if config.min_blocks:
                             ranked = np.sort(L[finite])[::-1]
                             margins.append(L[j] - ranked[min(config.min_blocks, len(ranked)) - 1])
-                        keep[n, h, i, j] = max(margins) >= 0
+                        kept = max(margins) >= 0
                         close[n, h, i, j] = min(abs(margin) for margin in margins) < 1e-3
+                    keep[n, h, i, j] = kept
     return torch.from_numpy(keep), torch.from_numpy(close)
 
 
@@ -72,3 +77,37 @@ def masked_attention(query, key, value, block_map, *, mask=None, dtype=torch.flo
 
 def relative_error(output, expected):
     return ((output.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def corrected_attention(query, key, value, block_map, *, scale=None):
+    """Mean correction from its definition, in float64: every dropped block that all rows of a query block see whole is
+    one more key of the softmax, its mean, with the log of its length added to the logit. Returns output and lse."""
+    b, offset, kv_len = block_map.block_size, block_map.offset, block_map.kv_len
+    group, dtype = query.shape[1] // key.shape[1], key.dtype
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    kept = block_map.to_dense().cpu()
+    query, key, value = (tensor.double().cpu() for tensor in (query, key, value))
+    output = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    for n, h in np.ndindex(*query.shape[:2]):
+        keys, values = key[n, h // group], value[n, h // group]
+        blocks = [slice(j * b, min((j + 1) * b, kv_len)) for j in range(block_map.shape[3])]
+        for i in range(block_map.shape[2]):
+            rows = slice(i * b, min((i + 1) * b, block_map.q_len))
+            position = torch.arange(rows.start, rows.stop)[:, None] + offset
+            attended_keys, attended_values, biases = [], [], []  # biases are -inf for the future
+            for j, block in enumerate(blocks):
+                if kept[n, h, i, j]:
+                    attended_keys.append(keys[block])
+                    attended_values.append(values[block])
+                    seen = torch.arange(block.start, block.stop) <= position
+                    biases.append(torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf))
+                elif block.stop - 1 <= offset + rows.start:
+                    attended_keys.append(keys[block].mean(0, keepdim=True).to(dtype).double())
+                    attended_values.append(values[block].mean(0, keepdim=True).to(dtype).double())
+                    biases.append(torch.full(position.shape, np.log(block.stop - block.start), dtype=torch.float64))
+            if biases:
+                logits = scale * query[n, h, rows] @ torch.cat(attended_keys).T + torch.cat(biases, 1)
+                lse[n, h, rows] = logits.logsumexp(1)
+                output[n, h, rows] = logits.softmax(1).nan_to_num(0) @ torch.cat(attended_values)
+    return output, lse

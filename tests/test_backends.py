@@ -9,6 +9,8 @@ from flexprefill import FlexPrefillError, PrefillConfig, backends, explain_backe
 from flexprefill.backends import Request, choose_backend
 
 MEASURED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+WHOLE = {"IS_DIVISIBLE": True}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 
 def test_auto_takes_flash_where_it_can(machine):
@@ -82,20 +84,28 @@ def test_flash_that_is_not_installed_or_does_not_load(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "changes", "options"),
     [
-        ((9, 0), {}, MEASURED),
-        ((9, 0), {"dtype": torch.float16}, MEASURED),
-        ((9, 0), {"dtype": torch.float32}, {}),
-        ((9, 0), {"head_dim": 64, "value_dim": 64}, {}),
-        ((9, 0), {"value_dim": 64}, {}),
-        ((8, 0), {}, {}),
-        ((9, 0), {"whole_tiles": True}, MEASURED | {"IS_DIVISIBLE": True}),
-        ((8, 0), {"whole_tiles": True, "head_dim": 96}, {"IS_DIVISIBLE": True}),
-        ((9, 0), {"block_size": 64}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}),
+        ((9, 0), {}, MEASURED | WHOLE),
+        ((9, 0), {"dtype": torch.float16}, MEASURED | WHOLE),
+        ((9, 0), {"dtype": torch.float32}, WHOLE),
+        ((9, 0), {"head_dim": 64, "value_dim": 64}, WHOLE),
+        ((9, 0), {"value_dim": 64}, WHOLE),
+        ((8, 0), {}, WHOLE),
+        ((9, 0), {"whole_tiles": False}, {}),
+        ((9, 0), {"block_size": 64}, SMALL | WHOLE),
+        ((9, 0), {"block_size": 64, "whole_tiles": False}, SMALL),
+        ((9, 0), {"block_size": 64, "head_dim": 192}, SMALL | WHOLE | {"BLOCK_N": 32}),
+        ((9, 0), {"block_size": 16, "head_dim": 192}, SMALL | WHOLE | {"BLOCK_M": 16, "BLOCK_N": 16}),
+        ((9, 0), {"block_size": 64, "dtype": torch.float32}, SMALL | WHOLE | {"BLOCK_N": 32}),
+        (
+            (9, 0),
+            {"block_size": 64, "dtype": torch.float32, "value_dim": 256},
+            SMALL | WHOLE | {"BLOCK_M": 32, "BLOCK_N": 32},
+        ),
     ],
 )
 def test_triton_gets_measured_options_or_the_defaults(machine, capability, changes, options):
     machine(capability=capability)
-    choice = choose_backend("triton", PUBLISHED._replace(**changes))
+    choice = choose_backend("triton", PUBLISHED._replace(**{"whole_tiles": True, **changes}))
     assert dict(choice.kernel_options) == {"BACKEND": "TRITON"} | options and choice.reason == "named by the caller"
 
 

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -285,8 +286,10 @@ def test_a_terminal_gets_colour_unless_it_has_none(files):
     assert COLOUR.search(coloured)
     plain = in_terminal(arguments, NO_COLOR="1")
     assert not COLOUR.search(plain)
+    dumb = in_terminal(arguments, TERM="dumb")
+    assert "\x1b" not in dumb
     # the words say what the colour does
-    for sent in (coloured, plain):
+    for sent in (coloured, plain, dumb):
         assert "1 of 3 heads differ" in re.sub(r"\x1b\[[\d;]*m", "", sent)
 
 
@@ -342,6 +345,41 @@ def test_long_work_shows_a_bar_in_a_terminal_alone(files, capsys, monkeypatch, t
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("flexprefill.progress.MOMENT", 60)
     assert shown(inspect).strip() == ""
+
+
+def test_what_a_file_says_cannot_move_the_cursor_or_stop_the_print(masks, capsys, tmp_path):
+    path = tmp_path / "m\udcff\x1b"  # a name that is no UTF-8, and has an escape
+    said = {"red": "\x1b[31mred", "lines": "one\nlayer 99: two", "lone": "\ud800", "α": "plain × text"}
+    save_masks(path, masks, metadata=said)
+    for arguments in (["inspect", str(path)], ["diff", str(path), str(path)]):
+        code, printed = run(capsys, *arguments)
+        assert code == 0 and "m\\udcff\\x1b" in printed and "\x1b" not in printed
+    printed = run(capsys, "inspect", str(path))[1]
+    for line in ("red: \\x1b[31mred", "lines: one\\nlayer 99: two", "lone: \\ud800", "α: plain × text"):
+        assert line in printed.splitlines()
+    assert run_json(capsys, "inspect", str(path))[1]["metadata"] == said
+
+
+def test_a_terminal_of_few_characters_gets_escapes(files):
+    arguments = [*COMMAND, "inspect", files["a"]]
+    printed = subprocess.run(arguments, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert printed.returncode == 0 and b"\\u2013" in printed.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("other, code", [("same", 0), ("changed", 1), ("nowhere", 2)])
+def test_the_exit_code_needs_no_one_to_print_to(files, closed, other, code):
+    words = [*COMMAND, "diff", files["a"], files.get(other, other)]
+    assert subprocess.run(f"{shlex.join(words)} {closed}", shell=True, capture_output=True).returncode == code
+
+
+def test_a_failure_that_nobody_foresaw_is_no_difference(files, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("flexprefill.cli.diff.compare_maps", fail)
+    assert cli.main(["diff", files["a"], files["a"]]) == 2
+    assert "RuntimeError: unforeseen" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_is_no_error(files):

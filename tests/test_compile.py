@@ -74,6 +74,8 @@ def test_a_compiled_decoder_gives_the_logits_of_the_uncompiled_one(mode):
         (1024, 1024, {"dense_below": 2000}, {}),
         (512, 1024, {"dense_below": 2000}, {}),
         (1, 1024, {}, {}),
+        (2048, 2048, {"mask_heads": "kv", "score_rows": "visible", "mean_correction": True}, {}),
+        (1024, 3000, {"mean_correction": True}, {"backend": "triton"}),
     ],
 )
 def test_search_and_attention_replay_as_one_cuda_graph(q_len, kv_len, settings, arguments):

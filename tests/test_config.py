@@ -27,6 +27,17 @@ def test_is_hashable_frozen_and_survives_a_dictionary():
     assert PrefillConfig.from_dict({"alpha": 0.5}) == PrefillConfig(alpha=0.5)
 
 
+def test_settings_are_written_only_where_they_are_used():
+    for changes in (
+        {"mask_heads": "kv"}, {"score_rows": "visible"}, {"scorer": "not registered here"}, {"mean_correction": True},
+    ):  # fmt: skip
+        config = PrefillConfig(**changes)
+        assert (
+            config.to_dict() == PrefillConfig().to_dict() | changes
+            and PrefillConfig.from_dict(config.to_dict()) == config
+        )
+
+
 def test_dense_below_is_written_only_where_it_is_set():
     assert PrefillConfig().dense_below is None and "dense_below" not in PrefillConfig().to_dict()
     for tokens in (0, 4096):
@@ -56,6 +67,11 @@ def test_dense_below_is_written_only_where_it_is_set():
         ({"dense_below": -1}, ValueError),
         ({"dense_below": 2.0}, TypeError),
         ({"dense_below": True}, TypeError),
+        ({"mask_heads": "key"}, ValueError),
+        ({"score_rows": None}, ValueError),
+        ({"scorer": 3}, TypeError),
+        ({"scorer": ""}, TypeError),
+        ({"mean_correction": 1}, TypeError),
     ],
 )
 def test_a_bad_setting_is_named(settings, error):

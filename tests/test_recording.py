@@ -79,6 +79,20 @@ def test_nothing_is_recorded_outside_the_block_or_of_another_model():
 
 
 @torch.no_grad()
+def test_recordings_in_each_other_end_one_by_one():
+    model = Model().to(DEVICE)
+    first, second = torch.randn(2, 1, 100, 32, device=DEVICE)
+    with record_masks(model) as outer:
+        with record_masks(model) as inner:
+            model(first)
+        assert dict(outer) == dict(inner)
+        model(second)
+    model(first)
+    assert dict(inner) == expected_maps(model, first)
+    assert dict(outer) == expected_maps(model, second)
+
+
+@torch.no_grad()
 def test_a_second_pass_replaces_and_chunks_join():
     model = Model().to(DEVICE)
     first, second = torch.randn(2, 1, 100, 32, device=DEVICE)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from oracle import assert_follows_rule
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.search import op
+from flexprefill.search.grid import Grid
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+SHARED = replace(SPARSE, mask_heads="kv", score_rows="visible")
 
 
 @st.composite
@@ -25,6 +28,8 @@ def cases(draw, *, max_length, dtypes, head_dims, max_group=8):
         window_blocks=draw(st.integers(0, 4)),
         last_full_blocks=draw(st.integers(0, 3)),
         min_blocks=draw(st.sampled_from([0, 0, 1, 3])),
+        mask_heads=draw(st.sampled_from(["query", "kv"])),
+        score_rows=draw(st.sampled_from(["whole", "visible"])),
     )
     query, key, _ = make_qkv(
         draw(st.one_of(st.just(kv_len), st.integers(1, kv_len))),
@@ -68,6 +73,20 @@ def test_the_kernels_follow_the_rule(case):
     assert_follows_rule(block_map, query, key, **arguments)
 
 
+@pytest.mark.parametrize("q_len, kv_len", [(40, 40), (48, 48), (5, 40), (17, 50), (1, 33), (1, 1)])
+@pytest.mark.parametrize("first_key", [False, True])
+def test_which_rows_give_a_score_to_which_blocks(q_len, kv_len, first_key):
+    grid = Grid(q_len, kv_len, 16, 1.0, first_key)
+    assert (grid.rows, grid.columns, grid.offset) == (-(-q_len // 16), -(-kv_len // 16), kv_len - q_len)
+    rows = torch.zeros(grid.rows * 16, grid.columns, dtype=torch.bool)
+    for row in range(q_len):
+        for column in range(grid.columns):
+            needed = 16 * column if first_key else min(16 * column + 16, kv_len) - 1
+            rows[row, column] = grid.offset + row >= needed
+    assert torch.equal(grid.scoring_rows("cpu"), rows.unflatten(0, (-1, 16)))
+    assert torch.equal(grid.scored("cpu"), rows.unflatten(0, (-1, 16)).any(1))
+
+
 def both_implementations(query, key, config, **arguments):
     reference, triton = (
         search_blocks(query.to(DEVICE), key.to(DEVICE), config, implementation=name, **arguments)
@@ -83,6 +102,7 @@ def test_both_implementations_write_every_word(q_len, kv_len):
     query, key, _ = make_qkv(q_len, kv_len, heads=4, kv_heads=2)
     both_implementations(query, key, SPARSE)
     both_implementations(query, key, PrefillConfig(alpha=0.5, window_blocks=1, sink_blocks=0, last_full_blocks=0))
+    both_implementations(query, key, SHARED)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -93,6 +113,7 @@ def test_a_key_that_is_not_finite_keeps_its_block_and_touches_no_other(bad):
     spoilt = both_implementations(query, key, SPARSE).to_dense()
     seen_by = torch.arange(25, device=DEVICE) >= 2
     assert torch.equal(spoilt[..., 2], seen_by.expand(1, 2, 25))
+    both_implementations(query, key, SHARED)
     others = torch.arange(25) != 2
     clean_best_is_elsewhere = spoilt[..., others] >= clean[..., others]
     assert clean_best_is_elsewhere.all()  # without block 2 the row's maximum can only fall
@@ -103,6 +124,8 @@ def test_a_query_that_is_not_finite_keeps_its_row_and_touches_no_other(bad):
     query, key, _ = make_qkv(400)
     clean = both_implementations(query, key, SPARSE).to_dense()
     query[0, 1, 201] = bad
+    shared = both_implementations(query, key, SHARED).to_dense()
+    assert shared[0, :, 201 // 16, : 201 // 16 + 1].all()  # of both heads
     spoilt = both_implementations(query, key, SPARSE).to_dense()
     row, others = 201 // 16, torch.arange(25) != 201 // 16
     # the row of query 201 sees blocks 0 … 11 whole; its own block is in the window
@@ -134,12 +157,15 @@ def test_any_scale(scale):
     # at 30 the scores of a row are further apart than float32 powers of two reach
     query, key, _ = make_qkv(400)
     both_implementations(query, key, SPARSE, scale=scale)
+    both_implementations(query, key, SHARED, scale=scale)
 
 
 @pytest.mark.parametrize("alpha", [1e-20, 1e-35, 1e-300])
 def test_a_tiny_alpha_keeps_what_a_power_of_two_would_lose(alpha):
     query, key, _ = make_qkv(400)
-    both_implementations(query, key, PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0), scale=10.0)
+    config = PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0)
+    both_implementations(query, key, config, scale=10.0)
+    both_implementations(query, key, replace(config, mask_heads="kv"), scale=10.0)
 
 
 @pytest.mark.parametrize("level", [-3, -1, 0, 1])
@@ -161,7 +187,7 @@ def test_min_blocks_are_the_best_and_alpha_alone_keeps_the_best():
     query, key, _ = make_qkv(512, heads=1)
     one = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=0, window_blocks=0, last_full_blocks=0)
     assert (both_implementations(query, key, one).counts() == 1).all()
-    for min_blocks in (2, 5, 100):
+    for min_blocks in (2, 5, 31, 32, 10**9):
         config = PrefillConfig(**(one.to_dict() | {"min_blocks": min_blocks}))
         counts = both_implementations(query, key, config).counts()
         expected = torch.arange(1, 33, device=DEVICE).clamp(max=min_blocks)
@@ -190,7 +216,9 @@ def test_views_are_read_by_their_strides():
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_the_operator_passes_opcheck(implementation):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
-    torch.library.opcheck(op.search_words, (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, implementation))
+    torch.library.opcheck(
+        op.search_words, (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", implementation)
+    )
 
 
 def test_traces_into_one_graph_for_all_lengths():
@@ -216,7 +244,7 @@ def wrong(**changes):
     ("arguments", "error", "message"),
     [
         (wrong(query=torch.zeros(1, 3, 64, 64)), ValueError, r"query must have a multiple.*\[1, 3, 64, 64\]"),
-        (wrong(query=torch.zeros(1, 4, 65, 64)), ValueError, "query must be no longer than key.*S_q=65"),
+        (wrong(query=torch.zeros(1, 4, 65, 64)), ValueError, "must be no longer than key.*S_q=65"),
         (wrong(query=torch.zeros(2, 4, 64, 64)), ValueError, "key must have query's batch size 2, got 1"),
         (
             wrong(key=torch.zeros(1, 2, 64, 128)),
@@ -303,9 +331,21 @@ def assert_equal_but_for_rounding(query, key, config, **arguments):
 )
 def test_each_kernel_equals_the_reference(q_len, kv_len, head_dim, dtype):
     query, key = published_shape(q_len, kv_len, head_dim=head_dim, dtype=dtype)
-    for config in (LEAN, PrefillConfig()):
+    for config in (LEAN, PrefillConfig(), replace(LEAN, score_rows="visible")):
         assert_equal_but_for_rounding(query, key, config)
         assert_equal_but_for_rounding(query, key, config, scale=-0.2, last_chunk=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float16), (96, torch.float32)])
+@pytest.mark.parametrize("q_len, kv_len", [(4096, 4096), (3001, 20001), (1, 1), (129, 129), (1, 700)])
+def test_masks_of_key_heads_equal_the_reference_on_a_gpu(q_len, kv_len, head_dim, dtype):
+    query, key = published_shape(q_len, kv_len, head_dim=head_dim, dtype=dtype)
+    for changes in ({}, {"score_rows": "visible"}, {"min_blocks": 3}, {"block_size": 64}):
+        config = replace(LEAN, mask_heads="kv", **changes)
+        assert_equal_but_for_rounding(query, key, config)
+        assert_equal_but_for_rounding(query, key, config, scale=20.0)  # summed in logs
 
 
 @pytest.mark.gpu
@@ -443,6 +483,7 @@ def test_nothing_waits_for_the_device():
         search_blocks(query, key, PrefillConfig(block_size=64, min_blocks=2)).to_block_mask(buffers=buffers)
         search_blocks(query[:, :, :600], key).density()
         prefill_attention(query, key, value, PrefillConfig(dense_below=0))
+        prefill_attention(query, key, value, PrefillConfig(dense_below=0, mask_heads="kv", mean_correction=True))
 
     run()
     torch.cuda.synchronize()

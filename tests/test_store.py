@@ -611,6 +611,14 @@ def test_a_map_whose_words_are_a_view_is_saved(tmp_path, masks):
     assert load_masks(tmp_path / "masks") == {0: view}
 
 
+@pytest.mark.parametrize("sizes", [(900, 1000, 16), (40, 70, 16), (5000, 5000, 128)])
+def test_bits_in_the_future_reach_no_other_row(tmp_path, sizes):
+    block_map, _ = random_map(*sizes, heads=2)
+    visible = BlockMap.causal(1, 2, q_len=sizes[0], kv_len=sizes[1], block_size=sizes[2]).words
+    save_masks(tmp_path / "masks", {0: BlockMap(block_map.words | ~visible, *sizes)})
+    assert load_masks(tmp_path / "masks") == {0: block_map}
+
+
 def test_a_default_device_changes_nothing(tmp_path, masks):
     with torch.device("meta"):
         save_masks(tmp_path / "masks", masks, token_ids=TOKEN_IDS)

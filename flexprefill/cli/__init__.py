@@ -7,9 +7,11 @@ A command's module has NAME, SUMMARY and DESCRIPTION for the help, ``add_argumen
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from flexprefill._version import __version__
@@ -17,6 +19,7 @@ from flexprefill.cli import bench, demo, diff, inspect, view
 from flexprefill.errors import FlexPrefillError
 
 COMMANDS = (demo, inspect, diff, view, bench)
+TROUBLE = 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report them
 
 
@@ -24,13 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``flexprefill`` with these arguments (the process's own if None).
 
     Returns:
-        the exit code: the command's own, 0 if it did what was asked, 130 if it was interrupted from the keyboard,
-        or 141 if whoever read its output had enough.
+        the exit code: the command's own, 0 if it did what was asked, 2 if it failed in a way that nobody foresaw,
+        130 if it was interrupted from the keyboard, or 141 if whoever read its output had enough.
 
     Raises:
         SystemExit: with code 0 after ``--help`` and ``--version``, with code 2 after an argument that does not
             fit, and whatever else the library refuses.
     """
+    _prepare_streams()
     parser = argparse.ArgumentParser(prog="flexprefill", description="Block-sparse prefill attention for PyTorch.")
     parser.add_argument("--version", action="version", version=f"flexprefill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -54,4 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        # left to Python, the code would be 1, which says that two files differ
+        traceback.print_exc()
+        return TROUBLE
     return code
+
+
+def _prepare_streams() -> None:
+    """Lets anything be printed: characters that stdout's encoding lacks as escapes, and to a closed stream nothing."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

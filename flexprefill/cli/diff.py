@@ -19,7 +19,7 @@ from flexprefill.cli.masks import (
     read_layer,
     row_name,
 )
-from flexprefill.cli.table import print_table
+from flexprefill.cli.table import print_table, printable
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import MapDifference, compare_maps
 from flexprefill.plotting import plot_difference, plot_layers
@@ -96,7 +96,9 @@ def execute(arguments: argparse.Namespace) -> int:
         _draw(paths, infos, layers, head, arguments.png, overview=layer is None and head is None)
         print(f"picture  {arguments.png}")
         return code
-    print(f"A  {paths[0]}\nB  {paths[1]}\n")
+    for name, path in zip("AB", paths, strict=True):
+        print(printable(f"{name}  {path}"))
+    print()
     if layer is None and head is None:
         _print_layers(infos, layers)
     else:

@@ -24,7 +24,7 @@ from flexprefill.cli.masks import (
     read_layer,
     row_name,
 )
-from flexprefill.cli.table import print_table
+from flexprefill.cli.table import print_table, printable
 from flexprefill.config import PrefillConfig
 from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_heads, plot_layers, token_label
@@ -157,12 +157,13 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     for text, layers in about.items():
         lines.append(text if len(about) == 1 else f"layer {', '.join(layers)}: {text}")
     if info.config is not None:
-        lines.append(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in info.config.to_dict().items()))
+        settings = info.config.to_dict() | {"alpha": f"{info.config.alpha:g}"}
+        lines.append(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
     told = {"model": info.model, "dtype": info.dtype, "token ids": info.token_ids_hash, "scoring": info.scoring}
     told |= {"written by": ", ".join(f"{name} {version}" for name, version in info.library.items())}
     lines += [f"{name}: {entry}" for name, entry in told.items() if entry]
     lines += [f"{name}: {entry}" for name, entry in info.metadata.items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # a file's own words are anybody's
 
 
 def _print_layers(info: MaskFileInfo, layers: Sequence[Layer]) -> None:

@@ -7,6 +7,11 @@ import sys
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """The text on one line: escapes for what moves the cursor, colours a terminal or is no character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequence[bool] | None = None) -> None:
     """Prints a table, the first column to the left and all others to the right; columns of empty cells are left out.
 

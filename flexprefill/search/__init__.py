@@ -13,6 +13,7 @@ from flexprefill.config import PrefillConfig
 from flexprefill.search import op
 from flexprefill.search.means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
+from flexprefill.search.scorers import MEANS_SCORER, find_scorer
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -31,7 +32,7 @@ def search_blocks(
 
     Each key block is pooled to its mean; its score is the sum over the query block's rows of exp(scale · row ·
     mean), and blocks that reach ``config.alpha`` times the row's best are kept, with sinks, a local window and
-    the last query blocks. Nothing waits for the device, and the call traces under
+    the last query blocks. ``config`` can name another score. Nothing waits for the device, and the call traces under
     ``torch.compile(fullgraph=True)``.
 
     Args:
@@ -43,7 +44,7 @@ def search_blocks(
         last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
             query block counts as one of the last. Maps of chunks are joined by :meth:`BlockMap.from_chunks`.
         implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
-            under TRITON_INTERPRET=1), or "auto" (triton on CUDA, else reference).
+            under TRITON_INTERPRET=1), or "auto" (triton on CUDA for the scorer "flashprefill", else reference).
         means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
             inside torch.compile.
 
@@ -71,20 +72,44 @@ def search_checked(
 ) -> BlockMap:
     """As :func:`search_blocks`, of arguments that are known to fit together."""
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
-    implementation = _resolve_implementation(implementation, query.device)
+    find_scorer(rule.scorer)  # raises here, not inside the operator
+    implementation = _resolve_implementation(implementation, query.device, rule.scorer)
     if means is None:
         words = op.search_words(query, key, *rule, implementation)
     else:
+        if rule.scorer != MEANS_SCORER:
+            raise ValueError(
+                f"means is of the scorer {MEANS_SCORER!r}, which pools keys to their means: pass None for the scorer "
+                f"{rule.scorer!r}"
+            )
         pooled = means.extend(key, config.block_size, implementation)
         words = op.score_words(query, pooled, key.shape[2], rule, implementation)
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 
-def _resolve_implementation(implementation: str, device: torch.device) -> str:
+def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
+    """The means that :func:`search_checked` takes, of all blocks of a key that is known to be right.
+
+    None for a scorer that takes none.
+    """
+    implementation = _resolve_implementation(implementation, key.device, config.scorer)
+    if config.scorer != MEANS_SCORER:
+        return None
+    means = KeyMeans()
+    means.extend(key, config.block_size, implementation)
+    return means
+
+
+def _resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":
-        return "triton" if device.type == "cuda" else "reference"
+        return "triton" if device.type == "cuda" and scorer == MEANS_SCORER else "reference"
+    if implementation == "triton" and scorer != MEANS_SCORER:
+        raise ValueError(
+            f"implementation 'triton' has no kernel for the scorer {scorer!r}, only for {MEANS_SCORER!r}; "
+            "'reference' runs every scorer on any device"
+        )
     if implementation == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"implementation 'triton' needs tensors on a CUDA device (or TRITON_INTERPRET=1), got {device}; "

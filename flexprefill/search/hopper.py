@@ -36,7 +36,7 @@ def describe(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
 
 
 @gluon.jit
-def _bounds(I, sizes, rule):
+def _bounds(I, sizes, rule, FIRST_KEY: gl.constexpr):
     """Of query block I: blocks visible, the first in the window, blocks with a score, their tiles, and how many tiles
     but for the last need no masking."""
     offset, q_len, kv_len, rows, columns = sizes
@@ -44,7 +44,9 @@ def _bounds(I, sizes, rule):
     last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
     visible = last // BLOCK + 1
     window_start = gl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
-    scored = gl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
+    scored = visible
+    if not FIRST_KEY:
+        scored = gl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
     scored = gl.where((I >= 0) & (window_start > 0), scored, 0)
     steps = (scored + TILE - 1) // TILE
     unmasked = gl.where(q_len < (I + 1) * BLOCK, 0, (offset + I * BLOCK + 1) // BLOCK // TILE)
@@ -84,11 +86,14 @@ def _multiply(q_smem, k_smem, ready, phase, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _hide(products, t, I, scored, offset, q_len, kv_len, ACC: gl.constexpr):
-    """Puts -inf where a row does not see the whole of block j, or where either is past the end."""
+def _hide(products, t, I, scored, offset, q_len, kv_len, ACC: gl.constexpr, FIRST_KEY: gl.constexpr):
+    """Puts -inf where a row does not see the whole of block j (FIRST_KEY: its first key), or either is past the end."""
     j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ACC))
     r = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
-    first = gl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset - I * BLOCK
+    first = gl.minimum((j + 1) * BLOCK, kv_len) - 1
+    if FIRST_KEY:
+        first = j * BLOCK
+    first -= offset + I * BLOCK
     seeing = gl.where(j < scored, gl.maximum(gl.minimum(q_len - I * BLOCK, BLOCK) - first, 0), 0)
     # first <= r < first + seeing in one comparison: what is below first wraps to a huge number
     seen = (r[None, :] - first[:, None]).to(gl.uint32) < seeing.to(gl.uint32)[:, None]
@@ -194,6 +199,7 @@ def search_kernel(
     window,
     last_full,
     GROUP: gl.constexpr,
+    FIRST_KEY: gl.constexpr,
     WORDS: gl.constexpr,
 ):
     """A persistent grid over (query block, head). See kernels.search_kernel."""
@@ -215,16 +221,16 @@ def search_kernel(
     # the long rows first
     I = rows - 1 - program // heads
     batch_head = program % heads
-    if _bounds(I, sizes, rule)[3] > 0:
+    if _bounds(I, sizes, rule, FIRST_KEY)[3] > 0:
         _start(I, batch_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
     while I >= 0:
-        visible, window_start, scored, steps, unmasked = _bounds(I, sizes, rule)
+        visible, window_start, scored, steps, unmasked = _bounds(I, sizes, rule, FIRST_KEY)
         next_I = I - rows_step
         next_head = batch_head + heads_step
         if next_head >= heads:
             next_head -= heads
             next_I -= 1
-        next_steps = _bounds(next_I, sizes, rule)[3]
+        next_steps = _bounds(next_I, sizes, rule, FIRST_KEY)[3]
         threshold = 0.0
         if steps > 0:
             kv_head = batch_head // GROUP
@@ -240,7 +246,7 @@ def search_kernel(
                 elif next_steps > 0:
                     _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
                 if t >= unmasked:
-                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC)
+                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC, FIRST_KEY)
                 if t == 0:
                     shift = gl.max(_share(maxima, gl.max(products, 1)), 0) * qk_scale
                     shift = gl.where(gl.abs(shift) < LARGE, shift, 0.0)
@@ -270,7 +276,7 @@ def search_kernel(
                         _copy_means(kv_head, t + 1, means, k_smem, ready)
                     elif next_steps > 0:
                         _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
-                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC)
+                    products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC, FIRST_KEY)
                     best = _score_exactly(products, t, scratch, scored, best, qk_scale, ACC)
                 threshold = gl.max(_share(maxima, best), 0) + log2_alpha
         elif next_steps > 0:

@@ -59,11 +59,12 @@ def _tile_products(
     D_PAD: tl.constexpr,
     D_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Products of a tile of means with the query blocks, transposed: float32 [J, query blocks, rows].
 
-    MASKED puts hidden where a row does not see the whole of block j, or is past the end.
+    MASKED puts hidden where a row does not see the whole of block j (FIRST_KEY: its first key), or is past the end.
     """
     means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden = inputs
     if D_STEP == D_PAD:
@@ -85,7 +86,7 @@ def _tile_products(
             part = tl.load(query_base + q_offsets, mask=q_mask, other=0.0)
             products = tl.dot(means, part, products, input_precision="ieee")
     if MASKED:
-        first_to_see = tl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset
+        first_to_see = j * BLOCK - offset if FIRST_KEY else tl.minimum((j + 1) * BLOCK, kv_len) - 1 - offset
         products = tl.where((row[None, :] >= first_to_see[:, None]) & (row[None, :] < q_len), products, hidden)
     return tl.reshape(products, [j.shape[0], row.shape[0] // BLOCK, BLOCK])
 
@@ -116,6 +117,46 @@ def _store(scratch_base, scores, j, columns, stride, best):
     inside = j[:, None] < columns
     tl.store(scratch_base + q[None, :] * stride + j[:, None], scores, mask=inside)
     return tl.maximum(best, tl.where((tl.abs(scores) < float("inf")) & inside, scores, float("-inf")))
+
+
+@triton.jit
+def _load_queries(query_base, stride_s, stride_d, row, q_len, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The rows of one head's query blocks, transposed: [D, rows]."""
+    d = tl.arange(0, D_PAD)
+    offsets = row.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+    mask = (row[:, None] < q_len) & (d[None, :] < D)
+    return tl.trans(tl.load(query_base + offsets, mask=mask, other=0.0))
+
+
+@triton.jit
+def _load_scores(scratch_base, offsets, member_stride, mask, other, logs, MEMBERS: tl.constexpr):
+    """Block scores, of the query heads that share a mask together: sums, or log2 of sums."""
+    scores = tl.load(scratch_base + offsets, mask=mask, other=other)
+    for member in tl.static_range(1, MEMBERS):
+        more = tl.load(scratch_base + member * member_stride + offsets, mask=mask, other=other)
+        if logs:
+            best = tl.maximum(scores, more)
+            shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
+            scores = shift + tl.log2(tl.exp2(scores - shift) + tl.exp2(more - shift))
+        else:
+            scores += more
+    return scores
+
+
+@triton.jit
+def _best_of_group(scratch_base, stride, member_stride, most, scored, logs, TILE: tl.constexpr, MEMBERS: tl.constexpr):
+    """The greatest finite scores of each query block [TILE, query blocks], and where the sums say too little."""
+    q = tl.arange(0, scored.shape[0])
+    best = tl.full([TILE, scored.shape[0]], float("-inf"), tl.float32)
+    doubtful = tl.zeros([TILE, scored.shape[0]], tl.int1)
+    for j0 in range(0, most, TILE):
+        j = j0 + tl.arange(0, TILE)
+        mask = j[:, None] < scored[None, :]
+        offsets = q[None, :] * stride + j[:, None]
+        scores = _load_scores(scratch_base, offsets, member_stride, mask, float("-inf"), logs, MEMBERS)
+        best = tl.maximum(best, tl.where(tl.abs(scores) < float("inf"), scores, float("-inf")))
+        doubtful = doubtful | (mask & ((scores == 0) | (scores == float("inf"))))
+    return best, doubtful
 
 
 @triton.jit
@@ -171,9 +212,11 @@ def search_kernel(
     TILE: tl.constexpr,
     D_STEP: tl.constexpr,
     WORDS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
 ):
-    """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, head): scores into scratch rows of the
-    program, then the bits.
+    """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, mask): scores into scratch rows of the
+    program, then the bits. MEMBERS query heads share a mask: each has scratch rows of its own, added as they are read.
 
     The products are transposed, means × queries, so that the sums over the query rows run along each thread's own
     registers, and neighbouring query blocks share each tile of means. The sums are taken relative to the largest
@@ -182,72 +225,102 @@ def search_kernel(
     """
     program = tl.program_id(0)
     offset = kv_len - q_len
-    scratch_base = scratch_ptr + program.to(tl.int64) * QUERY_BLOCKS * scratch_stride
+    member_stride = QUERY_BLOCKS * scratch_stride
+    scratch_base = scratch_ptr + program.to(tl.int64) * MEMBERS * member_stride
     hidden = tl.where(qk_scale > 0, float("-inf"), float("inf"))
     q = tl.arange(0, QUERY_BLOCKS)
     r = tl.arange(0, QUERY_BLOCKS * BLOCK)
     groups = (rows + QUERY_BLOCKS - 1) // QUERY_BLOCKS
-    heads_total = tiles // groups
+    masks_total = tiles // groups
     for tile in range(program, tiles, tl.num_programs(0)):
-        I0 = (groups - 1 - tile // heads_total) * QUERY_BLOCKS
-        batch_head = (tile % heads_total).to(tl.int64)
+        I0 = (groups - 1 - tile // masks_total) * QUERY_BLOCKS
+        batch_head = (tile % masks_total).to(tl.int64) * MEMBERS  # the first of the mask's
         I = I0 + q
         last = offset + tl.minimum((I + 1) * BLOCK, q_len) - 1  # position of the block's last row
         visible = last // BLOCK + 1
         window_start = tl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
         compares = (I < rows) & (window_start > 0)  # else all is kept whatever the scores
-        # blocks that the last row sees whole
-        scored = tl.where(compares, tl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK), 0)
+        # blocks that the last row sees, whole if not FIRST_KEY
+        seen = visible
+        if not FIRST_KEY:
+            seen = tl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
+        scored = tl.where(compares, seen, 0)
         most = tl.max(scored, 0)
         threshold = tl.zeros([QUERY_BLOCKS], tl.float32)
+        logs = most >= 0  # scores are in log2; else sums relative to 2^shift
         if most > 0:
             best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
             row = I0 * BLOCK + r
-            query_base = query_ptr + (batch_head // HEADS) * stride_b + (batch_head % HEADS) * stride_h
+            batch_base = query_ptr + (batch_head // HEADS) * stride_b
+            head = batch_head % HEADS
             means_base = means_ptr + (batch_head // GROUP) * columns * D
             q_t = 0.0
-            exact = True
             if D_STEP == D_PAD:
-                d = tl.arange(0, D_PAD)
-                q_offsets = row.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-                q_mask = (row[:, None] < q_len) & (d[None, :] < D)
-                queries = tl.load(query_base + q_offsets, mask=q_mask, other=0.0)
-                q_t = tl.trans(queries)
-                exact = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
-            inputs = (means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden)
-            if not exact:
-                j = tl.arange(0, TILE)
-                products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
-                shift = tl.max(tl.max(products * qk_scale, 2), 0)
-                shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
-                doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
-                best, doubtful = _add_sums(
-                    products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
-                )
-                # blocks in tiles that every row sees whole
-                unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
-                if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
-                    unmasked = 0
-                for j0 in range(TILE, unmasked, TILE):
-                    j = j0 + tl.arange(0, TILE)
-                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, False)
-                    best, doubtful = _add_sums(
-                        products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
-                    )
-                for j0 in range(tl.maximum(unmasked, TILE), most, TILE):
-                    j = j0 + tl.arange(0, TILE)
-                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
-                    best, doubtful = _add_sums(
-                        products, qk_scale, shift, scratch_base, j, columns, scratch_stride, scored, best, doubtful
-                    )
-                exact = tl.max(doubtful.to(tl.int32)) != 0
-                threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
-            if exact:
+                # also for the second pass: loaded once more there, it would cost the hot loop registers
+                q_t = _load_queries(batch_base + head * stride_h, stride_s, stride_d, row, q_len, D, D_PAD)
+                logs = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
+                if not logs:
+                    shift = tl.zeros([QUERY_BLOCKS], tl.float32)
+                    doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
+                    # blocks in tiles that every row sees whole
+                    unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
+                    if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
+                        unmasked = 0
+                    for member in range(0, MEMBERS):
+                        scratch = scratch_base + member * member_stride
+                        query_base = batch_base + (head + member) * stride_h
+                        if MEMBERS > 1:
+                            q_t = _load_queries(query_base, stride_s, stride_d, row, q_len, D, D_PAD)
+                        inputs = (
+                            means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden
+                        )  # fmt: skip
+                        j = tl.arange(0, TILE)
+                        products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, FIRST_KEY, True)
+                        if member == 0:
+                            shift = tl.max(tl.max(products * qk_scale, 2), 0)
+                            shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+                        best, doubtful = _add_sums(
+                            products, qk_scale, shift, scratch, j, columns, scratch_stride, scored, best, doubtful
+                        )
+                        for j0 in range(TILE, unmasked, TILE):
+                            j = j0 + tl.arange(0, TILE)
+                            products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, FIRST_KEY, False)
+                            best, doubtful = _add_sums(
+                                products, qk_scale, shift, scratch, j, columns, scratch_stride, scored, best, doubtful
+                            )
+                        for j0 in range(tl.maximum(unmasked, TILE), most, TILE):
+                            j = j0 + tl.arange(0, TILE)
+                            products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, FIRST_KEY, True)
+                            best, doubtful = _add_sums(
+                                products, qk_scale, shift, scratch, j, columns, scratch_stride, scored, best, doubtful
+                            )
+                    if MEMBERS > 1:
+                        tl.debug_barrier()
+                        best, doubtful = _best_of_group(
+                            scratch_base, scratch_stride, member_stride, most, scored, False, TILE, MEMBERS
+                        )
+                        tl.debug_barrier()  # scores that are taken again overwrite those that others may still read
+                    logs = tl.max(doubtful.to(tl.int32)) != 0
+                    threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
+            if logs:
                 best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
-                for j0 in range(0, most, TILE):
-                    j = j0 + tl.arange(0, TILE)
-                    products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, True)
-                    best = _store(scratch_base, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
+                for member in range(0, MEMBERS):
+                    scratch = scratch_base + member * member_stride
+                    query_base = batch_base + (head + member) * stride_h
+                    if (D_STEP == D_PAD) and (MEMBERS > 1):
+                        q_t = _load_queries(query_base, stride_s, stride_d, row, q_len, D, D_PAD)
+                    inputs = (
+                        means_base, query_base, q_t, columns, row, offset, q_len, kv_len, stride_s, stride_d, hidden
+                    )  # fmt: skip
+                    for j0 in range(0, most, TILE):
+                        j = j0 + tl.arange(0, TILE)
+                        products = _tile_products(j, inputs, D, D_PAD, D_STEP, BLOCK, FIRST_KEY, True)
+                        best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
+                if MEMBERS > 1:
+                    tl.debug_barrier()
+                    best, _ = _best_of_group(
+                        scratch_base, scratch_stride, member_stride, most, scored, True, TILE, MEMBERS
+                    )
                 threshold = tl.max(best, 0) + log2_alpha
             # the scores were written by other threads of this program
             tl.debug_barrier()
@@ -256,12 +329,13 @@ def search_kernel(
             # the min_blocks-th best score, ties counted together: step down from one distinct value to the next
             kth = tl.full([QUERY_BLOCKS], float("inf"), tl.float32)
             count = tl.zeros([QUERY_BLOCKS], tl.int32)
-            for _ in range(0, min_blocks):
+            for _ in range(0, tl.where(most > min_blocks, min_blocks, 0)):
                 below = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
                 for j0 in range(0, most, TILE):
                     j = j0 + tl.arange(0, TILE)
                     mask = j[:, None] < scored[None, :]
-                    L = tl.load(scratch_base + q[None, :] * scratch_stride + j[:, None], mask=mask, other=float("-inf"))
+                    offsets = q[None, :] * scratch_stride + j[:, None]
+                    L = _load_scores(scratch_base, offsets, member_stride, mask, float("-inf"), True, MEMBERS)
                     below = tl.maximum(
                         below, tl.where((tl.abs(L) < float("inf")) & (kth[None, :] > L), L, float("-inf"))
                     )
@@ -270,21 +344,27 @@ def search_kernel(
                 for j0 in range(0, most, TILE):
                     j = j0 + tl.arange(0, TILE)
                     mask = j[:, None] < scored[None, :]
-                    L = tl.load(scratch_base + q[None, :] * scratch_stride + j[:, None], mask=mask, other=float("nan"))
+                    offsets = q[None, :] * scratch_stride + j[:, None]
+                    L = _load_scores(scratch_base, offsets, member_stride, mask, float("nan"), True, MEMBERS)
                     equal += (L >= kth[None, :]).to(tl.int32)
                 count = tl.sum(equal, 0)
-            threshold = tl.minimum(threshold, kth)
+            # a row that has no more than these keeps them all
+            threshold = tl.minimum(threshold, tl.where(scored > min_blocks, kth, float("-inf")))
 
         words_row = words_ptr + (batch_head * rows + I0) * width
         for w0 in range(0, width, WORDS):
             w = w0 + tl.arange(0, WORDS)
             j = w[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
             scored_here = j < scored[:, None, None]
-            L = tl.load(scratch_base + q[:, None, None] * scratch_stride + j, mask=scored_here, other=float("-inf"))
+            offsets = q[:, None, None] * scratch_stride + j
+            L = _load_scores(scratch_base, offsets, member_stride, scored_here, float("-inf"), logs, MEMBERS)
             chosen = scored_here & ((L >= threshold[:, None, None]) | ((tl.abs(L) < float("inf")) == 0))
             keep = (j < visible[:, None, None]) & (chosen | (j < sink) | (j >= window_start[:, None, None]))
             bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 32)[None, None, :], 2)
-            tl.store(words_row + q[:, None] * width + w[None, :], bits, mask=(w[None, :] < width) & (I[:, None] < rows))
+            for member in tl.static_range(0, MEMBERS):
+                words_member = words_row + member * rows * width
+                inside = (w[None, :] < width) & (I[:, None] < rows)
+                tl.store(words_member + q[:, None] * width + w[None, :], bits, mask=inside)
         # the next tile overwrites scores that other threads may still read
         tl.debug_barrier()
 
@@ -310,7 +390,8 @@ def _launch(query: Tensor, rule: Rule) -> Launch:
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not tensor-core ones, and registers are few
         return Launch(False, 64, 128, 32, 4, 2, 2, None)
-    if head_dim > 128:
+    if head_dim > 128 or rule.kv_masks:
+        # a loop over the group's heads around the tiles' takes registers too
         return Launch(False, 64, 128, 256, 4, 2, 2, None)
     return Launch(False, 64, 128, 128, 4, 2, 3, 168)
 
@@ -329,6 +410,7 @@ def hopper_takes(query: Tensor, rule: Rule) -> bool:
         and aligned
         and rule.block_size == 128
         and rule.min_blocks == 0
+        and not rule.kv_masks
         and math.copysign(1, rule.scale) > 0
         and rule.log2_alpha >= SMALLEST_LOG2_ALPHA.value
     )
@@ -371,24 +453,26 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
     width = ceil_div(columns, WORD_BITS)
     launch = _launch(query, rule)
     query_blocks = max(1, launch.query_rows // rule.block_size)
-    heads_total = batch * heads
-    tiles = heads_total * ceil_div(rows, query_blocks)
+    group = heads // means.shape[1]
+    members = group if rule.kv_masks else 1
+    tiles = batch * heads // members * ceil_div(rows, query_blocks)
     programs = min(tiles, launch.programs * _multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
     words = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=query.device)
-    scratch = torch.empty(programs, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
+    scratch = torch.empty(programs, members, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
     # not 0, which times a hidden product's -inf would be NaN
     qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
-    group = heads // means.shape[1]
     blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks
     if launch.hopper:
         from flexprefill.search import hopper
 
+        heads_total = batch * heads
         hopper.search_kernel[(programs,)](
             *hopper.describe(query, means),
             *(words, scratch, scratch_stride, kv_len - q_len, q_len, kv_len, rows, columns, width, heads_total, heads),
             *(programs // heads_total, programs % heads_total, qk_scale, rule.log2_alpha, *blocks),
             GROUP=group,
+            FIRST_KEY=rule.first_key,
             WORDS=min(LARGEST_STEP, max(8, triton.next_power_of_2(width))),
             num_warps=launch.warps,
             maxnreg=launch.registers,
@@ -407,6 +491,8 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
         TILE=launch.tile,
         D_STEP=min(launch.d_step, head_pad),
         WORDS=max(1, 32 // query_blocks),
+        MEMBERS=members,
+        FIRST_KEY=rule.first_key,
         num_warps=launch.warps,
         num_stages=launch.stages,
         maxnreg=launch.registers,

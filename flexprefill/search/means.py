@@ -50,16 +50,7 @@ class KeyMeans:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self._means is None else self._means.untyped_storage().nbytes()
-
-    def first(self, blocks: int) -> KeyMeans:
-        """The means of the first ``blocks`` blocks at most, all of them whole: for a prompt that starts alike."""
-        start = KeyMeans()
-        if self._kind is not None:
-            whole = min(blocks, self._kv_len // self._kind.block_size)
-            start._kind, start._means = self._kind, self._means[:, :, :whole]
-            start._kv_len = whole * self._kind.block_size
-        return start
+        return 0 if self._means is None else self._means.nbytes
 
     def extend(self, key: Tensor, block_size: int, implementation: str) -> Tensor:
         """The means of all blocks of ``key`` [B, Hkv, S_kv, D]: [B, Hkv, N, D], pooled where they are not known.

@@ -11,7 +11,9 @@ from torch import Tensor
 from flexprefill.blockmap import WORD_BITS, ceil_div, pack_bits
 from flexprefill.operators import operator
 from flexprefill.search import reference
+from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
+from flexprefill.search.scorers import MEANS_SCORER, find_scorer
 
 
 @operator("flexprefill::search_words")
@@ -25,11 +27,19 @@ def search_words(
     window_blocks: int,
     last_full_blocks: int,
     min_blocks: int,
+    kv_masks: bool,
+    first_key: bool,
+    scorer: str,
     implementation: str,
 ) -> Tensor:
     """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
-    rule = Rule(scale, log2_alpha, block_size, sink_blocks, window_blocks, last_full_blocks, min_blocks)
-    return score_words(query, pool_keys(key, block_size, implementation), key.shape[2], rule, implementation)
+    blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
+    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer)
+    if scorer == MEANS_SCORER:
+        pooled = pool_keys(key, block_size, implementation)
+    else:
+        pooled = find_scorer(scorer).pool(key, block_size)
+    return score_words(query, pooled, key.shape[2], rule, implementation)
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -50,11 +60,19 @@ def pool_keys(key: Tensor, block_size: int, implementation: str) -> Tensor:
         return kernels.pool_keys(key, block_size)
 
 
-def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, implementation: str) -> Tensor:
-    """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from the means of the kv_len keys' blocks: [B, Hkv, N, D]."""
+def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implementation: str) -> Tensor:
+    """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what the rule's scorer pools of the kv_len keys.
+
+    Args:
+        pooled: of FlashPrefill's scorer the means of the keys' blocks, [B, Hkv, N, D].
+    """
     if implementation == "reference":
-        return pack_bits(reference.select_blocks(query, means, kv_len, rule))
+        scorer = find_scorer(rule.scorer)
+        first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
+        grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
+        scores = scorer.log_scores(query, pooled, grid)
+        return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
-        return kernels.score_words(query, means, kv_len, rule)
+        return kernels.score_words(query, pooled, kv_len, rule)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap import causal_blocks, ceil_div
+from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
@@ -33,42 +34,41 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     return (sums / sizes[:, None]).to(key.dtype)
 
 
-def log_scores(query: Tensor, means: Tensor, kv_len: int, scale: float, block_size: int) -> tuple[Tensor, Tensor]:
+def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     """log2 of each block's score, up to no constant: L_IJ = log2 of the sum over rows q of 2^(s[q, J]).
-
-    A row gives a score to the blocks that it sees whole.
 
     Args:
         query: [B, Hq, S_q, D]; means: [B, Hkv, N, D].
 
     Returns:
-        float32 [B, Hq, M, N], -inf where no row gives a score, and bool [M, N], whether any row does.
+        float32 [B, Hq, M, N], -inf where no row gives a score.
     """
-    q_len, columns = query.shape[2], means.shape[2]
-    rows = ceil_div(q_len, block_size)
     device = query.device
-    row = torch.arange(rows * block_size, device=device).view(rows, block_size, 1)  # [M, b, 1]
-    last_key = ((torch.arange(columns, device=device) + 1) * block_size).clamp(max=kv_len) - 1  # [N]
-    sees_whole = (row < q_len) & (row + (kv_len - q_len) >= last_key)  # [M, b, N]
-    scored = sees_whole.any(1)
-
-    padded = pad(query.float(), (0, 0, 0, rows * block_size - q_len))
-    grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=block_size)
-    L = torch.empty(*grouped.shape[:4], columns, device=device, dtype=torch.float32)  # [B, Hkv, g, M, N]
+    scores = grid.scoring_rows(device)  # [M, b, N]
+    padded = pad(query.float(), (0, 0, 0, grid.rows * grid.block_size - grid.q_len))
+    grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=grid.block_size)
+    L = torch.empty(*grouped.shape[:4], grid.columns, device=device, dtype=torch.float32)  # [B, Hkv, g, M, N]
     for batch in range(means.shape[0]):
         for head in range(means.shape[1]):  # one key head at a time bounds the memory
-            s = (scale * LOG2_E) * (grouped[batch, head] @ means[batch, head].float().T)  # [g, M, b, N]
-            s = torch.where(sees_whole, s, -torch.inf)
-            m = s.amax(2, keepdim=True)
-            p = torch.exp2(s - m).sum(2)
-            L[batch, head] = torch.where(scored, m.squeeze(2) + torch.log2(p), -torch.inf)
-    return rearrange(L, "B H g M N -> B (H g) M N"), scored
+            s = (grid.scale * LOG2_E) * (grouped[batch, head] @ means[batch, head].float().T)  # [g, M, b, N]
+            L[batch, head] = log2_sum(torch.where(scores, s, -torch.inf), 2)
+    return rearrange(L, "B H g M N -> B (H g) M N")
 
 
-def select_blocks(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor:
-    """The kept blocks, from the means of the kv_len keys' blocks: bool [B, Hq, M, N]. The rule is PrefillConfig's."""
-    q_len = query.shape[2]
-    L, scored = log_scores(query, means, kv_len, rule.scale, rule.block_size)
+def log2_sum(logs: Tensor, dim: int) -> Tensor:
+    """log2 of the sum of 2^logs along a dimension; NaN where one is."""
+    m = logs.amax(dim, keepdim=True)
+    shift = torch.where(m.isinf(), 0, m)  # -inf - -inf would be NaN
+    return shift.squeeze(dim) + torch.log2(torch.exp2(logs - shift).sum(dim))
+
+
+def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
+    """The kept blocks, from the log2 scores [B, Hq, M, N]: bool [B, Hq, M, N]. The rule is PrefillConfig's."""
+    scored = grid.scored(L.device)
+    group = L.shape[1] // kv_heads
+    if rule.kv_masks:
+        # of all rows of the group's heads
+        L = log2_sum(rearrange(L, "B (H g) M N -> B H g M N", g=group), 2)
 
     # a block whose score is not finite is kept, and takes no part in its row's maximum
     finite = L.isfinite()
@@ -79,7 +79,8 @@ def select_blocks(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tens
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    return keep | always_kept(q_len, kv_len, rule, query.device)
+    keep = keep | always_kept(grid.q_len, grid.kv_len, rule, L.device)
+    return keep.repeat_interleave(group, 1) if rule.kv_masks else keep
 
 
 def always_kept(q_len: int, kv_len: int, rule: Rule, device: torch.device | str) -> Tensor:

@@ -8,7 +8,7 @@ from flexprefill.config import PrefillConfig
 
 
 class Rule(NamedTuple):
-    """A PrefillConfig with its threshold in log2 and all that depends on the call resolved. Numbers only."""
+    """A PrefillConfig with its threshold in log2 and all that depends on the call resolved. Numbers and names only."""
 
     scale: float
     log2_alpha: float
@@ -17,6 +17,9 @@ class Rule(NamedTuple):
     window_blocks: int
     last_full_blocks: int  # 0 if a later chunk of queries follows
     min_blocks: int
+    kv_masks: bool  # one mask for the query heads of a key head
+    first_key: bool  # a row scores the blocks whose first key it sees, not only those that it sees whole
+    scorer: str
 
     @classmethod
     def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
@@ -28,4 +31,7 @@ class Rule(NamedTuple):
             config.window_blocks,
             config.last_full_blocks if last_chunk else 0,
             config.min_blocks,
+            config.mask_heads == "kv",
+            config.score_rows == "visible",
+            config.scorer,
         )

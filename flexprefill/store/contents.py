@@ -23,7 +23,7 @@ from flexprefill.store.heads import triangle_bytes, words_shape
 
 FORMAT = "flexprefill-masks"
 FORMAT_VERSION = 2
-SCORING = "flashprefill-v1"
+SCORING = {"flashprefill": "flashprefill-v1"}  # by scorer; others go by their own names
 SIZES = ("q_len", "kv_len", "block_size")
 TABLES = ("density", "crc32", "checksums")  # of version 2, after the layers
 
@@ -83,6 +83,7 @@ def describe(
     for name, entry in metadata.items():
         if not isinstance(name, str) or not isinstance(entry, str):
             raise TypeError(f"metadata must map str to str, got {name!r}: {entry!r}")
+    scorer = PrefillConfig.scorer if config is None else config.scorer
     library = {"flexprefill": __version__, "torch": torch.__version__, "safetensors": safetensors.__version__}
     return {
         "format": FORMAT,
@@ -91,7 +92,7 @@ def describe(
         "config_hash": "" if config is None else hash_config(config),
         "model": "" if model is None else check_model(model),
         "token_ids_hash": "" if token_ids is None else hash_token_ids(token_ids),
-        "scoring": SCORING,
+        "scoring": SCORING.get(scorer, scorer),
         "library": json.dumps(library),
         "dtype": "" if dtype is None else str(dtype).removeprefix("torch."),
         "user": json.dumps(dict(metadata)),

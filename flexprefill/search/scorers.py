@@ -1,0 +1,174 @@
+"""The scoring step by name: functions from queries and pooled keys to log-scores, all with one rule behind them.
+
+A scorer says how much each query block wants each key block. Sinks, window, alpha and the rest of the rule do not
+depend on it, so that methods can be compared on one engine. FlashPrefill's has kernels; the others are plain PyTorch
+on any device, in pieces that bound the memory, and slow: they are for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexprefill.blockmap import ceil_div
+from flexprefill.config import SCORE_ROWS
+from flexprefill.search import reference
+from flexprefill.search.grid import Grid
+from flexprefill.search.reference import LOG2_E, log2_sum
+
+MEANS_SCORER = "flashprefill"  # the one whose pooled keys are their blocks' means, and which has kernels
+PIECE = 2**24  # logits at a time
+STRIDE = 16  # XAttention's, the paper's choice
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scoring step.
+
+    Attributes:
+        pool: (key [B, Hkv, S_kv, D], block_size) to what scores are made of, [B, Hkv, ...].
+        log_scores: (query [B, Hq, S_q, D], what ``pool`` gave, Grid) to float32 [B, Hq, M, N]: log2 of how much query
+            block I wants key block J. Only differences within a row of blocks count. -inf where ``grid.scored`` says
+            that there is no score; any other score that is not finite keeps its block.
+        source: where the method comes from.
+        score_rows: "whole" or "visible" (see PrefillConfig) where the method itself says which rows score a block; None
+            leaves it to the config.
+    """
+
+    pool: Callable[[Tensor, int], Tensor]
+    log_scores: Callable[[Tensor, Tensor, Grid], Tensor]
+    source: str
+    score_rows: str | None = None
+
+
+def register_scorer(name: str, scorer: Scorer) -> None:
+    """Makes a scoring step known as ``PrefillConfig(scorer=name)``, in this process.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the name is taken, or the scorer's ``score_rows`` are none.
+    """
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        raise TypeError(f"name must be a string such as 'exact', got {name!r}")
+    if not isinstance(scorer, Scorer):
+        raise TypeError(f"scorer must be a Scorer, got {type(scorer).__name__}")
+    if scorer.score_rows not in (None, *SCORE_ROWS):
+        raise ValueError(f"scorer.score_rows must be None or one of {SCORE_ROWS}, got {scorer.score_rows!r}")
+    if name in _SCORERS:
+        raise ValueError(f"name {name!r} is taken; registered are {list(_SCORERS)}")
+    _SCORERS[name] = scorer
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scoring step of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _SCORERS:
+        raise ValueError(
+            f"config.scorer must be one of {list(_SCORERS)}, got {name!r}; register_scorer makes another one known"
+        )
+    return _SCORERS[name]
+
+
+def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = STRIDE) -> Tensor:
+    """XAttention's score: the antidiagonals' share of a softmax, summed over the block (arXiv 2503.16428).
+
+    Queries and keys are taken in groups of ``stride``, counted from the first of each. The logit of two groups is the
+    sum along the antidiagonal of their square of products, (stride - 1 - i, i) for i = 0 … stride - 1, times
+    scale / stride; what a short last group lacks counts as zero. A group of queries takes the softmax over the groups
+    of keys that start at or before its last row, and log2 of the block's sum of shares is its score.
+
+    Args:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
+        grid: with a block size that is a multiple of ``stride``.
+
+    Returns:
+        float32 [B, Hq, M, N].
+    """
+    if grid.block_size % stride:
+        raise ValueError(f"XAttention's score needs a block_size that is a multiple of {stride}, got {grid.block_size}")
+    device, per_block = query.device, grid.block_size // stride
+    queries = _groups(query, stride).flip(3).flatten(3)  # [B, Hq, groups, stride · D], each reversed
+    keys = _groups(key, stride).flatten(3)
+    last_rows = ((torch.arange(queries.shape[2], device=device) + 1) * stride).clamp(max=grid.q_len) - 1 + grid.offset
+    first_keys = torch.arange(keys.shape[2], device=device) * stride
+    return _block_shares(queries, keys, last_rows, first_keys, grid, per_block, grid.scale / stride)
+
+
+def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
+    """The exact attention mass of each block, which a perfect search would go by: slow, for evaluation.
+
+    log2 of the sum of softmax(scale · query · key) over the rows of I and the keys of J, each row's softmax being over
+    all keys up to its own position.
+
+    Args:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
+
+    Returns:
+        float32 [B, Hq, M, N].
+    """
+    positions = torch.arange(grid.kv_len, device=query.device)
+    return _block_shares(query, key, positions[grid.offset :], positions, grid, grid.block_size, grid.scale)
+
+
+def _groups(tensor: Tensor, stride: int) -> Tensor:
+    """[B, H, S, D] to [B, H, ceil(S / stride), stride, D], zeros behind the end."""
+    length = tensor.shape[2]
+    padded = pad(tensor, (0, 0, 0, ceil_div(length, stride) * stride - length))
+    return padded.unflatten(2, (-1, stride))
+
+
+def _block_shares(
+    queries: Tensor,
+    keys: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    grid: Grid,
+    per_block: int,
+    scale: float,
+) -> Tensor:
+    """log2 of softmax(scale · queries · keys), summed over blocks of ``per_block`` × ``per_block``.
+
+    Args:
+        queries: [B, Hq, P, E]; keys: [B, Hkv, R, E].
+        query_positions, key_positions: [P] and [R]; a query sees the keys at and before its own.
+
+    Returns:
+        float32 [B, Hq, M, N].
+    """
+    batch, heads, count, _ = queries.shape
+    group, columns = heads // keys.shape[1], grid.columns
+    missing_keys = columns * per_block - keys.shape[2]
+    L = torch.empty(batch, heads, grid.rows, columns, device=queries.device, dtype=torch.float32)
+    blocks_a_piece = max(1, PIECE // (per_block * keys.shape[2]))
+    for first in range(0, grid.rows, blocks_a_piece):
+        rows = slice(first * per_block, min((first + blocks_a_piece) * per_block, count))
+        missing_rows = -(rows.stop - rows.start) % per_block
+        hidden = key_positions > query_positions[rows, None]
+        for b, h in product(range(batch), range(heads)):
+            products = queries[b, h, rows].float() @ keys[b, h // group].float().T  # [rows, R]
+            logits = (products * (scale * LOG2_E)).masked_fill(hidden, -torch.inf)
+            logits = pad(logits, (0, missing_keys), value=-torch.inf)
+            # in logs: a share that underflows would be no score
+            by_block = log2_sum(logits.unflatten(1, (columns, per_block)), 2)  # [rows, N]
+            padded = pad(by_block - log2_sum(by_block, 1)[:, None], (0, 0, 0, missing_rows), value=-torch.inf)
+            L[b, h, first : first + blocks_a_piece] = log2_sum(padded.unflatten(0, (-1, per_block)), 1)
+    return L
+
+
+def _keys_themselves(key: Tensor, block_size: int) -> Tensor:
+    return key
+
+
+_SCORERS = {
+    MEANS_SCORER: Scorer(reference.pool_keys, reference.log_scores, "FlashPrefill, arXiv 2603.06199"),
+    "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428", "visible"),
+    "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible"),
+}
