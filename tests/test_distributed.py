@@ -34,9 +34,9 @@ def run(processes, *arguments):
         assert f"process {rank} of {processes} is right" in done.stdout
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_on_the_cpu_are_like_one(processes):
-    run(processes, "--attend")
+@pytest.mark.parametrize("arguments", [(2,), (4, "--attend")])  # the example attends by two
+def test_processes_on_the_cpu_are_like_one(arguments):
+    run(*arguments)
 
 
 @pytest.mark.gpu
