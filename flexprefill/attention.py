@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -21,11 +20,13 @@ from flexprefill.flex import MaskMod, lists_of, query_offset
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
 from flexprefill.mean_correction import add_dropped_blocks
+from flexprefill.not_finite import mark_rows_not_finite
 from flexprefill.recording import is_recording, note
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
 from flexprefill.search.scorers import find_scorer
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
+from flexprefill.tracing import is_tracing
 
 logger = logging.getLogger("flexprefill")
 
@@ -94,7 +95,7 @@ def prefill_attention(
     )
     check_means(means)
     choice = _choose(call)
-    if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+    if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=call.scale, kernel=choice.name)
@@ -116,6 +117,9 @@ def prefill_attention(
         blocks = lists_of(block_map, mask_mod, buffers), query_offset(block_map)
         mods = {"mask_mod": mask_mod, "score_mod": score_mod}
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
+        if choice.name == "cpp":
+            changed = mask_mod is not None or score_mod is not None
+            mark_rows_not_finite(query, key, block_map.words, result, block_map.block_size, call.scale, changed)
     if lse and factor != 1:
         output, aux = result
         result = output, aux._replace(lse=aux.lse * factor)

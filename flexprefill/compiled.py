@@ -15,6 +15,7 @@ from flexprefill.backends import Options
 from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import MaskMod, block_mask_of
 from flexprefill.lists import Lists
+from flexprefill.tracing import is_tracing
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
 
@@ -45,7 +46,7 @@ def flex_over(
     inputs = (query, key, value, lists, offset, mask_mod, score_mod)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
         attend = _compiled(
             Signature(
@@ -131,7 +132,7 @@ def _attend(
     kernel_options: Options,
     return_aux: AuxRequest | None,
 ) -> Tensor | tuple[Tensor, Any]:
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         # reached when torch.compile is off (its environment variable, a stance): eager flex is dense
         raise FlexPrefillError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexprefill.tracing import is_tracing
+
 DENSE_KERNELS = ("dense-flash", "dense-sdpa")
 
 # fastest first, for whole prompts on CUDA; the first that takes the tensors runs
@@ -60,7 +62,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         in_order = sdpa_kernel(SDPA_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext()
         with in_order:
             return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
-    if torch.compiler.is_compiling():
+    if is_tracing():
         # the tensor subclass that causal_lower_right returns does not trace
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
         visible = torch.arange(kv_len, device=query.device) <= rows

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexprefill.blockmap import ceil_div, unpack_bits
 from flexprefill.operators import operator
+from flexprefill.tracing import is_tracing
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
@@ -55,7 +56,7 @@ def make_lists(
         return index_lists(words, q_len, kv_len, block_size, all_partial)
     if not isinstance(buffers, ListBuffers):
         raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
-    if torch.compiler.is_compiling():
+    if is_tracing():
         raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
     lists = buffers.lists_of(words, ceil_div(kv_len, block_size))
     _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=True)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Makes a function that mutates nothing the operator ``namespace::name`` on every device; it has no gradient.
+def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Makes a function the operator ``namespace::name`` on every device; it has no gradient.
 
     As torch.library.custom_op, but dispatched in 6 µs instead of 13, because nothing is looked up in Python.
     A fake implementation is added with torch.library.register_fake.
+
+    Args:
+        mutates: the tensors among the arguments that it writes into.
     """
 
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         # what it calls must not be traced where it runs between a caller's compiled graphs
         torch.library.impl(name, "default", torch._disable_dynamo(function))

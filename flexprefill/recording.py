@@ -6,11 +6,11 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
+from flexprefill.tracing import is_tracing
 
 _active: dict[int, Recording] = {}  # by id: two that hold equal maps are equal
 
@@ -102,7 +102,7 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
 
 def is_recording() -> bool:
     """Whether anyone records the maps that are used."""
-    return bool(_active) and not torch.compiler.is_compiling()
+    return bool(_active) and not is_tracing()
 
 
 def note(block_map: BlockMap) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 
@@ -18,6 +19,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def nothing_silent(request):
+    """Every test fails where FlexAttention runs eagerly, unless it is marked for that, or gets other lists."""
+    from watch import eager_flex_raises, lists_are_contiguous
+
+    with contextlib.ExitStack() as watches:
+        watches.enter_context(lists_are_contiguous())
+        if "eager_flex" not in request.keywords:
+            watches.enter_context(eager_flex_raises())
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from flexprefill.flex import MaskMod
 from flexprefill.integrations.plain import attend_blocks
 from flexprefill.recording import is_recording, note
 from flexprefill.search import search_blocks
+from flexprefill.tracing import is_tracing
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def soft_cap(query: Tensor, cap: float) -> Callable[..., Tensor]:
     """score_mod of a soft cap."""
     # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
     caps = torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device)
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         # once other models had other heads torch makes them a symbol, of which its C++ attention does not compile
         torch._dynamo.mark_static(caps, 0)
 

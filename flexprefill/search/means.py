@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.search import op
+from flexprefill.tracing import is_tracing
 
 
 class _Kind(NamedTuple):
@@ -58,7 +59,7 @@ class KeyMeans:
         Raises:
             ValueError: key has fewer tokens than before, or other heads, dimensions, dtype, device or block size.
         """
-        if torch.compiler.is_compiling():
+        if is_tracing():
             raise ValueError("means cannot be used inside torch.compile, whose graphs keep no state: pass None there")
         kind = _Kind(key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device, block_size, implementation)
         if self._kind is not None:
