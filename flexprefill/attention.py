@@ -12,7 +12,16 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
+from flexprefill.checks import (
+    MASK_MOD_ARGUMENTS,
+    SCORE_MOD_ARGUMENTS,
+    check_attention_inputs,
+    check_block_map,
+    check_config,
+    check_last_chunk,
+    check_mod,
+    resolve_scale,
+)
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
@@ -193,9 +202,10 @@ class _Call(NamedTuple):
         check_attention_inputs(query, key, value)
         check_config(config)
         check_last_chunk(last_chunk)
-        for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
+        check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
+        check_mod("score_mod", score_mod, SCORE_MOD_ARGUMENTS)
+        if not (return_aux is None or isinstance(return_aux, AuxRequest)):
+            raise TypeError(f"return_aux must be an AuxRequest or None, got {type(return_aux).__name__}")
         find_scorer(config.scorer)
         if config.mean_correction:
             max_scores = return_aux is not None and return_aux.max_scores

@@ -148,6 +148,11 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         if request.lse or request.max_scores:
             raise FlexPrefillError(f"return_aux is not supported by FlexAttention on {request.device}")
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
+    if request.block_size < 16 or request.block_size & (request.block_size - 1):
+        raise FlexPrefillError(
+            f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have such "
+            f"tiles, got block_size={request.block_size}"
+        )
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
     against = next(against_flash(request, named=backend == "flash"), None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
+from flexprefill.devices import check_device
 from flexprefill.search import pool_checked, search_checked
 from flexprefill.search.rule import Rule
 
@@ -94,7 +95,7 @@ class MaskCache:
         device: where maps are kept; None leaves each on the device that it was made on.
 
     Raises:
-        TypeError, ValueError: ``max_bytes`` is no positive int.
+        TypeError, ValueError: ``max_bytes`` is no positive int, or ``device`` not here.
     """
 
     def __init__(self, max_bytes: int = 2**30, *, device: torch.device | str | None = None) -> None:
@@ -103,7 +104,9 @@ class MaskCache:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.max_bytes = max_bytes
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else check_device(device)
+        if self.device is not None and self.device.type == "meta":
+            raise ValueError("device must be one that can hold maps, got meta")
         self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()  # the most recently used last
         self._stats = CacheStats()
         self._lock = threading.RLock()
@@ -259,7 +262,8 @@ class CachedPrompt:
                 all keys of the prompt so far, and query the last of them or all.
 
         Raises:
-            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key.
+            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key, or
+                another batch size.
         """
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer must be an int, got {layer!r}")
@@ -267,8 +271,11 @@ class CachedPrompt:
         check_config(config)
         check_last_chunk(last_chunk)
         q_len, kv_len, block = query.shape[2], key.shape[2], config.block_size
-        if self.identity.key is None and self.identity.length < kv_len:
-            raise ValueError(f"key must have at most the prompt's {self.identity.length} tokens, got S_kv={kv_len}")
+        if self.identity.key is None:
+            if self.identity.length < kv_len:
+                raise ValueError(f"key must have at most the prompt's {self.identity.length} tokens, got S_kv={kv_len}")
+            if self.identity.batch != query.shape[0]:
+                raise ValueError(f"query must have the prompt's batch size {self.identity.batch}, got {query.shape[0]}")
         rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
         everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
         kind = (layer, everywhere, implementation, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_config
+from flexprefill.checks import MASK_MOD_ARGUMENTS, check_config, check_mod
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, Lists, make_lists
 from flexprefill.recording import note
@@ -92,8 +92,7 @@ def to_block_mask(
     block_map: BlockMap, mask_mod: MaskMod | None = None, buffers: ListBuffers | None = None
 ) -> BlockMask:
     """See BlockMap.to_block_mask."""
-    if mask_mod is not None and not callable(mask_mod):
-        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
     note(block_map)
     lengths = block_map.q_len, block_map.kv_len
     lists = lists_of(block_map, mask_mod, buffers)
@@ -152,6 +151,7 @@ def from_block_mask(block_mask: BlockMask) -> BlockMap:
 
 def _to_dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    listed &= (indices >= 0) & (indices < columns)  # there are no other blocks
     # entries behind the count may hold anything: they go to a column that is cut off
     targets = torch.where(listed, indices, columns).to(torch.int64)
     dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)

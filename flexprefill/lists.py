@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import ceil_div, unpack_bits
+from flexprefill.blockmap import causal_blocks, ceil_div, unpack_bits
 from flexprefill.operators import operator
 from flexprefill.tracing import is_tracing
 
@@ -103,7 +103,8 @@ def _fill(
             lists_kernel.fill_lists(words, q_len, kv_len, block_size, all_partial, lists, reused)
         return
     columns = ceil_div(kv_len, block_size)
-    kept = unpack_bits(words, columns)
+    # a map's words have no bits in the causal future; of words that do, these are left out
+    kept = unpack_bits(words, columns) & causal_blocks(q_len, kv_len, block_size, words.device)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)
     whole = J < full_blocks(q_len, kv_len, block_size, words.device)[:, None]
     if all_partial:

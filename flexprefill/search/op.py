@@ -39,6 +39,9 @@ def search_words(
         pooled = pool_keys(key, block_size, implementation)
     else:
         pooled = find_scorer(scorer).pool(key, block_size)
+        if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
+            found = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"scorer {scorer!r} must pool keys to {list(key.shape[:2])} and more, got {found}")
     return score_words(query, pooled, key.shape[2], rule, implementation)
 
 
@@ -71,8 +74,21 @@ def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implemen
         first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
         grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
         scores = scorer.log_scores(query, pooled, grid)
+        _check_scores(scores, rule.scorer, query, grid)
         return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
         return kernels.score_words(query, pooled, kv_len, rule)
+
+
+def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:
+    """Raises ValueError unless a scorer, which may be a caller's own, gave what Scorer.log_scores has to."""
+    shape = *query.shape[:2], grid.rows, grid.columns
+    if not isinstance(scores, Tensor):
+        found = type(scores).__name__
+    elif scores.shape == shape and scores.dtype == torch.float32 and scores.device == query.device:
+        return
+    else:
+        found = f"{scores.dtype} {list(scores.shape)} on {scores.device}"
+    raise ValueError(f"scorer {scorer!r} must give scores float32 {list(shape)} on {query.device}, got {found}")

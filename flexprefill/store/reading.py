@@ -20,6 +20,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
+from flexprefill.devices import check_device
 from flexprefill.errors import MaskFileError
 from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
@@ -83,7 +84,7 @@ def load_masks(
         ValueError: the file has no such layer or head.
     """
     layers, heads = _number_list("layers", layers), _number_list("heads", heads)
-    device = torch.device(device)
+    device = check_device(device)
     expected = _expectations(config, model, token_ids)
     with opened(path) as source:
         file = _read_mask_file(source)
