@@ -150,8 +150,8 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
     if request.block_size < 16 or request.block_size & (request.block_size - 1):
         raise FlexPrefillError(
-            f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have such "
-            f"tiles, got block_size={request.block_size}"
+            f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have "
+            f"such tiles, got block_size={request.block_size}"
         )
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
