@@ -80,6 +80,25 @@ class _Entry:
     identity: _Identity
     block_map: BlockMap
     last_chunk: bool
+    stream: torch.cuda.Stream | None = None  # that the map was made on, on CUDA
+    made: torch.cuda.Event | None = None  # there
+
+    @classmethod
+    def of(cls, identity: _Identity, block_map: BlockMap, last_chunk: bool) -> _Entry:
+        """With what another stream has to wait for."""
+        if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
+            return cls(identity, block_map, last_chunk)
+        stream = torch.cuda.current_stream(block_map.device)
+        return cls(identity, block_map, last_chunk, stream, stream.record_event())
+
+    def ready(self) -> BlockMap:
+        """The map, for work on the current stream."""
+        if self.made is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.block_map.device)
+            if stream != self.stream:
+                stream.wait_event(self.made)
+                self.block_map.words.record_stream(stream)
+        return self.block_map
 
 
 class MaskCache:
@@ -87,7 +106,7 @@ class MaskCache:
 
     Only query blocks that no cached map answers are searched: a row of blocks depends on the tokens up to its end
     alone. The map equals the one that a search of the whole prompt gives; rows that were the last of the shorter
-    prompt, and so kept everything, are searched again. Safe to use from several threads.
+    prompt, and so kept everything, are searched again. Safe to use from several threads, and on several CUDA streams.
 
     Args:
         max_bytes: of the maps together, wherever they are, and of their prompts' tokens; the least recently used
@@ -151,7 +170,7 @@ class MaskCache:
         with self._lock:
             for place, entry in reversed(self._entries.items()):
                 if place[0] == layer:
-                    return entry.block_map
+                    return entry.ready()
         raise KeyError(f"layer {layer!r} has no map in the cache, which holds layers {self.layers()}")
 
     def layers(self) -> list[int]:
@@ -183,7 +202,7 @@ class MaskCache:
             if entry is None:
                 return None
             self._entries.move_to_end(place)
-            return entry.block_map
+            return entry.ready()
 
     def _best(
         self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
@@ -209,7 +228,7 @@ class MaskCache:
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found].block_map, best
+            return self._entries[found].ready(), best
 
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
@@ -306,7 +325,7 @@ class CachedPrompt:
         counts = {"extensions": 1} if row > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, _Entry(self.identity, kept, last_chunk))
+        self.cache._keep(place, _Entry.of(self.identity, kept, last_chunk))
         return block_map
 
 

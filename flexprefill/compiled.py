@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from flexprefill.lists import Lists
 from flexprefill.tracing import is_tracing
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
+Layout = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 def flex_over(
@@ -48,10 +50,11 @@ def flex_over(
     with torch.no_grad():
         if is_tracing():
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
-        attend = _compiled(
+        attend, alone = _compiled(
             Signature(
                 query.device.type,
                 query.dtype,
+                (_layout(query), _layout(key), _layout(value)),
                 query.shape[1],
                 key.shape[1],
                 query.shape[3],
@@ -66,7 +69,8 @@ def flex_over(
             )
         )
         try:
-            return attend(*inputs)
+            with alone:
+                return attend(*inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise FlexPrefillError(
                 "torch.compile's recompile limit is hit: this attention was compiled for more than "
@@ -84,10 +88,11 @@ def flex_over(
 
 
 class Signature(NamedTuple):
-    """What flex_attention compiles statically; lengths and batch sizes become dynamic."""
+    """What flex_attention compiles statically; lengths, batch sizes and the other strides become dynamic."""
 
     device_type: str
     dtype: torch.dtype
+    layouts: tuple[Layout, Layout, Layout]  # of query, key and value
     heads: int
     kv_heads: int
     head_dim: int
@@ -101,12 +106,31 @@ class Signature(NamedTuple):
     return_aux: AuxRequest | None
 
 
+def _layout(tensor: Tensor) -> Layout:
+    """The dimensions by their strides, and which of them have none."""
+    strides = tensor.stride()
+    return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
+
+
 def _code_of(mod: Callable[..., Tensor] | None) -> types.CodeType | type:
     return getattr(mod, "__code__", type(mod))
 
 
+_making = threading.Lock()
+
+
+def _compiled(signature: Signature) -> tuple[Attend, threading.Lock]:
+    """The compiled function of a kind of call, and the lock to call it under.
+
+    Threads that call one function at once while it is compiled would each compile it, and each time counts towards
+    the recompile limit.
+    """
+    with _making:
+        return _compiled_once(signature)
+
+
 @functools.cache
-def _compiled(signature: Signature) -> Attend:
+def _compiled_once(signature: Signature) -> tuple[Attend, threading.Lock]:
     # out of the signature: guards on locals are cheaper
     block_size, scale, return_aux = signature.block_size, signature.scale, signature.return_aux
     kernel_options = signature.kernel_options
@@ -116,7 +140,8 @@ def _compiled(signature: Signature) -> Attend:
 
     # torch.compile counts recompiles by code object: one each, so that models do not use up each other's
     code = attend.__code__.replace()
-    return torch.compile(types.FunctionType(code, attend.__globals__, closure=attend.__closure__), fullgraph=True)
+    own = types.FunctionType(code, attend.__globals__, closure=attend.__closure__)
+    return torch.compile(own, fullgraph=True), threading.Lock()
 
 
 def _attend(

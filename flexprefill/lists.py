@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -27,25 +29,37 @@ class ListBuffers:
     At 256K tokens and 32 heads the lists take 1 GiB, most of it zeros behind the entries. With buffers, the layers
     of a model share that memory, and only what the last mask listed is cleared instead of all of it.
 
-    A BlockMask made with buffers is overwritten by the next one made with them: use it, on the same stream, before
-    making another. Memory is allocated at the first use and whenever the shape changes.
+    A BlockMask made with buffers is overwritten by the next one made with them, in the same thread on the same stream:
+    use it before making another. Each thread and each stream has memory of its own. Memory is allocated at the first
+    use and whenever the shape changes.
     """
 
     def __init__(self) -> None:
-        self._lists: Lists | None = None
+        self._held = threading.local()
+
+    def __reduce__(self) -> tuple[type[ListBuffers], tuple[()]]:
+        return ListBuffers, ()  # a copy starts with nothing
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._lists or ())
+        """Bytes held for this thread."""
+        return sum(tensor.nbytes for lists in self._by_stream().values() for tensor in lists)
 
     def lists_of(self, words: Tensor, columns: int) -> Lists:
         """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
-        held = self._lists
+        by_stream = self._by_stream()
+        stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
+        held = by_stream.get(stream)
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
-            self._lists = None  # before the new ones: both at once may not fit
-            self._lists = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
-        return self._lists
+            by_stream.pop(stream, None)  # before the new ones: both at once may not fit
+            held = None
+            held = by_stream[stream] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
+        return held
+
+    def _by_stream(self) -> dict[int | None, Lists]:
+        if not hasattr(self._held, "by_stream"):
+            self._held.by_stream = {}
+        return self._held.by_stream
 
 
 def make_lists(
