@@ -98,6 +98,7 @@ def prefill_attention(
         FlexPrefillError: the backend cannot run here; no C++ compiler is found, which the CPU needs; or
             torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
             would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
+        NotEnoughMemoryError: the search or its index lists do not fit into the device's memory.
     """
     call = _Call.checked(
         query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux

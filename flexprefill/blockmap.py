@@ -203,6 +203,7 @@ class BlockMap:
 
         Raises:
             TypeError: mask_mod is no function, or buffers no ListBuffers.
+            NotEnoughMemoryError: the lists do not fit into the device's memory.
         """
         from flexprefill import flex
 

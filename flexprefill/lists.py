@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap import causal_blocks, ceil_div, unpack_bits
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.operators import operator
 from flexprefill.tracing import is_tracing
+
+CPU_BYTES_A_BLOCK = 22  # at the peak, by the process's memory
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
@@ -53,7 +58,8 @@ class ListBuffers:
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
             by_stream.pop(stream, None)  # before the new ones: both at once may not fit
             held = None
-            held = by_stream[stream] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
+            with _room_for(words, columns):
+                held = by_stream[stream] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
         return held
 
     def _by_stream(self) -> dict[int | None, Lists]:
@@ -88,7 +94,9 @@ def index_lists(words: Tensor, q_len: int, kv_len: int, block_size: int, all_par
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
-    lists = tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))
+    columns = ceil_div(kv_len, block_size)
+    with _room_for(words, columns):
+        lists = tuple(words.new_empty(shape) for shape in _shapes(words, columns))
     _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=False)
     return lists
 
@@ -97,6 +105,13 @@ def _shapes(words: Tensor, columns: int) -> tuple[tuple[int, ...], ...]:
     """Of partial counts, partial indices, full counts and full indices for words [B, H, M, W]."""
     counts = tuple(words.shape[:3])
     return (counts, (*counts, columns)) * 2
+
+
+def _room_for(words: Tensor, columns: int) -> AbstractContextManager[None]:
+    """For the lists themselves, and on the CPU for what sorting them takes."""
+    blocks = math.prod(words.shape[:3]) * columns
+    needed = blocks * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
+    return room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}")
 
 
 def _fill(

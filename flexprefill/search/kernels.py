@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
@@ -422,7 +423,9 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     columns = ceil_div(kv_len, block_size)
     # the interpreter truncates to bfloat16 instead of rounding: there, round outside
     dtype = key.dtype if key.is_cuda else torch.float32
-    means = torch.empty(batch, heads, columns, head_dim, dtype=dtype, device=key.device)
+    needed = batch * heads * columns * head_dim * dtype.itemsize
+    with room_for("the search's block means", needed, key.device, "take fewer sequences at a time"):
+        means = torch.empty(batch, heads, columns, head_dim, dtype=dtype, device=key.device)
     pool_kernel[(columns, batch * heads)](
         key,
         means,
@@ -458,8 +461,10 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule) -> Tensor
     tiles = batch * heads // members * ceil_div(rows, query_blocks)
     programs = min(tiles, launch.programs * _multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
-    words = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=query.device)
-    scratch = torch.empty(programs, members, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
+    shapes = (batch, heads, rows, width), (programs, members, query_blocks, scratch_stride)
+    with room_for("the search", 4 * sum(map(math.prod, shapes)), query.device, IN_CHUNKS):
+        words = torch.empty(shapes[0], dtype=torch.int32, device=query.device)
+        scratch = torch.empty(shapes[1], dtype=torch.float32, device=query.device)
     # not 0, which times a hidden product's -inf would be NaN
     qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
     blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div, pack_bits
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.operators import operator
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+
+# what the reference takes at the peak, by the process's memory
+BYTES_A_PAIR = 8  # of blocks, in all heads
+BYTES_A_SCORE = 16  # of a row and a key block, in the query heads of one key head
 
 
 @operator("flexprefill::search_words")
@@ -73,9 +78,14 @@ def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implemen
         scorer = find_scorer(rule.scorer)
         first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
         grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
-        scores = scorer.log_scores(query, pooled, grid)
-        _check_scores(scores, rule.scorer, query, grid)
-        return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
+        heads = query.shape[0] * query.shape[1]
+        needed = BYTES_A_PAIR * heads * grid.rows * grid.columns
+        if rule.scorer == MEANS_SCORER:
+            needed += BYTES_A_SCORE * grid.q_len * grid.columns * query.shape[1] // pooled.shape[1]
+        with room_for("the search by the reference", needed, query.device, IN_CHUNKS):
+            scores = scorer.log_scores(query, pooled, grid)
+            _check_scores(scores, rule.scorer, query, grid)
+            return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
