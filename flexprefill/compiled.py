@@ -45,11 +45,13 @@ def flex_over(
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    inputs = (query, key, value, lists, offset, mask_mod, score_mod)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
         if is_tracing():
+            inputs = (query, key, value, lists, offset, mask_mod, score_mod)
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
+        query, key, value = map(_of_a_common_kind, (query, key, value))
+        inputs = (query, key, value, lists, offset, mask_mod, score_mod)
         attend, alone = _compiled(
             Signature(
                 query.device.type,
@@ -74,8 +76,8 @@ def flex_over(
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise FlexPrefillError(
                 "torch.compile's recompile limit is hit: this attention was compiled for more than "
-                f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, or numbers that a mod "
-                "closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
+                f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, strides, or numbers that a "
+                "mod closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
                 'TORCH_LOGS="recompiles" shows what differed.'
             ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -104,6 +106,13 @@ class Signature(NamedTuple):
     scale: float
     kernel_options: Options
     return_aux: AuxRequest | None
+
+
+def _of_a_common_kind(tensor: Tensor) -> Tensor:
+    """A plain tensor whose last stride is 1: every other kind would be compiled for once more."""
+    if tensor.requires_grad or type(tensor) is not Tensor:
+        tensor = tensor.detach()
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
 def _layout(tensor: Tensor) -> Layout:

@@ -86,10 +86,9 @@ def test_free_memory_is_about_what_the_system_says():
 
 
 def test_an_allocators_own_refusal_says_the_same():
-    with (
-        pytest.raises(NotEnoughMemoryError, match=r"a step needs 3 bytes on cpu, and .*one piece.*: do less") as raised,
-        room_for("a step", 3, torch.device("cpu"), "do less"),
-    ):
+    message = r"memory for a step .*takes 3 bytes on cpu, and .*one piece; do less"
+    device = torch.device("cpu")
+    with pytest.raises(NotEnoughMemoryError, match=message) as raised, room_for("a step", 3, device, "do less"):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert str(raised.value.__cause__) == "CUDA out of memory"
     with pytest.raises(RuntimeError, match="another"), room_for("a step", 3, device, "do less"):
