@@ -53,6 +53,15 @@ def flash():
         pytest.skip("needs a Hopper GPU")
 
 
+@pytest.fixture(scope="module")
+def one_core():
+    """For sizes so small that a CPU's threads would wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fills fresh memory with NaN (integers: their maximum), so that an unwritten output shows."""

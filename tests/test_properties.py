@@ -31,13 +31,7 @@ SEEDS = st.integers(0, 2**31)
 SHARES = st.sampled_from([0.1, 0.5, 0.9])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """Sizes are so small that threads would wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def examples(count):
