@@ -28,10 +28,7 @@ def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iter
     Raises:
         NotEnoughMemoryError: there is not as much, or it is in pieces.
     """
-    if needed >= WORTH_ASKING:
-        free = free_bytes(device)
-        if free is not None and needed > free:
-            raise NotEnoughMemoryError(_message(step, needed, device, f"{free:,} are free", instead))
+    check_room(step, needed, device, instead)
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -40,6 +37,15 @@ def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iter
         raise NotEnoughMemoryError(
             _message(step, needed, device, "the allocator does not find them in one piece", instead)
         ) from error
+
+
+def check_room(step: str, needed: int, device: torch.device, instead: str) -> None:
+    """Raises NotEnoughMemoryError if a device has not the memory that a step needs, as :func:`room_for`."""
+    if needed < WORTH_ASKING:
+        return
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise NotEnoughMemoryError(_message(step, needed, device, f"{free:,} are free", instead))
 
 
 def free_bytes(device: torch.device) -> int | None:
