@@ -40,32 +40,27 @@ class ListBuffers:
     """
 
     def __init__(self) -> None:
-        self._held = threading.local()
-
-    def __reduce__(self) -> tuple[type[ListBuffers], tuple[()]]:
-        return ListBuffers, ()  # a copy starts with nothing
+        self._held: dict[tuple[int, int | None], Lists] = {}  # by thread and stream
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for this thread."""
-        return sum(tensor.nbytes for lists in self._by_stream().values() for tensor in lists)
+        """Bytes held, for all threads and streams."""
+        return sum(tensor.nbytes for lists in tuple(self._held.values()) for tensor in lists)
 
     def lists_of(self, words: Tensor, columns: int) -> Lists:
         """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
-        by_stream = self._by_stream()
         stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
-        held = by_stream.get(stream)
+        place = threading.get_ident(), stream
+        held = self._held.get(place)
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
-            by_stream.pop(stream, None)  # before the new ones: both at once may not fit
-            held = None
+            held = None  # before the new ones: both at once may not fit
+            alive = {thread.ident for thread in threading.enumerate()}
+            for other in tuple(self._held):
+                if other == place or other[0] not in alive:
+                    self._held.pop(other, None)
             with _room_for(words, columns):
-                held = by_stream[stream] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
+                held = self._held[place] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
         return held
-
-    def _by_stream(self) -> dict[int | None, Lists]:
-        if not hasattr(self._held, "by_stream"):
-            self._held.by_stream = {}
-        return self._held.by_stream
 
 
 def make_lists(

@@ -181,7 +181,7 @@ def logits_of(query, key, block_map):
 
 
 def check_not_finite(output, query, key, value, block_map):
-    """The rule of docs/determinism.md: softmax in IEEE arithmetic over the kept keys, values block by block."""
+    """The rule of docs/robustness.md: softmax in IEEE arithmetic over the kept keys, values block by block."""
     logits, there = logits_of(query, key, block_map)
     poisoned = (logits.isnan() | logits.isposinf()).any(-1)
     assert output[poisoned].isnan().all()
@@ -255,6 +255,24 @@ def test_what_is_not_finite_stays_so_with_mean_correction_and_for_chunks(which, 
     # a step of decoding is dense
     step = prefill_attention(tensors["query"][:, :, -1:], tensors["key"], tensors["value"], CONFIG)
     assert step.isnan().all() == (which == "key")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_numbers_that_are_not_finite_on_each_backend(which, bad, backend, request):
+    if backend == "flash":
+        request.getfixturevalue("flash")
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
+    config = dataclasses.replace(CONFIG, block_size=128)
+    for position, dimension in ((0, slice(None)), (200, 3), (640, slice(None)), (999, 3)):
+        tensors = dict(zip(("query", "key", "value"), make_qkv(1000, **shape, seed=position), strict=True))
+        tensors[which][0, 0, position, dimension] = bad
+        block_map = search_blocks(tensors["query"], tensors["key"], config)
+        assert block_map == search_blocks(tensors["query"], tensors["key"], config, implementation="reference")
+        output = prefill_attention(**tensors, config=config, backend=backend)
+        check_not_finite(output, **tensors, block_map=block_map)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU's kernel")

@@ -1,4 +1,4 @@
-"""The same input gives the same bits; what may differ, and by how much, is in docs/determinism.md.
+"""The same input gives the same bits; what may differ, and by how much, is in docs/robustness.md.
 
 Batch positions, chunks and repeated runs on any device are in test_properties.py.
 """
@@ -90,7 +90,7 @@ def test_chunkings_give_the_same_bits_on_a_gpu(settings):
 
 @pytest.mark.gpu
 def test_how_far_kernels_differ(capsys):
-    """The Hopper kernel, the portable one and the reference: the share of blocks that docs/determinism.md gives."""
+    """The Hopper kernel, the portable one and the reference: the share of blocks that docs/robustness.md gives."""
     from flexprefill.search import kernels
 
     query, key, _ = make_qkv(16384, **PUBLISHED)
