@@ -104,7 +104,9 @@ def merge_kernel(
     offsets = output_base + row.to(tl.int64)[:, None] * output_stride_s + dv[None, :] * output_stride_d
     mask = inside[:, None] & (dv[None, :] < DV)
     output = tl.load(output_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    merged = (output * of_kept[:, None] + mean * of_means[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
+    # a row that keeps nothing may come as anything
+    output = tl.where(of_kept[:, None] > 0, output * of_kept[:, None], 0.0)
+    merged = (output + mean * of_means[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(merged_ptr + offsets, merged.to(merged_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + batch_head * q_len + row, (shift + tl.log2(total)) * LN_2, mask=inside)
 

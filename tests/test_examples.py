@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flexprefill import read_mask_info
+from flexprefill import load_masks, read_mask_info
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -22,6 +22,8 @@ def test_every_example_is_tested():
         "inspect_saved_masks.py",
         "prefill_in_chunks.py",
         "read_masks_with_numpy.py",
+        "transformers_generate.py",
+        "record_and_inspect.py",
     }
 
 
@@ -46,6 +48,19 @@ def test_inspect_saved_masks():
 def test_prefill_in_chunks():
     printed = run(EXAMPLES / "prefill_in_chunks.py", "--length", 1500, "--chunk", 512, "--heads", 2, "--compare")
     assert printed.count("of the causal blocks") == 3 and "the same blocks as in one search" in printed
+
+
+def test_transformers_generate():
+    printed = run(EXAMPLES / "transformers_generate.py", "--length", 600)
+    assert re.findall(r"^(\d+) tokens → \[(?:\d+, ){15}\d+\]$", printed, re.MULTILINE) == ["600", "450"]
+
+
+def test_record_and_inspect(tmp_path):
+    lines = run(EXAMPLES / "record_and_inspect.py", tmp_path / "masks.safetensors", "--length", 2000).splitlines()
+    assert len(lines) == 3 and lines[0].count("100.0%") == 4
+    densities = [float(share) for line in lines[1:] for share in re.findall(r"([\d.]+)%", line)]
+    assert len(densities) == 8 and min(densities) < 90
+    assert len(load_masks(tmp_path / "masks.safetensors")) == 3
 
 
 def test_read_masks_with_numpy():

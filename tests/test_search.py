@@ -11,6 +11,7 @@ from oracle import assert_follows_rule
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.search import op
+from flexprefill.search.grid import Grid
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 SHARED = replace(SPARSE, mask_heads="kv", score_rows="visible")
@@ -70,6 +71,20 @@ def test_the_kernels_follow_the_rule(case):
     query, key = query.to(DEVICE), key.to(DEVICE)
     block_map = search_blocks(query, key, implementation="triton", **arguments)
     assert_follows_rule(block_map, query, key, **arguments)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(40, 40), (48, 48), (5, 40), (17, 50), (1, 33), (1, 1)])
+@pytest.mark.parametrize("first_key", [False, True])
+def test_which_rows_give_a_score_to_which_blocks(q_len, kv_len, first_key):
+    grid = Grid(q_len, kv_len, 16, 1.0, first_key)
+    assert (grid.rows, grid.columns, grid.offset) == (-(-q_len // 16), -(-kv_len // 16), kv_len - q_len)
+    rows = torch.zeros(grid.rows * 16, grid.columns, dtype=torch.bool)
+    for row in range(q_len):
+        for column in range(grid.columns):
+            needed = 16 * column if first_key else min(16 * column + 16, kv_len) - 1
+            rows[row, column] = grid.offset + row >= needed
+    assert torch.equal(grid.scoring_rows("cpu"), rows.unflatten(0, (-1, 16)))
+    assert torch.equal(grid.scored("cpu"), rows.unflatten(0, (-1, 16)).any(1))
 
 
 def both_implementations(query, key, config, **arguments):
