@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.blockmap import BlockMap, ceil_div
@@ -17,7 +17,7 @@ from flexprefill.checks import check_attention_inputs, check_block_map, check_co
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
-from flexprefill.flex import MaskMod, lists_of, query_offset
+from flexprefill.flex import MaskMod, blocks_of_mask, lists_of, query_offset
 from flexprefill.lists import ListBuffers
 from flexprefill.lse import flash_lse_factor
 from flexprefill.mean_correction import add_dropped_blocks
@@ -37,7 +37,7 @@ def prefill_attention(
     config: PrefillConfig = PrefillConfig(),
     *,
     block_map: BlockMap | None = None,
-    mask_mod: MaskMod | None = None,
+    mask_mod: MaskMod | BlockMask | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     scale: float | None = None,
     last_chunk: bool = True,
@@ -68,7 +68,9 @@ def prefill_attention(
             are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
             ``max_scores``.
         block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.
-        mask_mod: a further mask_mod that hides elements inside the kept blocks.
+        mask_mod: a further mask_mod that hides elements inside the kept blocks, any of which is then partial; or a
+            BlockMask that is made once for all layers (:meth:`BlockMap.with_mask`, create_block_mask), which says of
+            each block whether it is hidden, cut or left whole.
         score_mod: FlexAttention's score_mod; the search does not know of it.
         scale: factor on the dot products; 1 / sqrt(D) if None.
         last_chunk: whether these queries end the prompt, as in :func:`search_blocks`.
@@ -103,6 +105,11 @@ def prefill_attention(
     else:
         if block_map is None:
             block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
+    uncut = None
+    if isinstance(mask_mod, BlockMask):
+        blocks, mask_mod = blocks_of_mask(mask_mod, block_map), mask_mod.mask_mod
+        block_map, uncut = replace(block_map, words=block_map.words & blocks.left), blocks.whole
+    if not choice.dense:
         note(block_map)
     correct = config.mean_correction and not choice.dense
     aux_request = AuxRequest(lse=True) if correct and call.gives_lse else return_aux
@@ -113,7 +120,7 @@ def prefill_attention(
         split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
         result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
     else:
-        blocks = lists_of(block_map, mask_mod, buffers), query_offset(block_map)
+        blocks = lists_of(block_map, mask_mod, buffers, uncut), query_offset(block_map)
         mods = {"mask_mod": mask_mod, "score_mod": score_mod}
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
     if lse and factor != 1:
@@ -134,7 +141,7 @@ def explain_backend(
     config: PrefillConfig = PrefillConfig(),
     *,
     block_map: BlockMap | None = None,
-    mask_mod: MaskMod | None = None,
+    mask_mod: MaskMod | BlockMask | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     scale: float | None = None,
     last_chunk: bool = True,
@@ -163,7 +170,7 @@ class _Call(NamedTuple):
     value: Tensor
     config: PrefillConfig
     block_map: BlockMap | None
-    mask_mod: MaskMod | None
+    mask_mod: MaskMod | BlockMask | None
     score_mod: Callable[..., Tensor] | None
     scale: float
     last_chunk: bool
@@ -178,7 +185,7 @@ class _Call(NamedTuple):
         value: Tensor,
         config: PrefillConfig,
         block_map: BlockMap | None,
-        mask_mod: MaskMod | None,
+        mask_mod: MaskMod | BlockMask | None,
         score_mod: Callable[..., Tensor] | None,
         scale: float | None,
         last_chunk: bool,
@@ -190,7 +197,7 @@ class _Call(NamedTuple):
         check_config(config)
         check_last_chunk(last_chunk)
         for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
-            if function is not None and not callable(function):
+            if not (function is None or callable(function) or (name == "mask_mod" and isinstance(function, BlockMask))):
                 raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
         find_scorer(config.scorer)
         if config.mean_correction:

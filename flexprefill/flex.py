@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
-from flexprefill.blockmap import BlockMap, ceil_div
+from flexprefill.blockmap import BlockMap, ceil_div, pack_bits
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, make_lists
+from flexprefill.masks import MaskedBlocks, MaskMod, classify_blocks
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
@@ -101,10 +101,66 @@ def to_block_mask(
     return block_mask_of(lists, lengths, block_map.block_size, query_offset(block_map), mask_mod)
 
 
-def lists_of(block_map: BlockMap, mask_mod: MaskMod | None, buffers: ListBuffers | None) -> Lists:
-    """The index lists of a map whose blocks a further mask_mod may cut; see index_lists."""
+def lists_of(
+    block_map: BlockMap,
+    mask_mod: MaskMod | None,
+    buffers: ListBuffers | None,
+    uncut: Tensor | None = None,
+) -> Lists:
+    """The index lists of a map whose blocks a further mask_mod may cut; see index_lists.
+
+    Args:
+        uncut: words of the blocks that the mask_mod leaves whole; None: not known, any block may be cut.
+    """
     sizes = block_map.q_len, block_map.kv_len, block_map.block_size
-    return make_lists(block_map.words, *sizes, mask_mod is not None, buffers)
+    return make_lists(block_map.words, *sizes, mask_mod is not None and uncut is None, buffers, uncut)
+
+
+def with_mask(block_map: BlockMap, mask_mod: MaskMod) -> BlockMask:
+    """See BlockMap.with_mask."""
+    if not callable(mask_mod):
+        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    return _listed(block_map, classify_blocks(mask_mod, block_map), mask_mod)
+
+
+def with_block_mask(block_map: BlockMap, block_mask: BlockMask) -> BlockMask:
+    """See BlockMap.__and__."""
+    return _listed(block_map, blocks_of_mask(block_mask, block_map), block_mask.mask_mod)
+
+
+def _listed(block_map: BlockMap, blocks: MaskedBlocks, mask_mod: MaskMod) -> BlockMask:
+    block_map = replace(block_map, words=block_map.words & blocks.left)
+    note(block_map)
+    lists = lists_of(block_map, mask_mod, None, blocks.whole)
+    lengths = block_map.q_len, block_map.kv_len
+    return block_mask_of(lists, lengths, block_map.block_size, query_offset(block_map), mask_mod)
+
+
+def blocks_of_mask(block_mask: BlockMask, block_map: BlockMap) -> MaskedBlocks:
+    """What a BlockMask leaves of a map's blocks.
+
+    Raises:
+        ValueError: it is of other lengths, heads, batch, block size or device than the map.
+    """
+    size, (batch, heads, rows, columns) = block_map.block_size, block_map.shape
+    counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+    for name, theirs, ours in (
+        ("BLOCK_SIZE", block_mask.BLOCK_SIZE, (size, size)),
+        ("seq_lengths", block_mask.seq_lengths, (block_map.q_len, block_map.kv_len)),
+        ("device", counts.device, block_map.device),
+        ("rows of blocks", counts.shape[-1], rows),
+    ):
+        if theirs != ours:
+            raise ValueError(f"block_mask must have the map's {name} {ours}, got {theirs}")
+    if counts.dim() != 3 or counts.shape[0] not in (1, batch) or counts.shape[1] not in (1, heads):
+        raise ValueError(
+            f"block_mask must be of batch 1 or {batch} and heads 1 or {heads}, got {list(counts.shape[:-1])}"
+        )
+    left = _to_dense(counts, indices, columns)
+    whole = torch.zeros_like(left)
+    if block_mask.full_kv_num_blocks is not None:
+        whole = _to_dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+    return MaskedBlocks(pack_bits(left | whole), pack_bits(whole))
 
 
 def block_mask_of(
