@@ -30,16 +30,29 @@ def search_words(
     kv_masks: bool,
     first_key: bool,
     scorer: str,
+    sliding_window: int,
+    soft_cap: float,
     implementation: str,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
+    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)].
+
+    Args:
+        starts, ends: of Sequences.
+        alibi_slopes: [Hq].
+        others: a Rule's, and the implementation's name.
+    """
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
-    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer)
-    if scorer == MEANS_SCORER:
-        pooled = pool_keys(key, block_size, implementation)
-    else:
+    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, sliding_window, soft_cap)
+    if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
-    return score_words(query, pooled, key.shape[2], rule, implementation)
+    elif starts is not None and implementation == "reference":
+        pooled = reference.pool_own_keys(key, block_size, starts, ends)
+    else:
+        pooled = pool_keys(key, block_size, implementation)
+    return score_words(query, pooled, key.shape[2], rule, implementation, starts, ends, alibi_slopes)
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -60,7 +73,16 @@ def pool_keys(key: Tensor, block_size: int, implementation: str) -> Tensor:
         return kernels.pool_keys(key, block_size)
 
 
-def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implementation: str) -> Tensor:
+def score_words(
+    query: Tensor,
+    pooled: Tensor,
+    kv_len: int,
+    rule: Rule,
+    implementation: str,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
     """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what the rule's scorer pools of the kv_len keys.
 
     Args:
@@ -69,7 +91,9 @@ def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implemen
     if implementation == "reference":
         scorer = find_scorer(rule.scorer)
         first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
-        grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
+        lengths = query.shape[2], kv_len, rule.block_size
+        cut = rule.sliding_window, starts, ends
+        grid = Grid(*lengths, rule.scale, first_key, *cut, rule.soft_cap, alibi_slopes)
         scores = scorer.log_scores(query, pooled, grid)
         return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
