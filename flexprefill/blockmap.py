@@ -188,7 +188,8 @@ class BlockMap:
 
         Args:
             mask_mod: a further mask_mod that hides elements (documents, padding). All kept blocks are then
-                partial, since any of them may be cut; :meth:`with_mask` finds out which are.
+                partial, since any of them may be cut; :meth:`with_mask` finds out which are. Or a
+                BlockMask, as for ``&``.
             buffers: a ListBuffers, whose memory the lists then take; the next mask made with it overwrites them.
                 None allocates new memory. Not inside torch.compile.
 
@@ -267,7 +268,7 @@ class BlockMap:
         if _is_block_mask(other):
             from flexprefill import flex
 
-            return flex.with_block_mask(self, other)
+            return flex.to_block_mask(self, other)
         return self._with(self.words & self._words_of(other, "&"))
 
     def __or__(self, other: BlockMap) -> BlockMap:

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from flexprefill.backends import Options
 from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import Lists, MaskMod, block_mask_of
+from flexprefill.score_mods import ScoreMod
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
 
@@ -28,20 +29,22 @@ def flex_over(
     block_size: int,
     scale: float,
     kernel_options: Options,
-    mask_mod: MaskMod | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
+    mask_mods: tuple[MaskMod, ...] = (),
+    score_mods: tuple[ScoreMod, ...] = (),
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
     """FlexAttention over listed blocks, compiled; inside a caller's own torch.compile, a part of its graph.
 
     Args:
         lists, offset: what lists_of and query_offset give for a map.
+        mask_mods: besides the causal one.
+        score_mods: applied one after the other.
         others: as in prefill_attention, checked.
 
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    inputs = (query, key, value, lists, offset, mask_mod, score_mod)
+    inputs = (query, key, value, lists, offset, mask_mods, score_mods)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
         if torch.compiler.is_compiling():
@@ -55,8 +58,8 @@ def flex_over(
                 query.shape[3],
                 value.shape[3],
                 offset is not None,
-                _code_of(mask_mod),
-                _code_of(score_mod),
+                tuple(map(_code_of, mask_mods)),
+                tuple(map(_code_of, score_mods)),
                 block_size,
                 scale,
                 kernel_options,
@@ -91,15 +94,15 @@ class Signature(NamedTuple):
     head_dim: int
     value_dim: int
     at_offset: bool
-    mask_code: types.CodeType | type
-    score_code: types.CodeType | type
+    mask_codes: tuple[types.CodeType | type, ...]
+    score_codes: tuple[types.CodeType | type, ...]
     block_size: int
     scale: float
     kernel_options: Options
     return_aux: AuxRequest | None
 
 
-def _code_of(mod: Callable[..., Tensor] | None) -> types.CodeType | type:
+def _code_of(mod: Callable[..., Tensor]) -> types.CodeType | type:
     return getattr(mod, "__code__", type(mod))
 
 
@@ -117,14 +120,27 @@ def _compiled(signature: Signature) -> Attend:
     return torch.compile(types.FunctionType(code, attend.__globals__, closure=attend.__closure__), fullgraph=True)
 
 
+def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
+    """One score_mod of several."""
+    if len(score_mods) < 2:
+        return score_mods[0] if score_mods else None
+
+    def chained(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        for score_mod in score_mods:
+            score = score_mod(score, b, h, q_idx, kv_idx)
+        return score
+
+    return chained
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     lists: Lists,
     offset: Tensor | None,
-    mask_mod: MaskMod | None,
-    score_mod: Callable[..., Tensor] | None,
+    mask_mods: tuple[MaskMod, ...],
+    score_mods: tuple[ScoreMod, ...],
     block_size: int,
     scale: float,
     kernel_options: Options,
@@ -140,9 +156,9 @@ def _attend(
         query,
         key,
         value,
-        score_mod=score_mod,
+        score_mod=_chained(score_mods),
         # made in here: a BlockMask that comes from outside costs a guard for each of its attributes, every call
-        block_mask=block_mask_of(lists, (query.shape[2], key.shape[2]), block_size, offset, mask_mod),
+        block_mask=block_mask_of(lists, (query.shape[2], key.shape[2]), block_size, offset, mask_mods),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=dict(kernel_options),

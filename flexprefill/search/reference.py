@@ -84,41 +84,41 @@ def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 [B, Hq, M, N], -inf where no row gives a score.
     """
-    device = query.device
-    scores = grid.scoring_rows(device)
-    scores = scores.expand(means.shape[0], *scores.shape[1:]) if grid.cut else scores[None, None]  # [B, 1, M, b, N]
-    view = grid.view(device) if grid.cut or grid.alibi_slopes is not None else None
     padded = pad(query.float(), (0, 0, 0, grid.rows * grid.block_size - grid.q_len))
     grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=grid.block_size)
-    L = torch.empty(*grouped.shape[:4], grid.columns, device=device, dtype=torch.float32)  # [B, Hkv, g, M, N]
-    for batch in range(means.shape[0]):
-        for head in range(means.shape[1]):  # one key head at a time bounds the memory
-            own = _entry(view, batch)
-            products = _products(grouped[batch, head], means[batch, head].float(), grid, own)  # [g, M, b, N]
-            s = _modified(products, grid, own, head)
-            L[batch, head] = log2_sum(torch.where(scores[batch if grid.cut else 0], s, -torch.inf), 2)
+    shape = *grouped.shape[:4], grid.columns
+    L = torch.full(shape, -torch.inf, device=query.device, dtype=torch.float32)  # [B, Hkv, g, M, N]
+    for I, J in grid.pieces():
+        view = grid.view(query.device, I, J) if grid.cut or grid.alibi_slopes is not None else None
+        scores = view.scores(grid.first_key) if grid.cut else grid.scoring_rows(query.device)[None]
+        for batch in range(means.shape[0]):
+            entry = None if view is None else View(*(part if part.dim() < 4 else _of(part, batch) for part in view))
+            for head in range(means.shape[1]):  # one key head at a time bounds the memory
+                products = _products(grouped[batch, head, :, I], means[batch, head].float(), grid, entry, I, J)
+                s = _modified(products, grid, entry, head)
+                L[batch, head, :, I, J] = log2_sum(torch.where(_of(scores, batch), s, -torch.inf), 2)
     return rearrange(L, "B H g M N -> B (H g) M N")
 
 
-def _entry(view: View | None, batch: int) -> View | None:
-    """The view of a batch entry, [M, b, N]."""
-    return None if view is None else View(*(part[batch if part.shape[0] > 1 else 0] for part in view))
+def _of(tensor: Tensor, batch: int) -> Tensor:
+    """A batch entry of what is [1 or B, ...]."""
+    return tensor[batch if tensor.shape[0] > 1 else 0]
 
 
-def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None) -> Tensor:
-    """Queries [g, M, b, D] times the means of their own sequences: [g, M, b, N]."""
-    if grid.starts is None:
-        return queries @ means.T
+def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: slice, J: slice) -> Tensor:
+    """Query blocks I [g, m, b, D] times the means of their own sequences in key blocks J: [g, m, b, n]."""
     columns, b = grid.columns, grid.block_size
-    products = queries @ means[: 2 * columns].T
-    of_first, of_last = products[..., :columns], products[..., columns:]
-    # one that neither reaches the block's first position nor its last lies in the rows' own block alone
-    alone = means[2 * columns + grid.offset :]
-    alone = pad(alone, (0, 0, 0, grid.rows * b))[: grid.rows * b].view(grid.rows, b, -1)
+    of_first = queries @ means[:columns][J].T
+    if grid.starts is None:
+        return of_first
+    of_last = queries @ means[columns : 2 * columns][J].T
+    # one that reaches neither the block's first position nor its last lies in the rows' own block alone
+    alone = means[2 * columns + grid.offset + I.start * b :][: (I.stop - I.start) * b]
+    alone = pad(alone, (0, 0, 0, (I.stop - I.start) * b - alone.shape[0])).unflatten(0, (-1, b))
     of_own = (queries * alone).sum(-1, keepdim=True)
-    J = torch.arange(columns, device=queries.device)
-    reaches_first, reaches_last = view.start <= J * b, view.end >= ((J + 1) * b).clamp(max=grid.kv_len)
-    return torch.where(reaches_first, of_first, torch.where(reaches_last, of_last, of_own))
+    return torch.where(
+        view.start <= view.block_start, of_first, torch.where(view.end >= view.block_end, of_last, of_own)
+    )
 
 
 def _modified(products: Tensor, grid: Grid, view: View | None, kv_head: int) -> Tensor:
@@ -194,12 +194,15 @@ def always_kept_of_own(grid: Grid, rule: Rule, device: torch.device | str) -> Te
     Returns:
         bool [1 or B, 1, M, N].
     """
-    b, view = grid.block_size, grid.view(device)
-    J = torch.arange(grid.columns, device=device)
-    sink = J < view.start // b + rule.sink_blocks
-    # of the sequence's rows in the query block the last one
-    last_row = torch.minimum(view.position[:, :, -1:], view.end - 1)
-    window = J > last_row // b - rule.window_blocks
-    I = torch.arange(grid.rows, device=device).view(1, -1, 1, 1)
-    last_rows = I > (view.end - 1 - grid.offset) // b - rule.last_full_blocks
-    return (view.sees & (sink | window | last_rows)).any(2)[:, None]
+    b, pieces = grid.block_size, []
+    for I, J in grid.pieces():
+        view = grid.view(device, I, J)
+        block = view.block_start // b
+        sink = block < view.start // b + rule.sink_blocks
+        # of the sequence's rows in the query block the last one
+        last_row = torch.minimum(view.position[:, :, -1:], view.end - 1)
+        window = block > last_row // b - rule.window_blocks
+        query_block = torch.arange(I.start, I.stop, device=device).view(1, -1, 1, 1)
+        last_rows = query_block > (view.end - 1 - grid.offset) // b - rule.last_full_blocks
+        pieces.append((I, J, (view.sees & (sink | window | last_rows)).any(2)))
+    return grid.joined(pieces, device)[:, None]
