@@ -51,8 +51,10 @@ class Terms(NamedTuple):
 
     @property
     def without_kernel(self) -> list[str]:
-        """Of these the ones that the search's Triton kernels do not know of."""
-        return self.given
+        """What of these the search's Triton kernels do not know of."""
+        names = [name for name in self.given if name in ("soft_cap", "alibi_slopes")]
+        packed = self.sequences is not None and not self.sequences.one_each
+        return ["several sequences in a batch entry", *names] if packed else names
 
 
 PLAIN = Terms()

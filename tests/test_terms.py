@@ -47,6 +47,25 @@ def test_the_reference_follows_the_rule_with_every_term(case, chosen, with_seque
     assert_follows(search_blocks(query.to(DEVICE), key.to(DEVICE), **call), keep, close)
 
 
+@settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 100)
+@given(
+    cases(max_length=110 if DEVICE == "cpu" else 1300, kinds=("right", "left")),
+    st.sampled_from([None, 1, 5, 16, 33, 64]),
+    st.booleans(),
+)
+def test_the_kernel_follows_the_reference_in_windows_and_padded_batches(case, window, with_sequences):
+    query, key, _, (sequences, _, _), arguments = case
+    given_terms = {"sliding_window": window, "sequences": sequences if with_sequences else None}
+    query, key = query.to(DEVICE), key.to(DEVICE)
+    if with_sequences:
+        query, key = spoil(query, sequences.padding), spoil(key, sequences.padding)
+    reference, kernel = (
+        search_blocks(query, key, **arguments, **given_terms, implementation=name) for name in ("reference", "triton")
+    )
+    # a rounding may fall on either side of the threshold
+    assert (reference ^ kernel).counts().sum() <= 1e-3 * reference.counts().sum()
+
+
 def logits_of(query, key, scale, chosen, starts=None):
     """Scores and what is allowed, in float64: [B, Hq, S_q, S_kv]."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -248,6 +267,9 @@ def test_what_cannot_go_together_says_so():
         with pytest.raises(ValueError, match=f"'xattention' does not know of {name}: 'flashprefill' and 'exact' do"):
             search_blocks(query, key, PrefillConfig(scorer="xattention"), **{name: term})
         assert not explain_backend(query, key, value, PrefillConfig(dense_below=1000), **{name: term}).dense
+    packed = Sequences.from_cu_seqlens(torch.tensor([0, 9, 64], device=DEVICE), 64)
+    with pytest.raises(ValueError, match="'triton' has no kernel for several sequences in a batch entry; 'reference'"):
+        search_blocks(query, key, sequences=packed, implementation="triton")
     for name in ("soft_cap", "alibi_slopes"):
         term = 2.0 if name == "soft_cap" else torch.ones(2, device=DEVICE)
         with pytest.raises(ValueError, match=f"implementation 'triton' has no kernel for {name}; 'reference'"):

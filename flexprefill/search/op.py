@@ -51,8 +51,16 @@ def search_words(
     elif starts is not None and implementation == "reference":
         pooled = reference.pool_own_keys(key, block_size, starts, ends)
     else:
-        pooled = pool_keys(key, block_size, implementation)
+        pooled = pool_keys(key, block_size, implementation, bounds_of(key, starts, ends))
     return score_words(query, pooled, key.shape[2], rule, implementation, starts, ends, alibi_slopes)
+
+
+def bounds_of(key: Tensor, starts: Tensor | None, ends: Tensor | None) -> Tensor | None:
+    """Start and end of the one sequence that each batch entry holds: int32 [B, 2]; an empty one starts at S_kv."""
+    if starts is None:
+        return None
+    bounds = torch.stack([starts.amin(1), ends.amax(1)], 1)
+    return bounds.expand(key.shape[0], 2).contiguous()
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -62,15 +70,19 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     return query.new_empty((batch, heads, ceil_div(q_len, block_size), width), dtype=torch.int32)
 
 
-def pool_keys(key: Tensor, block_size: int, implementation: str) -> Tensor:
-    """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D]."""
+def pool_keys(key: Tensor, block_size: int, implementation: str, bounds: Tensor | None = None) -> Tensor:
+    """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D].
+
+    Args:
+        bounds: as :func:`bounds_of` gives them, for "triton".
+    """
     if implementation == "reference":
         return reference.pool_keys(key, block_size)
     from flexprefill.search import kernels  # imports triton
 
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(key):
-        return kernels.pool_keys(key, block_size)
+        return kernels.pool_keys(key, block_size, bounds)
 
 
 def score_words(
@@ -99,4 +111,4 @@ def score_words(
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
-        return kernels.score_words(query, pooled, kv_len, rule)
+        return kernels.score_words(query, pooled, kv_len, rule, bounds_of(pooled, starts, ends))
