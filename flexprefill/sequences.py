@@ -11,6 +11,7 @@ from flexprefill.blockmap import BlockMap, pack_bits
 from flexprefill.masks import MaskedBlocks
 
 PADDING = ("right", "left")
+BEYOND = 2**31 - 1  # a number, and no length, which torch.compile would take for a constant where it fills a pad
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -140,10 +141,10 @@ def blocks_from(first: Tensor, block_map: BlockMap) -> MaskedBlocks:
     whole &= (J + 1) * b <= kv_len
     # a query block's rows stand in one key block, or in that and the next
     position = torch.arange(block_map.offset, kv_len, device=device)[None]
-    own = by_block(position // b, columns)
+    own = by_block(position // b, BEYOND)
     low = own[:, :, :1]
-    least = by_block(first, kv_len)
-    later = torch.where(own > low, least, kv_len)
+    least = by_block(first, BEYOND)
+    later = torch.where(own > low, least, BEYOND)
     last_key = ((J + 1) * b).clamp(max=kv_len) - 1
     left = torch.where(J <= low, least.amin(2, keepdim=True) <= last_key, later.amin(2, keepdim=True) <= last_key)
     left &= low + 1 >= J

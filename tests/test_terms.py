@@ -1,5 +1,6 @@
 """Sliding windows, soft caps, ALiBi and sinks, alone, together and with sequences: the search and the attention."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,17 @@ from inputs import make_qkv
 from oracle import evaluate_cut_rule, relative_error
 from test_sequences import LEAN, assert_follows, cases, spoil
 
-from flexprefill import KeyMeans, PrefillConfig, Sequences, explain_backend, prefill_attention, search_blocks
+from flexprefill import (
+    BlockMap,
+    KeyMeans,
+    PrefillConfig,
+    Sequences,
+    create_prefill_block_mask,
+    explain_backend,
+    prefill_attention,
+    search_blocks,
+)
+from flexprefill.flex import _to_dense
 from flexprefill.search.grid import Grid
 from flexprefill.search.scorers import exact_scores, find_scorer
 
@@ -178,29 +189,25 @@ def expected_attention(query, key, value, block_map, chosen, starts=None, sinks=
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 2e-3  # a GPU's float32 products may be tf32
 
 
-@settings(deadline=None, max_examples=12)
-@given(
-    st.integers(2, 400),
-    st.sampled_from(["right", "left"]),
-    st.sampled_from([None, 1, 50, 200]),
-    st.integers(0, 2**31),
-)
-def test_attention_of_padded_batches_equals_dense_attention_under_their_mask(kv_len, kind, window, seed):
-    from test_sequences import layouts
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.sampled_from([None, 1, 50, 100]))
+def test_the_block_mask_says_of_every_element_what_the_mask_says(case, window):
+    query, key, _, (sequences, starts, _), arguments = case
+    query, key = query.to(DEVICE), key.to(DEVICE)
+    block_map = search_blocks(query, key, **arguments, sequences=sequences, sliding_window=window)
+    mask = create_prefill_block_mask(query, key, **arguments, sequences=sequences, sliding_window=window)
+    _, allowed = logits_of(query, key, None, {**NOTHING, "sliding_window": window}, starts)
+    q_len, kv_len, size = query.shape[2], key.shape[2], block_map.block_size
 
-    rng = torch.Generator().manual_seed(seed)
-    q_len = int(torch.randint(1, kv_len, (), generator=rng))
-    sequences, starts, _ = layouts(kind, 2, kv_len, rng)
-    query, key, value = make_qkv(q_len, kv_len, batch=2, heads=4, kv_heads=2, head_dim=32, seed=seed, device=DEVICE)
-    config = replace(LEAN, dense_below=0)
-    terms = {"sequences": sequences, "sliding_window": window}
-    block_map = search_blocks(query, key, config, **terms)
-    expected = expected_attention(query, key, value, block_map, {**NOTHING, "sliding_window": window}, starts)
-    spoilt = (spoil(tensor, sequences.padding) for tensor in (query, key, value))
-    output = prefill_attention(*spoilt, config, **terms)
-    assert output.isfinite().all()
-    assert not output.masked_select(sequences.padding[:, None, kv_len - q_len :, None]).any()
-    assert expected.norm() == 0 or relative_error(output, expected) <= TOLERANCE
+    def elements(blocks):
+        return blocks.repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :q_len, :kv_len]
+
+    index = torch.meshgrid(*(torch.arange(n, device=DEVICE) for n in (*query.shape[:2], q_len, kv_len)), indexing="ij")
+    lists = (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial, full = (_to_dense(*pair, block_map.shape[3]) for pair in lists)
+    found = elements(full) | (elements(partial) & mask.mask_mod(*index))
+    assert torch.equal(found, allowed & elements(block_map.to_dense()))
+    assert not (partial & full).any() and BlockMap.from_block_mask(mask) == block_map
 
 
 def test_attention_with_every_term_equals_dense_attention():
@@ -209,7 +216,7 @@ def test_attention_with_every_term_equals_dense_attention():
     learned = torch.tensor([0.5, -2.0, 3.0, 0.0], device=DEVICE)
     for q_len, kv_len in ((300, 500), (301, 555)):
         query, key, value = make_qkv(q_len, kv_len, heads=4, kv_heads=2, head_dim=32, device=DEVICE)
-        bounds = torch.tensor([0, 210, 333, kv_len], device=DEVICE)
+        bounds = torch.tensor([0, 210, 333, kv_len - 40], device=DEVICE)
         sequences = Sequences.from_cu_seqlens(bounds, kv_len)
         terms = {**on_device(chosen, 4), "sequences": sequences}
         block_map = search_blocks(query, key, config, **terms)
@@ -221,7 +228,9 @@ def test_attention_with_every_term_equals_dense_attention():
             return logits + 0.1 * (torch.arange(logits.shape[3], device=DEVICE) % 3)
 
         for sinks in (learned, None):
-            output = prefill_attention(query, key, value, config, **terms, score_mod=bias, sinks=sinks)
+            spoilt = (spoil(tensor, sequences.padding) for tensor in (query, key, value))
+            output = prefill_attention(*spoilt, config, **terms, score_mod=bias, sinks=sinks)
+            assert not output[:, :, -40:].any()
             starts = sequences.starts.tolist()
             expected = expected_attention(query, key, value, block_map, chosen, starts, sinks, dense_bias)
             assert relative_error(output, expected) <= TOLERANCE
@@ -306,3 +315,113 @@ def test_the_cost_of_a_window_grows_with_the_window():
     assert cost(4096, 64) <= 2.1 * cost(2048, 64)  # and not 4 times
     assert 1.5 * cost(4096, 64) <= cost(4096, 128) <= 2.5 * cost(4096, 64)
     assert cost(4096, 64) * 10 < cost(4096, 0)
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """Compiles to no code for a device: fast, and FlexAttention is then dense under its mods, the map beside it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("without_code")
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_step_of_decoding_is_dense_under_its_terms(window):
+    chosen = {"sliding_window": window, "soft_cap": 3.0, "alibi_slopes": (0.1,)}
+    query, key, value = make_qkv(1, 90, batch=2, heads=1, head_dim=16, device=DEVICE)
+    sequences = Sequences.from_lengths(torch.tensor([60, 90], device=DEVICE), 90, padding="left")
+    terms = {**on_device(chosen, 1), "sequences": sequences}
+    assert explain_backend(query, key, value, LEAN, **terms).dense
+    everything = BlockMap.causal(2, 1, q_len=1, kv_len=90, block_size=16, device=DEVICE)
+    expected = expected_attention(query, key, value, everything, chosen, sequences.starts.tolist())
+    assert relative_error(prefill_attention(query, key, value, LEAN, **terms), expected) <= TOLERANCE
+
+
+def test_terms_trace_into_one_graph_for_all_lengths():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(query, key, value, lengths, slopes):
+        sequences = Sequences.from_lengths(lengths, key.shape[2])
+        terms = {"sequences": sequences, "sliding_window": 90, "soft_cap": 3.0, "alibi_slopes": slopes}
+        mask = create_prefill_block_mask(query, key, LEAN, **terms)
+        return mask.kv_indices, mask.full_kv_indices, prefill_attention(query, key, value, LEAN, **terms)
+
+    slopes = torch.tensor([0.1, 0.01], device=DEVICE)
+    with torch.no_grad():
+        for length in (300, 500, 401):
+            query, key, value = make_qkv(length, batch=2, head_dim=16, device=DEVICE)
+            lengths = torch.tensor([length, length - 100], device=DEVICE)
+            sequences = Sequences.from_lengths(lengths, length)
+            terms = {"sequences": sequences, "sliding_window": 90, "soft_cap": 3.0, "alibi_slopes": slopes}
+            mask = create_prefill_block_mask(query, key, LEAN, **terms)
+            indices, full, output = attend(query, key, value, lengths, slopes)
+            assert torch.equal(indices, mask.kv_indices) and torch.equal(full, mask.full_kv_indices)
+            assert output.shape == query.shape
+    assert len(graphs) <= 2
+
+
+def test_the_block_mask_of_sequences_and_a_window_is_their_mask():
+    query, key, _ = make_qkv(200, 300, batch=2, head_dim=16, device=DEVICE)
+    sequences = Sequences.from_lengths(torch.tensor([300, 171], device=DEVICE), 300, padding="left")
+    mask = create_prefill_block_mask(query, key, LEAN, sequences=sequences, sliding_window=77)
+    found = search_blocks(query, key, LEAN, sequences=sequences, sliding_window=77)
+    # what is searched keeps no block that is empty
+    assert BlockMap.from_block_mask(mask) == found
+    b, h, q, k = torch.meshgrid(*(torch.arange(n, device=DEVICE) for n in (2, 1, 200, 300)), indexing="ij")
+    start = torch.tensor([0, 129], device=DEVICE)[b]
+    expected = (k <= q + 100) & (k > q + 100 - 77) & (k >= start) & (q + 100 >= start)
+    assert torch.equal(mask.mask_mod(b, h, q, k), expected)
+    # blocks that the window and the start leave whole stay full
+    assert mask.full_kv_num_blocks.sum() > 0
+
+
+@pytest.mark.gpu
+def test_terms_wait_for_nothing():
+    query, key, value = make_qkv(2000, batch=2, heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    lengths, slopes = torch.tensor([2000, 1111], device="cuda"), torch.tensor([0.1, 0.01, 0.5, 0.0], device="cuda")
+    bounds = torch.tensor([0, 500, 1300, 2000], device="cuda")
+    mask = BlockMap.causal(2, 1, q_len=2000, kv_len=2000, block_size=128, device="cuda").with_mask(
+        lambda b, h, q, k: k % 7 > 0
+    )
+
+    def run():
+        for sequences in (
+            Sequences.from_lengths(lengths, 2000),
+            Sequences.from_lengths(lengths, 2000, padding="left"),
+            Sequences.from_cu_seqlens(bounds, 2000),
+        ):
+            search_blocks(query, key, sequences=sequences)
+            search_blocks(query, key, sequences=sequences, sliding_window=300, soft_cap=20.0, alibi_slopes=slopes)
+            create_prefill_block_mask(query, key, sequences=sequences, sliding_window=300)
+            prefill_attention(query, key, value, sequences=sequences, sliding_window=300, soft_cap=20.0, sinks=slopes)
+        search_blocks(query, key) & mask
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim, dtype", [(128, torch.bfloat16), (64, torch.float16), (128, torch.float32)])
+@pytest.mark.parametrize("window", [None, 1000, 4096])
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_the_kernel_equals_the_reference_at_length(head_dim, dtype, window, padding):
+    query, key, _ = make_qkv(9000, batch=2, heads=8, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda")
+    sequences = None
+    if padding:
+        sequences = Sequences.from_lengths(torch.tensor([9000, 5555], device="cuda"), 9000, padding=padding)
+    for more in ({}, {"mask_heads": "kv", "score_rows": "visible"}, {"min_blocks": 4}, {"block_size": 64}):
+        config = PrefillConfig(alpha=0.3, window_blocks=1, **more)
+        reference, kernel = (
+            search_blocks(query, key, config, sequences=sequences, sliding_window=window, implementation=name)
+            for name in ("reference", "triton")
+        )
+        assert (reference ^ kernel).counts().sum() <= 1e-3 * reference.counts().sum()
