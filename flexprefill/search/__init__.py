@@ -94,7 +94,7 @@ def search_checked(
         raise ValueError(
             f"config.scorer {rule.scorer!r} does not know of {', '.join(terms.given)}: 'flashprefill' and 'exact' do"
         )
-    implementation = _resolve_implementation(implementation, query.device, rule.scorer, terms)
+    implementation = resolve_implementation(implementation, query.device, rule.scorer, terms)
     sequences = terms.sequences
     bounds = (None, None) if sequences is None else (sequences.starts, sequences.ends)
     if means is None:
@@ -117,7 +117,7 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
 
     None for a scorer that takes none.
     """
-    implementation = _resolve_implementation(implementation, key.device, config.scorer)
+    implementation = resolve_implementation(implementation, key.device, config.scorer)
     if config.scorer != MEANS_SCORER:
         return None
     means = KeyMeans()
@@ -125,7 +125,12 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
     return means
 
 
-def _resolve_implementation(implementation: str, device: torch.device, scorer: str, terms: Terms = PLAIN) -> str:
+def resolve_implementation(implementation: str, device: torch.device, scorer: str, terms: Terms = PLAIN) -> str:
+    """The named one, or what "auto" is for a scorer and terms on a device.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":
