@@ -145,7 +145,9 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         if backend != "auto":
             raise FlexPrefillError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
         if request.lse or request.max_scores:
-            raise FlexPrefillError(f"return_aux is not supported by FlexAttention on {request.device}")
+            raise FlexPrefillError(
+                f"return_aux is not supported by FlexAttention on {request.device}: pass tensors on a CUDA device"
+            )
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
