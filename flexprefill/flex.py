@@ -12,13 +12,11 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from flexprefill.blockmap import BlockMap, ceil_div, pack_bits
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
-from flexprefill.lists import ListBuffers, make_lists
+from flexprefill.lists import ListBuffers, Lists, make_lists
 from flexprefill.masks import MaskedBlocks, MaskMod, classify_blocks
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 from flexprefill.sequences import Sequences, blocks_from, first_keys
-
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
 def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
