@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
 
+PIECE = 2**24  # query rows × key blocks at a time
+
 
 class Grid(NamedTuple):
     """The blocks that a scorer scores. M and N are the numbers of query and key blocks, b is ``block_size``.
@@ -53,12 +55,17 @@ class Grid(NamedTuple):
         first = torch.arange(self.columns, device=device) * self.block_size
         return first if self.first_key else (first + self.block_size).clamp(max=self.kv_len) - 1
 
-    def scoring_rows(self, device: torch.device | str) -> Tensor:
-        """Which rows give a score to which key blocks: bool [M, b, N], or [1 or B, 1, M, b, N] where keys are cut."""
+    def scoring_rows(self, device: torch.device | str, I: slice | None = None, J: slice | None = None) -> Tensor:
+        """Which rows of query blocks I give a score to which of key blocks J; None: all of them.
+
+        Returns:
+            bool [M, b, N], or [1 or B, 1, M, b, N] where keys are cut.
+        """
         if self.cut:
-            return self.view(device).scores(self.first_key)[:, None]
+            return self.view(device, I, J).scores(self.first_key)[:, None]
         row = torch.arange(self.rows * self.block_size, device=device).view(self.rows, self.block_size, 1)
-        return (row < self.q_len) & (row + self.offset >= self.scored_from(device))
+        row, first = row[I or slice(None)], self.scored_from(device)[J or slice(None)]
+        return (row < self.q_len) & (row + self.offset >= first)
 
     def scored(self, device: torch.device | str) -> Tensor:
         """Which block pairs have a score: bool [M, N], or [1 or B, 1, M, N] where keys are cut."""
@@ -69,9 +76,14 @@ class Grid(NamedTuple):
         return last_row[:, None] + self.offset >= self.scored_from(device)
 
     def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Query blocks and the key blocks that they can see, piece by piece: as much in all as the window is wide."""
+        """Query blocks and the key blocks that they can see, piece by piece, so that none needs more memory than PIECE.
+
+        In all they are as much as the window is wide.
+        """
         b = self.block_size
-        step = ceil_div(self.sliding_window, b) + 1 if self.sliding_window else self.rows
+        step = max(1, PIECE // (self.columns * b))
+        if self.sliding_window:
+            step = min(step, ceil_div(self.sliding_window, b) + 1)
         for first in range(0, self.rows, step):
             end = min(first + step, self.rows)
             last_position = min(self.offset + end * b, self.kv_len) - 1

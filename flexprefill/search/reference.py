@@ -90,13 +90,14 @@ def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     L = torch.full(shape, -torch.inf, device=query.device, dtype=torch.float32)  # [B, Hkv, g, M, N]
     for I, J in grid.pieces():
         view = grid.view(query.device, I, J) if grid.cut or grid.alibi_slopes is not None else None
-        scores = view.scores(grid.first_key) if grid.cut else grid.scoring_rows(query.device)[None]
+        scores = grid.scoring_rows(query.device, I, J)
         for batch in range(means.shape[0]):
             entry = None if view is None else View(*(part if part.dim() < 4 else _of(part, batch) for part in view))
+            own_scores = _of(scores, batch) if grid.cut else scores
             for head in range(means.shape[1]):  # one key head at a time bounds the memory
                 products = _products(grouped[batch, head, :, I], means[batch, head].float(), grid, entry, I, J)
                 s = _modified(products, grid, entry, head)
-                L[batch, head, :, I, J] = log2_sum(torch.where(_of(scores, batch), s, -torch.inf), 2)
+                L[batch, head, :, I, J] = log2_sum(torch.where(own_scores, s, -torch.inf), 2)
     return rearrange(L, "B H g M N -> B (H g) M N")
 
 
