@@ -25,12 +25,10 @@ class Sequences:
     Attributes:
         starts: int32 [1 or B, S_kv], for each position the first position of its sequence; S_kv in padding.
         ends: int32 [1 or B, S_kv], for each position the one behind its sequence's last; 0 in padding.
-        one_each: whether each batch entry holds one sequence at most.
     """
 
     starts: Tensor
     ends: Tensor
-    one_each: bool
 
     @classmethod
     def from_lengths(cls, seq_lengths: Tensor, kv_len: int, *, padding: str = "right") -> Sequences:
@@ -51,7 +49,7 @@ class Sequences:
         position = torch.arange(kv_len, device=seq_lengths.device)
         start = torch.zeros_like(lengths) if padding == "right" else kv_len - lengths
         end = start + lengths
-        return cls._of(position, start, end, kv_len, one_each=True)
+        return cls._of(position, start, end, kv_len)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, kv_len: int) -> Sequences:
@@ -73,13 +71,13 @@ class Sequences:
         sequence = torch.searchsorted(cu_seqlens, position, right=True)  # 0 before the first, n + 1 behind the last
         last = cu_seqlens.shape[0] - 1
         start, end = cu_seqlens[(sequence - 1).clamp(min=0)], cu_seqlens[sequence.clamp(max=last)]
-        return cls._of(position, start[None], end[None], kv_len, one_each=last == 1)
+        return cls._of(position, start[None], end[None], kv_len)
 
     @classmethod
-    def _of(cls, position: Tensor, start: Tensor, end: Tensor, kv_len: int, *, one_each: bool) -> Sequences:
+    def _of(cls, position: Tensor, start: Tensor, end: Tensor, kv_len: int) -> Sequences:
         inside = (position >= start) & (position < end)
         starts = torch.where(inside, start, kv_len).to(torch.int32)
-        return cls(starts, torch.where(inside, end, 0).to(torch.int32), one_each)
+        return cls(starts, torch.where(inside, end, 0).to(torch.int32))
 
     @property
     def kv_len(self) -> int:

@@ -49,13 +49,6 @@ class Terms(NamedTuple):
         """The names of the arguments that were given."""
         return [name for name, term in self._asdict().items() if isinstance(term, (Sequences, Tensor)) or term]
 
-    @property
-    def without_kernel(self) -> list[str]:
-        """What of these the search's Triton kernels do not know of."""
-        names = [name for name in self.given if name in ("soft_cap", "alibi_slopes")]
-        packed = self.sequences is not None and not self.sequences.one_each
-        return ["several sequences in a batch entry", *names] if packed else names
-
 
 PLAIN = Terms()
 

@@ -50,8 +50,7 @@ def search_blocks(
         last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
             query block counts as one of the last. Maps of chunks are joined by :meth:`BlockMap.from_chunks`.
         implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
-            under TRITON_INTERPRET=1; docs/masks.md says what it does not know of), or "auto" (triton on CUDA where it
-            knows of everything asked for, else reference).
+            under TRITON_INTERPRET=1), or "auto" (triton on CUDA for the scorer "flashprefill", else reference).
         means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
             inside torch.compile.
         sequences: which positions belong together; keys of other sequences and of padding enter no mean and no score,
@@ -94,7 +93,7 @@ def search_checked(
         raise ValueError(
             f"config.scorer {rule.scorer!r} does not know of {', '.join(terms.given)}: 'flashprefill' and 'exact' do"
         )
-    implementation = resolve_implementation(implementation, query.device, rule.scorer, terms)
+    implementation = resolve_implementation(implementation, query.device, rule.scorer)
     sequences = terms.sequences
     bounds = (None, None) if sequences is None else (sequences.starts, sequences.ends)
     if means is None:
@@ -125,8 +124,8 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
     return means
 
 
-def resolve_implementation(implementation: str, device: torch.device, scorer: str, terms: Terms = PLAIN) -> str:
-    """The named one, or what "auto" is for a scorer and terms on a device.
+def resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
+    """The named one, or what "auto" is for a scorer on a device.
 
     Raises:
         ValueError: there is none of that name, or it cannot run.
@@ -134,13 +133,7 @@ def resolve_implementation(implementation: str, device: torch.device, scorer: st
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":
-        kernel = scorer == MEANS_SCORER and not terms.without_kernel
-        return "triton" if device.type == "cuda" and kernel else "reference"
-    if implementation == "triton" and terms.without_kernel:
-        raise ValueError(
-            f"implementation 'triton' has no kernel for {', '.join(terms.without_kernel)}; 'reference' searches with "
-            "them on any device"
-        )
+        return "triton" if device.type == "cuda" and scorer == MEANS_SCORER else "reference"
     if implementation == "triton" and scorer != MEANS_SCORER:
         raise ValueError(
             f"implementation 'triton' has no kernel for the scorer {scorer!r}, only for {MEANS_SCORER!r}; "

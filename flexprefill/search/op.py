@@ -48,19 +48,9 @@ def search_words(
     rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, sliding_window, soft_cap)
     if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
-    elif starts is not None and implementation == "reference":
-        pooled = reference.pool_own_keys(key, block_size, starts, ends)
     else:
-        pooled = pool_keys(key, block_size, implementation, bounds_of(key, starts, ends))
+        pooled = pool_keys(key, block_size, implementation, starts, ends)
     return score_words(query, pooled, key.shape[2], rule, implementation, starts, ends, alibi_slopes)
-
-
-def bounds_of(key: Tensor, starts: Tensor | None, ends: Tensor | None) -> Tensor | None:
-    """Start and end of the one sequence that each batch entry holds: int32 [B, 2]; an empty one starts at S_kv."""
-    if starts is None:
-        return None
-    bounds = torch.stack([starts.amin(1), ends.amax(1)], 1)
-    return bounds.expand(key.shape[0], 2).contiguous()
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -70,19 +60,25 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     return query.new_empty((batch, heads, ceil_div(q_len, block_size), width), dtype=torch.int32)
 
 
-def pool_keys(key: Tensor, block_size: int, implementation: str, bounds: Tensor | None = None) -> Tensor:
+def pool_keys(
+    key: Tensor, block_size: int, implementation: str, starts: Tensor | None = None, ends: Tensor | None = None
+) -> Tensor:
     """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D].
 
     Args:
-        bounds: as :func:`bounds_of` gives them, for "triton".
+        starts, ends: of Sequences; then the means are those of reference.pool_own_keys.
     """
     if implementation == "reference":
-        return reference.pool_keys(key, block_size)
+        return (
+            reference.pool_keys(key, block_size)
+            if starts is None
+            else reference.pool_own_keys(key, block_size, starts, ends)
+        )
     from flexprefill.search import kernels  # imports triton
 
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(key):
-        return kernels.pool_keys(key, block_size, bounds)
+        return kernels.pool_keys(key, block_size, starts, ends)
 
 
 def score_words(
@@ -111,4 +107,4 @@ def score_words(
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
-        return kernels.score_words(query, pooled, kv_len, rule, bounds_of(pooled, starts, ends))
+        return kernels.score_words(query, pooled, kv_len, rule, starts, ends, alibi_slopes)

@@ -45,7 +45,8 @@ def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) ->
         key: [B, Hkv, S_kv, D]; starts, ends: [1 or B, S_kv], of Sequences.
 
     Returns:
-        [B, Hkv, N + N + N · b, D]; what stands where padding does is not to be used.
+        [B, Hkv, N + N + S_kv, D]; what stands where padding does, or a position's where its sequence reaches an end of
+        the block, is not to be used.
     """
     kv_len = key.shape[2]
     columns = ceil_div(kv_len, block_size)
@@ -68,7 +69,7 @@ def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) ->
     same = (starts[..., None] == starts[..., None, :]) & ~outside[..., None]  # [1 or B, N, b, b]
     inside = torch.where(outside[:, None, ..., None], 0, keys)
     sums = same.float()[:, None] @ inside
-    pooled.append((sums / same.sum(3).clamp(min=1)[:, None, ..., None]).flatten(2, 3))
+    pooled.append((sums / same.sum(3).clamp(min=1)[:, None, ..., None]).flatten(2, 3)[:, :, :kv_len])
     return torch.cat(pooled, 2).to(key.dtype)
 
 
