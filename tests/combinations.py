@@ -1,18 +1,20 @@
 """Which features work together on which backend: the calls that show it, and the table of what they showed.
 
-This runs all calls and writes <backend>.json, and then docs/combinations.md from these files:
+This runs all calls and writes what each part of them showed, then docs/combinations from that and the table:
 
-    FLEXPREFILL_COMBINATIONS=docs/combinations pytest tests/test_combinations.py
-    python tests/combinations.py
+    FLEXPREFILL_COMBINATIONS=/tmp/combinations pytest tests/test_combinations.py
+    python tests/combinations.py /tmp/combinations
 """
 
 import json
-from itertools import combinations
+import sys
+from itertools import combinations, product
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "combinations"
 BACKENDS = {"cpu": "CPU", "triton": "TRITON", "flash": "FLASH"}
+PARTS = 4  # of a backend's calls
 
 # names of features; those of one group exclude each other
 GROUPS = (
@@ -39,9 +41,14 @@ GROUP_OF = {name: place for place, group in enumerate(GROUPS) for name in group}
 REQUIRED = GROUPS[:5]  # every call has one of each
 
 
-def completed(features):
-    """Features with the first of each group that a call has to have one of."""
-    return (*features, *(group[0] for group in REQUIRED if not set(group) & set(features)))
+def bases():
+    """One of each group that a call has to have one of, in every way; the first is the usual one."""
+    return product(*REQUIRED)
+
+
+def completed(features, base):
+    """Features with those of a base in whose groups they have none."""
+    return (*features, *(name for group, name in zip(REQUIRED, base, strict=True) if not set(group) & set(features)))
 
 
 def pairs_of(features):
@@ -52,11 +59,12 @@ def possible(pair):
     return GROUP_OF[pair[0]] != GROUP_OF[pair[1]]
 
 
-def covering_calls(refused):
+def covering_calls(refused, base):
     """Calls, each a tuple of features, in which every possible pair that is not refused comes together; greedily.
 
     Args:
         refused: set of features and of pairs of features, each as a sorted tuple.
+        base: what completes a call.
     """
     left = {pair for pair in combinations(FEATURES, 2) if possible(pair)}
     left = {pair for pair in left if not ({pair, pair[:1], pair[1:]} & refused)}
@@ -74,14 +82,28 @@ def covering_calls(refused):
             if not fitting:
                 break
             call.append(max(fitting, key=lambda name: len(left & pairs_of([*call, name]))))
-        call = completed(call)
+        call = completed(call, base)
         left -= pairs_of(call)
         calls.append(call)
     return calls
 
 
-def write(directory, backend, result):
-    Path(directory, f"{backend}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+def write(path, result):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+def keep(directory):
+    """Makes docs/combinations of what the parts of a run showed; backends that did not run keep what they have."""
+    for backend in BACKENDS:
+        parts = [json.loads(path.read_text()) for path in sorted(Path(directory).glob(f"{backend}-*.json"))]
+        if not parts:
+            continue
+        if len(parts) != PARTS:
+            raise SystemExit(f"{directory} has {len(parts)} of the {PARTS} parts of {backend}")
+        calls = sorted(call for part in parts for call in part["calls"])
+        failed = {name: message for part in parts for name, message in part["failed"].items()}
+        write(RESULTS / f"{backend}.json", {**parts[0], "calls": calls, "failed": failed})
 
 
 def read(backend):
@@ -145,4 +167,6 @@ def _cell(results, pair):
 
 
 if __name__ == "__main__":
+    for directory in sys.argv[1:]:
+        keep(directory)
     (DOCS / "combinations.md").write_text(table())
