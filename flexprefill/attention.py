@@ -273,7 +273,7 @@ class _Call(NamedTuple):
         if self.terms.soft_cap:
             mods.append(soft_cap_mod(self.query, self.terms.soft_cap))
         if self.terms.alibi_slopes is not None:
-            mods.append(alibi_mod(self.terms.alibi_slopes.float(), offsets_at(block_map, block_map.offset)))
+            mods.append(alibi_mod(self.terms.alibi_slopes, offsets_at(block_map, block_map.offset)))
         return (*mods, self.score_mod) if self.score_mod is not None else tuple(mods)
 
     def aux_request(self, correct: bool) -> AuxRequest | None:

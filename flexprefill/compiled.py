@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,25 +51,23 @@ def flex_over(
     with torch.no_grad():
         if torch.compiler.is_compiling():
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
-        attend = _compiled(
-            Signature(
-                query.device.type,
-                query.dtype,
-                query.shape[1],
-                key.shape[1],
-                query.shape[3],
-                value.shape[3],
-                offset is not None,
-                tuple(map(_code_of, mask_mods)),
-                tuple(map(_code_of, score_mods)),
-                block_size,
-                scale,
-                kernel_options,
-                return_aux,
-            )
+        signature = Signature(
+            query.device.type,
+            query.dtype,
+            query.shape[1],
+            key.shape[1],
+            query.shape[3],
+            value.shape[3],
+            offset is not None,
+            tuple(map(_code_of, mask_mods)),
+            tuple(map(_code_of, score_mods)),
+            block_size,
+            scale,
+            kernel_options,
+            return_aux,
         )
         try:
-            return attend(*inputs)
+            return _call(signature, inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise FlexPrefillError(
                 "torch.compile's recompile limit is hit: this attention was compiled for more than "
@@ -103,12 +102,32 @@ class Signature(NamedTuple):
     return_aux: AuxRequest | None
 
 
+NAMES = 8  # that inputs get in turn, where torch mixes sizes up
+_name_of: dict[Signature, int] = {}  # the one that compiled, if not the first
+
+
+def _call(signature: Signature, inputs: tuple[Any, ...]) -> Tensor | tuple[Tensor, Any]:
+    """The compiled attention, under another name for its inputs where torch generates C++ that does not compile.
+
+    Its C++ attention names two sizes by replacing text, which also hits any other size whose name begins alike (torch
+    2.13). Names of sizes are drawn from those of the inputs.
+    """
+    while True:
+        name = _name_of.get(signature, 0)
+        try:
+            return _compiled(signature, name)(*inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if not re.search(r"cur_(q|kv)SplitSize\d", str(error)) or name == NAMES - 1:
+                raise
+            _name_of[signature] = name + 1
+
+
 def _code_of(mod: Callable[..., Tensor]) -> types.CodeType | type:
     return getattr(mod, "__code__", type(mod))
 
 
 @functools.cache
-def _compiled(signature: Signature) -> Attend:
+def _compiled(signature: Signature, name: int) -> Attend:
     # out of the signature: guards on locals are cheaper
     block_size, scale, return_aux = signature.block_size, signature.scale, signature.return_aux
     kernel_options = signature.kernel_options
@@ -117,7 +136,7 @@ def _compiled(signature: Signature) -> Attend:
         return _attend(*inputs, block_size, scale, kernel_options, return_aux)
 
     # torch.compile counts recompiles by code object: one each, so that models do not use up each other's
-    code = attend.__code__.replace()
+    code = attend.__code__.replace(co_varnames=(f"inputs_{name}",))
     return torch.compile(types.FunctionType(code, attend.__globals__, closure=attend.__closure__), fullgraph=True)
 
 

@@ -13,7 +13,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 def soft_cap_mod(query: Tensor, cap: float) -> ScoreMod:
     """cap · tanh(score / cap)."""
     # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
-    caps = torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device)
+    caps = _of_heads(torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device))
 
     def soft_capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return caps[h] * torch.tanh(score / caps[h])
@@ -21,13 +21,21 @@ def soft_cap_mod(query: Tensor, cap: float) -> ScoreMod:
     return soft_capped
 
 
+def _of_heads(tensor: Tensor) -> Tensor:
+    """[Hq], whose length is not to become a symbol once other calls have other heads: each number compiles anew."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static(tensor, 0)
+    return tensor
+
+
 def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
     """score - slope · distance.
 
     Args:
-        slopes: float32 [Hq].
+        slopes: float [Hq].
         offset: int32 [B], the position of the first query.
     """
+    slopes = _of_heads(slopes.float())
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - slopes[h] * (q_idx + offset[b] - kv_idx)
