@@ -145,7 +145,9 @@ def prefill_attention(
         output, sums = add_dropped_blocks(query, key, value, block_map, output, sums, scale=call.scale)
     if sinks is not None:
         if sums is None:
-            sums = log_sum_exp_over(query, key, block_map, call.scale, cut.mask_mods, score_mods)
+            terms = first, call.terms.soft_cap, call.terms.alibi_slopes
+            own = cut.mask_mods if first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
+            sums = log_sum_exp_over(query, key, block_map, call.scale, *terms, *own)
         output = add_sinks(output, sums, sinks)
     if return_aux is None:
         return output

@@ -13,6 +13,7 @@ from flexprefill.errors import FlexPrefillError
 from flexprefill.masks import MaskMod
 from flexprefill.operators import operator
 from flexprefill.score_mods import ScoreMod
+from flexprefill.search.reference import soft_capped
 
 
 def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -30,6 +31,9 @@ def log_sum_exp_over(
     key: Tensor,
     block_map: BlockMap,
     scale: float,
+    first: Tensor | None = None,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     mask_mods: tuple[MaskMod, ...] = (),
     score_mods: tuple[ScoreMod, ...] = (),
 ) -> Tensor:
@@ -38,30 +42,53 @@ def log_sum_exp_over(
     FlexAttention's kernel for the CPU gives none.
 
     Args:
-        mask_mods, score_mods: FlexAttention's; not inside torch.compile.
+        first: the first keys that queries see; see sequences.first_keys.
+        soft_cap: 0 is none.
+        alibi_slopes: float [Hq].
+        mask_mods, score_mods: the caller's, for FlexAttention; not inside torch.compile.
 
     Raises:
         FlexPrefillError: inside torch.compile with mods.
     """
-    sizes = block_map.kv_len, block_map.block_size
+    arguments = (
+        query,
+        key,
+        block_map.words,
+        block_map.kv_len,
+        block_map.block_size,
+        scale,
+        first,
+        soft_cap,
+        alibi_slopes,
+    )
     if not mask_mods and not score_mods:
-        return kept_log_sum_exp(query, key, block_map.words, *sizes, scale)
+        return kept_log_sum_exp(*arguments)
     if torch.compiler.is_compiling():
         raise FlexPrefillError(
             f"sinks with a mask_mod or score_mod cannot be compiled for {query.device}, where FlexAttention gives no "
             "log-sum-exp: call prefill_attention outside of torch.compile, or on a CUDA device"
         )
-    return _log_sum_exp(query, key, block_map.words, *sizes, scale, mask_mods, score_mods)
+    return _log_sum_exp(*arguments, mask_mods, score_mods)
 
 
 @operator("flexprefill::kept_log_sum_exp")
-def kept_log_sum_exp(query: Tensor, key: Tensor, words: Tensor, kv_len: int, block_size: int, scale: float) -> Tensor:
+def kept_log_sum_exp(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    kv_len: int,
+    block_size: int,
+    scale: float,
+    first: Tensor | None = None,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
     """As :func:`log_sum_exp_over`, of a map's words and lengths."""
-    return _log_sum_exp(query, key, words, kv_len, block_size, scale, (), ())
+    return _log_sum_exp(query, key, words, kv_len, block_size, scale, first, soft_cap, alibi_slopes, (), ())
 
 
 @torch.library.register_fake("flexprefill::kept_log_sum_exp")
-def _(query, key, words, kv_len, block_size, scale):
+def _(query, key, words, kv_len, block_size, scale, first=None, soft_cap=0.0, alibi_slopes=None):
     return query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -72,6 +99,9 @@ def _log_sum_exp(
     kv_len: int,
     block_size: int,
     scale: float,
+    first: Tensor | None,
+    soft_cap: float,
+    alibi_slopes: Tensor | None,
     mask_mods: tuple[MaskMod, ...],
     score_mods: tuple[ScoreMod, ...],
 ) -> Tensor:
@@ -89,7 +119,11 @@ def _log_sum_exp(
         row = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
         position = positions[listed].flatten()
         visible = position <= row + (kv_len - q_len)
-        logits = scale * (query[b, h, rows].float() @ keys.T)
+        logits = soft_capped(scale * (query[b, h, rows].float() @ keys.T), soft_cap)
+        if alibi_slopes is not None:
+            logits = logits - alibi_slopes[h].float() * (row + (kv_len - q_len) - position)
+        if first is not None:
+            visible = visible & (position >= first[b if first.shape[0] > 1 else 0, rows, None])
         # past the end a mod may have nothing to read
         index = *(torch.tensor(n, device=query.device) for n in (b, h)), row, position.clamp(max=kv_len - 1)
         for score_mod in score_mods:
