@@ -12,6 +12,7 @@ from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, Lists, make_lists
+from flexprefill.operators import to_capture
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 
@@ -46,7 +47,7 @@ def query_offset(block_map: BlockMap) -> Tensor | None:
 def offsets_at(block_map: BlockMap, position: int) -> Tensor:
     """The ``offset`` of :func:`causal_mask_at` for queries of a map's batch that start at a position."""
     # filled on the device: a copy from the host would wait, and cannot be captured
-    return torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device)
+    return to_capture(torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device))
 
 
 def create_prefill_block_mask(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from flexprefill.config import PrefillConfig
 from flexprefill.dense import dense_attention
 from flexprefill.flex import MaskMod
 from flexprefill.integrations.plain import attend_blocks
+from flexprefill.operators import to_capture
 from flexprefill.recording import is_recording, note
 from flexprefill.search import search_blocks
 
@@ -41,14 +42,16 @@ class Layer:
     sinks: Tensor | None = None
 
 
-def attend_layer(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Causal attention of the last S_q of S_kv positions.
 
     Args:
         query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
+        lengths: int32 [B], how many of the positions hold tokens; those behind are padding, which has to be finite.
+            None is all of them.
 
     Returns:
-        [B, Hq, S_q, Dv].
+        [B, Hq, S_q, Dv], anything where a query is padding.
 
     Raises:
         TypeError, ValueError: as :func:`flexprefill.prefill_attention`.
@@ -61,9 +64,33 @@ def attend_layer(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Ten
         if layer.softcap is None and layer.sinks is None:
             return _attend_dense(query, key, value, layer.scale)
         block_map = all_blocks(query, key, PrefillConfig.block_size)
+    elif lengths is not None:
+        block_map = search_prompts(query, key, layer.config, layer.scale, lengths)
     if layer.sinks is not None:
         return _attend_with_sinks(query, key, value, layer, block_map, mask_mod)
     return _attend(query, key, value, layer, block_map, mask_mod)
+
+
+def search_prompts(query: Tensor, key: Tensor, config: PrefillConfig, scale: float, lengths: Tensor) -> BlockMap:
+    """The map of prompts that end before the last position: each keeps the blocks that it keeps alone.
+
+    But for its last query block, which is scored with the padding behind it: that is kept whole even where
+    ``config.last_full_blocks`` is 0. Query blocks of padding keep the first key block.
+
+    Args:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
+        lengths: int32 [B], how many of the positions hold tokens.
+    """
+    found = search_blocks(query, key, config, scale=scale, last_chunk=False)
+    size = config.block_size
+    row = torch.arange(found.shape[2], device=query.device)
+    end = ((lengths - found.offset).clamp(min=0) + size - 1) // size
+    last, padding = (
+        (row >= start[:, None])[:, None, :, None] for start in (end - max(1, config.last_full_blocks), end)
+    )
+    first_block = (torch.arange(found.words.shape[3], device=query.device) == 0).to(torch.int32)
+    words = torch.where(last, all_blocks(query, key, size).words, found.words)
+    return replace(found, words=torch.where(padding, first_block, words))
 
 
 def window_map(query: Tensor, key: Tensor, layer: Layer) -> BlockMap:
@@ -82,7 +109,7 @@ def window_mask(query: Tensor, key: Tensor, window: int) -> MaskMod:
     """mask_mod of a sliding window."""
     # a tensor filled on the device: a number would be compiled anew for each value, a copy would wait
     behind = key.shape[2] - query.shape[2] - window
-    floor = torch.full((query.shape[0],), behind, dtype=torch.int32, device=query.device)
+    floor = to_capture(torch.full((query.shape[0],), behind, dtype=torch.int32, device=query.device))
 
     def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx > q_idx + floor[b]
@@ -93,7 +120,7 @@ def window_mask(query: Tensor, key: Tensor, window: int) -> MaskMod:
 def soft_cap(query: Tensor, cap: float) -> Callable[..., Tensor]:
     """score_mod of a soft cap."""
     # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
-    caps = torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device)
+    caps = to_capture(torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device))
     if not torch.compiler.is_compiling():
         # once other models had other heads torch makes them a symbol, of which its C++ attention does not compile
         torch._dynamo.mark_static(caps, 0)

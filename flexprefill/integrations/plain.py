@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, unpack_bits
+from flexprefill.blockmap import BlockMap, ceil_div, unpack_bits
+from flexprefill.operators import operator
 
 
 def attend_rows(
@@ -55,7 +56,7 @@ def attend_blocks(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over the blocks of a map, one query block at a time.
+    """Causal attention over the blocks of a map, one query block at a time; one operator in a compiled graph.
 
     Args:
         query: [B, Hq, S_q, D], the last of the S_kv positions; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
@@ -65,17 +66,38 @@ def attend_blocks(
     Returns:
         [B, Hq, S_q, Dv] of query's dtype.
     """
-    size, columns = block_map.block_size, block_map.shape[3]
+    return _attend_words(query, key, value, block_map.words, block_map.block_size, scale, window, softcap, sinks)
+
+
+@operator("flexprefill::attend_words")
+def _attend_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    words: Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    offset, columns = kv_len - q_len, ceil_div(kv_len, block_size)
     outputs = []
-    for I, start in enumerate(range(0, block_map.q_len, size)):
-        rows = query[:, :, start : start + size]
-        position = torch.arange(start, start + rows.shape[2], device=query.device)[:, None] + block_map.offset
-        end = block_map.offset + start + rows.shape[2]  # keys from here on are in the future
+    for I, start in enumerate(range(0, q_len, block_size)):
+        rows = query[:, :, start : start + block_size]
+        position = torch.arange(start, start + rows.shape[2], device=query.device)[:, None] + offset
+        end = offset + start + rows.shape[2]  # keys from here on are in the future
         slot = torch.arange(end, device=query.device)
         seen = slot <= position
         if window is not None:
             seen = seen & (position - slot < window)
-        kept = unpack_bits(block_map.words[:, :, I], columns).repeat_interleave(size, -1)[:, :, None, :end]
+        kept = unpack_bits(words[:, :, I], columns).repeat_interleave(block_size, -1)[:, :, None, :end]
         seen_keys = key[:, :, :end], value[:, :, :end]
         outputs.append(attend_rows(rows, *seen_keys, kept & seen, scale=scale, softcap=softcap, sinks=sinks))
     return torch.cat(outputs, 2)
+
+
+@torch.library.register_fake("flexprefill::attend_words")
+def _(query, key, value, *_):
+    return query.new_empty(*query.shape[:3], value.shape[3])
