@@ -109,7 +109,7 @@ class Request(NamedTuple):
             # spelt out: comparisons of symbolic sizes are no plain bools
             True if q_len != kv_len else False,  # noqa: SIM210
             mods,
-            scale > 0,
+            True if scale > 0 else False,  # noqa: SIM210
             lse,
             max_scores,
             True if aligned else False,  # noqa: SIM210

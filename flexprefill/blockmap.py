@@ -43,9 +43,10 @@ def pack_bits(dense: Tensor) -> Tensor:
     """bool [..., N] to int32 [..., ceil(N / 32)]; bit j of word w is column 32 w + j, the rest is zero."""
     columns = dense.shape[-1]
     width = ceil_div(columns, WORD_BITS)
-    padded = torch.nn.functional.pad(dense, (0, width * WORD_BITS - columns))
+    # no bools: torch 2.13 generates C++ for a padded comparison that does not compile
+    padded = pad(dense.to(torch.int32), (0, width * WORD_BITS - columns))
     lanes = torch.arange(WORD_BITS, device=dense.device, dtype=torch.int32)
-    bits = padded.unflatten(-1, (width, WORD_BITS)).to(torch.int32) << lanes
+    bits = padded.unflatten(-1, (width, WORD_BITS)) << lanes
     # disjoint bits: the int32 sum is their union and cannot carry
     return bits.sum(-1, dtype=torch.int32)
 

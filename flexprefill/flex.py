@@ -14,6 +14,7 @@ from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, Lists, make_lists
 from flexprefill.masks import MaskedBlocks, MaskMod, classify_blocks
+from flexprefill.operators import to_capture
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 from flexprefill.sequences import Sequences, blocks_from, first_keys
@@ -47,19 +48,21 @@ def query_offset(block_map: BlockMap) -> Tensor | None:
 def offsets_at(block_map: BlockMap, position: int) -> Tensor:
     """The ``offset`` of :func:`causal_mask_at` for queries of a map's batch that start at a position."""
     # filled on the device: a copy from the host would wait, and cannot be captured
-    return torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device)
+    return to_capture(torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device))
 
 
 def from_first_key(first: Tensor) -> MaskMod:
     """mask_mod of queries that see no key before their first: int32 [1 or B, S_q], see sequences.first_keys."""
     if first.shape[0] == 1:
         # one index costs FlashAttention-4 less than two
-        first = first[0]
+        first = to_capture(first[0])
 
         def not_before(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return kv_idx >= first[q_idx]
 
         return not_before
+
+    first = to_capture(first)
 
     def not_before_own(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx >= first[b, q_idx]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flexprefill.operators import to_capture
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,7 +27,7 @@ def _of_heads(tensor: Tensor) -> Tensor:
     """[Hq], whose length is not to become a symbol once other calls have other heads: each number compiles anew."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static(tensor, 0)
-    return tensor
+    return to_capture(tensor)
 
 
 def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
@@ -35,7 +37,7 @@ def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
         slopes: float [Hq].
         offset: int32 [B], the position of the first query.
     """
-    slopes = _of_heads(slopes.float())
+    slopes = _of_heads(slopes.to(torch.float32, copy=True))  # a copy: what is said of it is not said of the caller's
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - slopes[h] * (q_idx + offset[b] - kv_idx)

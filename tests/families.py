@@ -37,9 +37,12 @@ FAMILIES = {
 EAGER = {"gemma2", "gpt_oss"}
 
 
-def make_model(family, implementation, dtype=torch.float32):
+def make_model(family, implementation, dtype=torch.float32, layers=2):
     torch.manual_seed(0)
     config = FAMILIES[family]()
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
     config._experts_implementation = "eager"  # in every dtype
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():
