@@ -37,8 +37,8 @@ class Prompts:
         batch: how many prompts.
         offset: the slot of the first query.
         window: how many keys a query sees at most, its own among them; None is all of them.
-        spans: the slots of each prompt; where only the device knows them, inside torch.compile, int32 [B, 2] of the first
-            one and the end. None if each prompt fills all slots up to the last query.
+        spans: the slots of each prompt; inside torch.compile, where only the device knows them, int32 [B, 2]: the first
+            and the end. None if each prompt fills all slots up to the last query.
         device: of the mask.
     """
 
