@@ -136,7 +136,9 @@ def seen():
     for name in ("few_kept", "flexprefill"):
 
         def spy(module, query, key, *others, function=AttentionInterface._global_mapping[name], **settings):
-            calls.setdefault(module.layer_idx, []).append((query, key, {"scale": settings["scaling"], "soft_cap": settings.get("softcap")}))
+            calls.setdefault(module.layer_idx, []).append(
+                (query, key, {"scale": settings["scaling"], "soft_cap": settings.get("softcap")})
+            )
             return function(module, query, key, *others, **settings)
 
         AttentionInterface.register(name, spy)
@@ -335,7 +337,7 @@ def test_a_model_is_compiled_at_most_twice_over_lengths(family):
 # one layer, which with gemma2 has a window, and one graph for all lengths: compiling takes the time
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("llama", True), ("gemma2", True)])
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):
-    model = make_model(family, "few_kept", layers=1).to(DEVICE)
+    model = make_model(family, "few_kept", num_hidden_layers=1).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     expected = logits_alone(model)
     model.set_attn_implementation("all_kept")
