@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from flexprefill.tracing import is_tracing
 
 
 def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
@@ -27,3 +30,22 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
         return getattr(getattr(torch.ops, namespace), short).default
 
     return register
+
+
+@operator("flexprefill::in_memory")
+def _in_memory(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@torch.library.register_fake("flexprefill::in_memory")
+def _(tensor):
+    return torch.empty_like(tensor)
+
+
+def to_capture(tensor: Tensor) -> Tensor:
+    """A small tensor, as a mod may close over it, which is made in the same compiled graph as the attention.
+
+    FlexAttention's lowering for the CPU takes only tensors that are in memory, and raises NoValidChoicesError for one
+    that is computed where it is read (torch 2.13).
+    """
+    return _in_memory(tensor) if is_tracing() and tensor.device.type == "cpu" else tensor

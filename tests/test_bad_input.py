@@ -275,25 +275,32 @@ def test_numbers_that_are_not_finite_on_each_backend(which, bad, backend, reques
         check_not_finite(output, **tensors, block_map=block_map)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU's kernel")
-def test_what_is_not_finite_under_a_mod_is_refused_on_the_cpu():
-    for name, place in (("query", 0), ("key", 1)):
-        tensors = list(inputs())
-        tensors[place][0, 0, 33] = math.nan
-        with pytest.raises(ValueError, match=f"{name} must be finite.*mask_mod or score_mod.*got .*nan"):
-            prefill_attention(*tensors, CONFIG, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_finite_under_a_mod_reaches_the_rows_that_see_it(place):
+    tensors = list(inputs())
+    tensors[place][0, 0, 33] = math.nan
+    for changes in ({"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx > q_idx - 8}, {"sliding_window": 8}):
+        bad = prefill_attention(*tensors, CONFIG, **changes).isnan().all(-1)
+        rows = torch.zeros(1, HEADS, LENGTH, dtype=torch.bool, device=DEVICE)
+        if place == 0:
+            rows[0, 0, 33] = True
+        else:
+            rows[..., 33:41] = True
+        assert torch.equal(bad, rows)
 
 
 def test_a_compiled_callers_rows_are_marked_too():
-    from flexprefill.not_finite import mark_rows_not_finite
+    from flexprefill.not_finite import _marked
 
     query, key, value = inputs()
     query[0, 1, 40] = math.nan
     words = a_map().words
-    arguments = query, key, words, value.expand(-1, HEADS, -1, -1).clone(), 16, 0.25, False
-    torch.library.opcheck(mark_rows_not_finite, arguments)
-    mark_rows_not_finite(*arguments)
+    arguments = query, key, words, value.expand(-1, HEADS, -1, -1).clone(), 16, 0.25
+    torch.library.opcheck(_marked, arguments)
+    _marked(*arguments)
     assert arguments[3].isnan().all(-1).nonzero().tolist() == [[0, 1, 40]]
+    with pytest.raises(ValueError, match="query and key must be finite.*mask_mod or score_mod"):
+        _marked(*arguments, mods=True)
 
 
 BAD_SETTINGS = {
@@ -495,6 +502,8 @@ REFUSED = {
     "chunks of one place": (lambda: BlockMap.from_chunks([OURS, OURS]), ValueError, "chunks must follow each other"),
     "mask of nothing": (lambda: BlockMap.from_block_mask(None), TypeError, "block_mask must be a BlockMask"),
     "mask with a mod of no arguments": (lambda: OURS.to_block_mask(lambda: True), TypeError, "mask_mod must be a func"),
+    "mask of no mod": (lambda: OURS.with_mask(None), TypeError, "mask_mod must be a function"),
+    "mask of a number": (lambda: OURS.with_mask(3), TypeError, "mask_mod must be a function"),
     "mask with buffers of nothing": (lambda: OURS.to_block_mask(buffers=3), TypeError, "buffers must be a ListBuffers"),
     "cache of a float": (lambda: MaskCache(1.5), TypeError, "max_bytes must be an int"),
     "cache of nothing": (lambda: MaskCache(0), ValueError, "max_bytes must be at least 1"),
@@ -581,8 +590,9 @@ def test_what_is_public_is_what_is_tested_here():
         "create_prefill_block_mask", "explain_backend", "load_masks", "prefill_attention", "read_mask_info",
         "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
+    tested |= {"Sequences"}  # in test_sequences.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}
-    with_arguments = {"from_dense", "causal", "from_chunks", "from_block_mask", "to_block_mask", "to"}
+    with_arguments = {"from_dense", "causal", "from_chunks", "from_block_mask", "to_block_mask", "to", "with_mask"}
     without = {"to_dense", "offset", "shape", "device", "counts", "density"}
     methods = {name for name in vars(BlockMap) if not name.startswith("_")}
     assert methods - {"words", "q_len", "kv_len", "block_size"} == with_arguments | without

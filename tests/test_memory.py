@@ -47,7 +47,7 @@ def test_lists_that_do_not_fit_are_refused_before_anything_is_allocated(buffers)
 @pytest.fixture
 def little_memory(monkeypatch):
     monkeypatch.setattr(memory, "WORTH_ASKING", 0)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 200)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -55,7 +55,7 @@ def little_memory(monkeypatch):
 def test_a_search_that_does_not_fit_is_refused(implementation):
     query, key, value = make_qkv(400, heads=2, device=DEVICE)
     with pytest.raises(
-        NotEnoughMemoryError, match=r"memory for the search.* takes [\d,]+ bytes on .*5,000 are free; "
+        NotEnoughMemoryError, match=r"memory for the search.* takes [\d,]+ bytes on .*200 are free; "
     ) as raised:
         search_blocks(query, key, CONFIG, implementation=implementation)
     assert "in chunks" in str(raised.value) or "fewer sequences" in str(raised.value)
