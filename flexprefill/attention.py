@@ -35,7 +35,7 @@ from flexprefill.score_mods import ScoreMod, alibi_mod, soft_cap_mod
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
 from flexprefill.search.scorers import find_scorer
-from flexprefill.sequences import Sequences, first_keys
+from flexprefill.sequences import Sequences
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 from flexprefill.terms import Terms, check_per_head
 from flexprefill.tracing import is_tracing
@@ -128,13 +128,10 @@ def prefill_attention(
         block_map = all_blocks(query, key, config.block_size)
     elif block_map is None:
         block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means, call.terms)
-    starts = None
     if sequences is not None:
-        starts = sequences.starts
         # a weight of zero times what is not finite would be NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
-    first = first_keys(starts, call.terms.sliding_window, block_map.q_len, block_map.kv_len, query.device)
-    block_map, cut = cut_by(block_map, mask_mod, first)
+    block_map, cut = cut_by(block_map, mask_mod, sequences, call.terms.sliding_window)
     if not choice.dense:
         note(block_map)
     correct = config.mean_correction and not choice.dense
@@ -143,6 +140,9 @@ def prefill_attention(
     factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
     settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": aux_request}
     score_mods = call.score_mods(block_map)
+    # what hides and changes logits, as far as there are names for it, and the caller's own
+    terms = cut.first, call.terms.soft_cap, call.terms.alibi_slopes
+    own = cut.mask_mods if cut.first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
     if choice.tail_parts > 1:
         split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
         result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
@@ -151,8 +151,6 @@ def prefill_attention(
         mods = {"mask_mods": cut.mask_mods, "score_mods": score_mods}
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
         if choice.name == "cpp":
-            own = cut.mask_mods if first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
-            terms = first, call.terms.soft_cap, call.terms.alibi_slopes
             mark_rows_not_finite(query, key, block_map, result, call.scale, *terms, *own)
     output, aux = (result, None) if aux_request is None else result
     sums = None if aux is None or aux.lse is None else aux.lse * factor if factor != 1 else aux.lse
@@ -160,8 +158,6 @@ def prefill_attention(
         output, sums = add_dropped_blocks(query, key, value, block_map, output, sums, scale=call.scale)
     if sinks is not None:
         if sums is None:
-            terms = first, call.terms.soft_cap, call.terms.alibi_slopes
-            own = cut.mask_mods if first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
             sums = log_sum_exp_over(query, key, block_map, call.scale, *terms, *own)
         output = add_sinks(output, sums, sinks)
     if return_aux is None:
