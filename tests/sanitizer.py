@@ -22,16 +22,16 @@ def find_sanitizer():
     return next((str(place) for place in places if place and os.access(place, os.X_OK) and os.path.isfile(place)), None)
 
 
-def run_kernels():
+def run_kernels(device="cuda"):
     """Every Triton and Gluon kernel of the library, odd and even sizes, whole prompts and chunks, each checked."""
     import torch
     from inputs import make_qkv
 
-    from flexprefill import BlockMap, KeyMeans, ListBuffers, PrefillConfig, search_blocks, tail_kernel
+    from flexprefill import BlockMap, KeyMeans, ListBuffers, PrefillConfig, Sequences, search_blocks, tail_kernel
     from flexprefill.mean_correction import merge_means
     from flexprefill.search import kernels
 
-    make = functools.partial(make_qkv, heads=4, kv_heads=2, device="cuda")
+    make = functools.partial(make_qkv, heads=4, kv_heads=2, device=device)
     ran = 0
     for q_len, kv_len, head_dim, dtype in (
         (512, 512, 128, torch.bfloat16),
@@ -52,18 +52,25 @@ def run_kernels():
             buffers = ListBuffers()
             for _ in range(2):
                 assert BlockMap.from_block_mask(block_map.to_block_mask(buffers=buffers)) == block_map
-            output, lse = torch.zeros_like(query), torch.zeros(query.shape[:3], device="cuda")
+            output, lse = torch.zeros_like(query), torch.zeros(query.shape[:3], device=device)
             sizes = config.block_size, head_dim**-0.5, "triton"
             merged, _ = merge_means(query, key, value, block_map.words, output, lse, *sizes)
             assert merged.isfinite().all()
             ran += 1
+        bounds = torch.tensor([0, kv_len // 3, kv_len - 1], device=device)
+        terms = {"sliding_window": 100, "soft_cap": 3.0, "alibi_slopes": torch.full((4,), 0.01, device=device)}
+        for sequences in (None, Sequences.from_cu_seqlens(bounds, kv_len)):
+            found = search_blocks(query, key, PrefillConfig(), implementation="triton", sequences=sequences, **terms)
+            assert BlockMap.from_block_mask(found.to_block_mask()) == found
+            ran += 1
     words = search_blocks(*make(1024, head_dim=64, dtype=torch.bfloat16)[:2]).words
     parts = tail_kernel.part_words(words, 6, 8, 3)
     assert parts.shape == (1, 12, 2, 1)
-    outputs, sums = torch.randn(1, 4, 3 * 256, 64, device="cuda"), torch.randn(1, 4, 3 * 256, device="cuda")
-    output, lse = torch.zeros(1, 4, 1000, 64, device="cuda"), torch.zeros(1, 4, 1000, device="cuda")
+    outputs, sums = torch.randn(1, 4, 3 * 256, 64, device=device), torch.randn(1, 4, 3 * 256, device=device)
+    output, lse = torch.zeros(1, 4, 1000, 64, device=device), torch.zeros(1, 4, 1000, device=device)
     tail_kernel.merge_parts(outputs, sums, 3, 1.0, output, lse, 250)
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     assert output[:, :, -250:].isfinite().all() and (output[:, :, :-250] == 0).all()
     print(f"{ran} searches and the tail's kernels ran")
 

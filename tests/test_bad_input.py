@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 CONFIG = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 LENGTH, HEADS, KV_HEADS, DIM = 96, 2, 1, 16
-TOLERANCE = 1e-5 if DEVICE == "cpu" else 2e-2  # a GPU's float32 products may be tf32
+TOLERANCE = 1e-5 if DEVICE == "cpu" else 6e-2  # a GPU's float32 products may be tf32
 SIZES = {"q_len": LENGTH, "kv_len": LENGTH, "block_size": 16}
 
 

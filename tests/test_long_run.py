@@ -23,19 +23,19 @@ def resident_bytes():
 
 def long_run(calls, lengths, device, config, **shape):
     """Calls of random lengths; returns what is held of device and host memory, and how many graphs there were, each
-    after a fifth of the calls and at the end, and how many calls gave something else than the first of their length."""
+    after a third of the calls and at the end, and how many calls gave something else than the first of their length."""
     chance = random.Random(0)
     query, key, value = make_qkv(max(lengths), device=device, **shape)
     buffers, cache, first = ListBuffers(), MaskCache(max_bytes=8 * MIB), {}
     different = torch.zeros((), dtype=torch.int64, device=device)
     held = []
     for call in range(calls):
-        if call in (calls // 5, calls - 1):
+        if call in (calls // 3, calls - 1):
             gc.collect()
             on_device = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if device == "cuda" else (0, 0)
             held.append((*on_device, resident_bytes(), counters["stats"]["unique_graphs"]))
-        # all lengths first, so that what is kept of each is there when memory is looked at
-        length = lengths[call] if call < len(lengths) else chance.choice(lengths)
+        # all lengths twice, until there is code for all lengths, and what is kept of each is there
+        length = lengths[call % len(lengths)] if call < 2 * len(lengths) else chance.choice(lengths)
         rows, keys, values = (tensor[:, :, :length] for tensor in (query, key, value))
         block_map = search_blocks(rows, keys, config)
         cached = cache.prompt(range(length)).search_blocks(0, rows, keys, config)
@@ -43,6 +43,8 @@ def long_run(calls, lengths, device, config, **shape):
         chunk.to_block_mask(buffers=buffers)
         output = prefill_attention(rows, keys, values, config, buffers=buffers if call % 2 else None)
         found = block_map.words, cached.words, chunk.words, output
+        if call < len(lengths):
+            continue
         if length not in first:
             first[length] = tuple(tensor.clone() for tensor in found)
         for tensor, expected in zip(found, first[length], strict=True):

@@ -137,7 +137,7 @@ def test_another_threads_compilation_does_not_make_it_dense(monkeypatch):
 
 # by the names of the kernels on the device, or in the code that was generated for the CPU
 KERNELS = {
-    "triton": r"triton_.*flex_attention",
+    "triton": r"triton_tem_fused.*flex_attention",
     "flash": r"(?i)flash_?attention_?forward_?sm90|flash_attncute|flash_fwd_sm90",
     "dense-flash": r"(?i)flash_?attention_?forward_?sm90|flash_attncute|flash_fwd_sm90",
     "dense-sdpa": r"(?i)cudnn.*(sdpa|attention)|cudnn_generated|pytorch_flash|fmha|flash_fwd|softmax",

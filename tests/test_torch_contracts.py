@@ -26,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 NEWEST_SEEN = (2, 15)
-LENGTH = 208
-CONFIG = PrefillConfig(block_size=16, alpha=0.9, window_blocks=1, last_full_blocks=0)
+BLOCK = 16 if DEVICE == "cpu" else 128  # what FlexAttention's kernel takes without options
+LENGTH = 13 * BLOCK
+CONFIG = PrefillConfig(block_size=BLOCK, alpha=0.9, window_blocks=1, last_full_blocks=0)
 
 
 def trap(caught, what):
@@ -53,7 +54,7 @@ def attend():
     @torch.compile(fullgraph=True)
     def attend(query, key, value, *lists):
         mask = BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=16, mask_mod=causal_mask, seq_lengths=(LENGTH, LENGTH), compute_q_blocks=False
+            *lists, BLOCK_SIZE=BLOCK, mask_mod=causal_mask, seq_lengths=(LENGTH, LENGTH), compute_q_blocks=False
         )
         return flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
 
@@ -80,7 +81,7 @@ def test_trap_counts_with_other_strides_are_read_wrongly_without_a_message(case,
 def test_the_library_makes_lists_that_do_not_fall_into_it(case):
     block_map = case[3]
     words = block_map.words.transpose(1, 2).contiguous().transpose(1, 2)
-    mask = BlockMap(words, LENGTH, LENGTH, 16).to_block_mask()
+    mask = BlockMap(words, LENGTH, LENGTH, BLOCK).to_block_mask()
     lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
     assert all(tensor.is_contiguous() for tensor in lists) and lists[1].shape == lists[3].shape
 
@@ -105,7 +106,7 @@ def test_trap_lists_that_are_narrower_than_the_keys_do_not_compile_on_the_cpu(ca
 def test_trap_eager_flex_attention_ignores_the_lists(case):
     """2.11 to 2.15, every device: only the mask_mod counts, and the warning says nothing of the mask."""
     query, key, value, block_map, expected = case
-    everything = BlockMap.causal(2, 2, q_len=LENGTH, kv_len=LENGTH, block_size=16, device=DEVICE)
+    everything = BlockMap.causal(2, 2, q_len=LENGTH, kv_len=LENGTH, block_size=BLOCK, device=DEVICE)
     eager = flex_attention(query, key, value, block_mask=block_map.to_block_mask(), enable_gqa=True)
     trap(relative_error(eager, expected) > 0.05, "eager flex_attention is dense")
     assert relative_error(eager, masked_attention(query, key, value, everything)) <= CLOSE
@@ -182,7 +183,7 @@ def test_trap_a_mask_mod_that_closes_over_an_int_is_compiled_again_for_another_a
         return lambda b, h, q_idx, kv_idx: q_idx + offset >= kv_idx
 
     def attend(mask_mod):
-        sizes = {"BLOCK_SIZE": 16, "seq_lengths": (64, 100), "compute_q_blocks": False}
+        sizes = {"BLOCK_SIZE": BLOCK, "seq_lengths": (64, 100), "compute_q_blocks": False}
         mask = BlockMask.from_kv_blocks(*lists, mask_mod=mask_mod, **sizes)
         return flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
 
@@ -228,11 +229,11 @@ def test_trap_lists_that_are_expanded_over_heads(case, attend):
     """2.11 (CUDA), pytorch issue 172225: wrong with B > 1; right on the CPU (2.13 to 2.15). Either is no failure."""
     query, key, value, block_map, _ = case
     lists = [tensor[:, :1].expand(-1, 2, *tensor.shape[2:]) for tensor in lists_of(block_map, None, None)]
-    one = BlockMap(block_map.words[:, :1].expand(-1, 2, -1, -1).contiguous(), LENGTH, LENGTH, 16)
+    one = BlockMap(block_map.words[:, :1].expand(-1, 2, -1, -1).contiguous(), LENGTH, LENGTH, BLOCK)
     error = relative_error(attend(query, key, value, *lists), masked_attention(query, key, value, one))
     assert error <= CLOSE or error > 0.05
     # the library's lists of an expanded map are not expanded
-    assert all(tensor.is_contiguous() for tensor in lists_of(BlockMap(one.words, LENGTH, LENGTH, 16), None, None))
+    assert all(tensor.is_contiguous() for tensor in lists_of(BlockMap(one.words, LENGTH, LENGTH, BLOCK), None, None))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU's kernel")
