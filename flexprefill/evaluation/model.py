@@ -22,6 +22,7 @@ from flexprefill.evaluation.vocabulary import SIZE
 HEAD_DIM = 64
 ROTARY_DIMS = 32  # of a head; the others do not know positions, and match over any distance
 ROTARY_BASE = 1000.0  # the slowest pair turns once in some 4,000 tokens: no angle is new behind a trained 8,192
+BEFORE = 0.75  # share of the token before in a key, before training
 MIMETIC = 0.7  # correlation of a query head's weights with its key head's before training
 SHARP_FROM = 256  # attention is sharper behind this position, in proportion to the position's logarithm
 FORMAT = "flexprefill needle model 1"
@@ -61,23 +62,24 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Attention whose query and key are normalised, turned in half of their dimensions, and sharpened with length.
 
-    What it reads is the token's own state and, by a learnt share of each channel, the state of the token before it:
-    what stands behind a key can be found by the key in a single layer, and the two-layer detour of induction heads,
-    which small models take long to find, is not needed.
+    A key is made of a token's own state and, by a learnt share of each channel, of the state of the token before it. So
+    what stands behind a word can be found by the word in a single layer, without the two layers of an induction head,
+    which small models take long to find (the "smeared key" of Olsson et al., arXiv 2209.11895).
     """
 
     def __init__(self, sizes: ModelSizes):
         super().__init__()
-        self.heads = [sizes.heads, sizes.kv_heads, sizes.kv_heads]
-        self.before = nn.Parameter(torch.full((sizes.width,), 0.5))
-        self.project = nn.Linear(sizes.width, sum(self.heads) * HEAD_DIM, bias=False)
-        self.query_norm, self.key_norm = nn.RMSNorm(HEAD_DIM), nn.RMSNorm(HEAD_DIM)
+        self.before = nn.Parameter(torch.full((sizes.width,), BEFORE))
+        self.query = nn.Linear(sizes.width, sizes.heads * HEAD_DIM, bias=False)
+        self.key = nn.Linear(sizes.width, sizes.kv_heads * HEAD_DIM, bias=False)
+        self.value = nn.Linear(sizes.width, sizes.kv_heads * HEAD_DIM, bias=False)
         self.out = nn.Linear(sizes.heads * HEAD_DIM, sizes.width, bias=False)
+        self.query_norm, self.key_norm = nn.RMSNorm(HEAD_DIM), nn.RMSNorm(HEAD_DIM)
 
     def forward(self, x: Tensor, turns: Tensor, sharpness: Tensor, attend: Attend) -> Tensor:
-        x = x + self.before * pad(x[:, :-1], (0, 0, 1, 0))
-        projected = self.project(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-        query, key, value = projected.split(self.heads, 1)  # [B, H, S, 64]
+        smeared = torch.lerp(x, pad(x[:, :-1], (0, 0, 1, 0)), self.before)
+        states = ((self.query, x), (self.key, smeared), (self.value, x))
+        query, key, value = (project(y).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for project, y in states)
         query = turn(self.query_norm(query) * sharpness[:, None], turns).to(value.dtype)
         key = turn(self.key_norm(key), turns).to(value.dtype)
         return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
@@ -139,17 +141,19 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self) -> None:
-        """Weights from which copying what matches is a short way: layers are the identity at first, queries are like
-        the keys that they read (mimetic initialisation, arXiv 2305.09828), and a state predicts its own token."""
+        """Weights from which copying what matches is a short way (mimetic initialisation, arXiv 2305.09828): queries
+        are like the keys that they read, outputs undo values, a state predicts its own token, and MLPs are silent."""
+        width, group = self.sizes.width, self.sizes.heads // self.sizes.kv_heads
         nn.init.normal_(self.embedding.weight)
-        self.head.weight.copy_(self.embedding.weight / self.sizes.width)
+        self.head.weight.copy_(self.embedding.weight / width)
         for layer in self.layers:
-            for matrix in (layer.attention.project, layer.up):
-                nn.init.normal_(matrix.weight, std=self.sizes.width**-0.5)
-            query, key, _ = layer.attention.project.weight.unflatten(0, (-1, HEAD_DIM)).split(layer.attention.heads)
-            alike = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
-            query.copy_(MIMETIC * alike + (1 - MIMETIC**2) ** 0.5 * query)
-            nn.init.zeros_(layer.attention.out.weight)
+            attention = layer.attention
+            for matrix in (attention.query, attention.key, attention.value, layer.up):
+                nn.init.normal_(matrix.weight, std=width**-0.5)
+            of_group = attention.key.weight.unflatten(0, (-1, HEAD_DIM)).repeat_interleave(group, 0).flatten(0, 1)
+            attention.query.weight.copy_(MIMETIC * of_group + (1 - MIMETIC**2) ** 0.5 * attention.query.weight)
+            of_group = attention.value.weight.unflatten(0, (-1, HEAD_DIM)).repeat_interleave(group, 0).flatten(0, 1)
+            attention.out.weight.copy_(of_group.T / group)
             nn.init.zeros_(layer.down.weight)
 
     def logits(self, states: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Share:
         n, p, z2 = self.count, self.value, NORMAL_95**2
         middle = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = NORMAL_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # never crossing p by rounding
 
     def __add__(self, other: Share) -> Share:
         return Share(self.right + other.right, self.count + other.count)

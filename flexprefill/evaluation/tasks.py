@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 
 from flexprefill.evaluation.text import passages
 from flexprefill.evaluation.vocabulary import (
-    ANSWER,
     ASK,
     BEGIN,
     COMMON,
@@ -27,8 +26,9 @@ from flexprefill.evaluation.vocabulary import (
     WORDS,
 )
 
-STATEMENT = 4  # tokens: mark, two of a key, value; or mark, two of a key, ANSWER
-ASSIGNMENT = 3  # tokens: mark, name, source
+STATEMENT = 4  # tokens of a needle: mark, two of a key, value
+QUESTION = 3  # mark, two of a key
+ASSIGNMENT = 3  # mark, source, name
 RATIO = 8  # how much more often a common word occurs than another one
 
 
@@ -61,7 +61,7 @@ def needles(
     questions: int = 1,
     scattered: bool = False,
 ) -> Samples:
-    """``NEEDLE k1 k2 value`` at random places of a text; ``ASK k1 k2 ANSWER`` wants the values of a key.
+    """``NEEDLE k1 k2 value`` at random places of a text; ``ASK k1 k2`` wants the values of a key.
 
     Args:
         text: uint8 [bytes], what surrounds the needles.
@@ -82,21 +82,21 @@ def needles(
     if scattered:
         places, asking, asked = _scatter(generator, batch, keys, questions, length)
     else:
-        end = length - questions * STATEMENT
+        end = length - questions * QUESTION
         places = 1 + _shuffled(generator, _spaced(generator, (batch,), keys * values, end - 1, STATEMENT))
-        asking = torch.arange(end, length, STATEMENT, device=tokens.device).expand(batch, -1)  # [B, Q]
+        asking = torch.arange(end, length, QUESTION, device=tokens.device).expand(batch, -1)  # [B, Q]
         asked = _distinct(generator, (batch,), questions, keys)
     asked_keys = _rows(key_tokens, asked)  # [B, Q, 2]
     pairs = key_tokens[:, :, None].expand(-1, -1, values, -1).flatten(1, 2)  # [B, K · V, 2]
-    _write(tokens, places, _statements(NEEDLE, pairs, value_tokens.flatten(1)[..., None]))
-    _write(tokens, asking, _statements(ASK, asked_keys, torch.full_like(asked_keys[..., :1], ANSWER)))
-    return Samples(tokens, asking + STATEMENT - 1, _rows(value_tokens, asked))
+    _write(tokens, places, NEEDLE, torch.cat([pairs, value_tokens.flatten(1)[..., None]], -1))
+    _write(tokens, asking, ASK, asked_keys)
+    return Samples(tokens, asking + QUESTION - 1, _rows(value_tokens, asked))
 
 
 def variables(
     generator: Generator, text: Tensor, batch: int, length: int, *, chains: int = 4, hops: int = 2
 ) -> Samples:
-    """``SET a value``, later ``SET b a`` and so on; ``TRACE value ANSWER`` wants all names that hold the value.
+    """``SET value a``, later ``SET a b`` and so on; ``TRACE value`` wants all names that hold the value.
 
     Args:
         chains: values, each with its own names.
@@ -108,14 +108,12 @@ def variables(
     names = hops + 1
     words = _distinct(generator, (batch,), chains * (names + 1), WORDS).unflatten(1, (chains, -1)) + FIRST_WORD
     sources, targets = words[..., :-1], words[..., 1:]  # [B, chains, names]; a value, then its names
-    question = 3
-    places = _spaced(generator, (batch,), chains * names, length - question - 1, ASSIGNMENT) + 1
+    places = _spaced(generator, (batch,), chains * names, length - 3, ASSIGNMENT) + 1
     places = _shuffled(generator, places).unflatten(1, (chains, names)).sort(-1).values
     tokens = _begin(passages(text, generator, batch, length))
-    _write(tokens, places.flatten(1), _statements(SET, targets.flatten(1)[..., None], sources.flatten(1)[..., None]))
+    _write(tokens, places.flatten(1), SET, torch.stack([sources, targets], -1).flatten(1, 2))
     chain = torch.randint(chains, (batch, 1), generator=generator, device=tokens.device)
-    value = _rows(sources[..., 0], chain)
-    tokens[:, -3], tokens[:, -2], tokens[:, -1] = TRACE, value[:, 0], ANSWER
+    tokens[:, -2], tokens[:, -1:] = TRACE, _rows(sources[..., 0], chain)
     return Samples(tokens, _last(tokens), _rows(targets, chain))
 
 
@@ -128,17 +126,16 @@ def common_words(generator: Generator, text: Tensor, batch: int, length: int, *,
     Raises:
         ValueError: the length is too short.
     """
-    body = length - 3
+    body = length - 2
     times = max(RATIO, RATIO * body // (WORDS + (RATIO - 1) * common))
     if common * times > body:
-        raise ValueError(f"length must be at least {common * times + 3} for {common} common words, got {length}")
+        raise ValueError(f"length must be at least {common * times + 2} for {common} common words, got {length}")
     words = _distinct(generator, (batch,), WORDS, WORDS) + FIRST_WORD
     often, others = words[:, :common], words[:, common:]
     drawn = torch.randint(WORDS - common, (batch, body - common * times), generator=generator, device=words.device)
     mixed = torch.cat([often.repeat(1, times), others.gather(1, drawn)], 1)
-    ends = torch.tensor([COMMON, ANSWER], device=words.device).expand(batch, 2)
-    begin = torch.full((batch, 1), BEGIN, device=words.device)
-    tokens = torch.cat([begin, _shuffled(generator, mixed), ends], 1)
+    begin, ask = (torch.full((batch, 1), mark, device=words.device) for mark in (BEGIN, COMMON))
+    tokens = torch.cat([begin, _shuffled(generator, mixed), ask], 1)
     return Samples(tokens, _last(tokens), often[:, None])
 
 
@@ -211,13 +208,9 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return table[torch.arange(table.shape[0], device=table.device)[:, None], index]
 
 
-def _statements(mark: int, names: Tensor, last: Tensor) -> Tensor:
-    """[B, T, a] and [B, T, 1] to [B, T, 1 + a + 1]: the mark, the names, the last token."""
-    return torch.cat([torch.full_like(last, mark), names, last], -1)
-
-
-def _write(tokens: Tensor, places: Tensor, statements: Tensor) -> None:
-    """Puts statements [B, T, w] into tokens [B, S] from places [B, T] on."""
+def _write(tokens: Tensor, places: Tensor, mark: int, words: Tensor) -> None:
+    """Puts a mark and words [B, T, w] behind it into tokens [B, S], from each of the places [B, T] on."""
+    statements = torch.cat([torch.full_like(words[..., :1], mark), words], -1)
     index = places[..., None] + torch.arange(statements.shape[-1], device=tokens.device)
     tokens.scatter_(1, index.flatten(1), statements.flatten(1))
 

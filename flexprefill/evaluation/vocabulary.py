@@ -7,7 +7,7 @@ nothing can be learnt by heart.
 from __future__ import annotations
 
 BYTES = 256  # 0 … 255 are the bytes of a text
-BEGIN, NEEDLE, ASK, SET, TRACE, COMMON, REPEAT, ANSWER = range(BYTES, BYTES + 8)
-FIRST_WORD = ANSWER + 1
+BEGIN, NEEDLE, ASK, SET, TRACE, COMMON, REPEAT = range(BYTES, BYTES + 7)
+FIRST_WORD = BYTES + 8
 SIZE = 1024
 WORDS = SIZE - FIRST_WORD
