@@ -163,6 +163,8 @@ def make_batch(text: Tensor, settings: argparse.Namespace, step: int, length: in
 def losses(model: Decoder, tokens: Tensor, asked: list) -> dict[str, tuple[int, Tensor]]:
     """By task its number of rows and its mean loss in nats: of the answers alone, or of every token of text.
 
+    The loss of an answer of several words is 0 where they share all probability evenly.
+
     Each task's mean counts for its rows: over all answers at once, tasks with few of them would not be heard.
     """
     states = model(tokens)
@@ -173,7 +175,7 @@ def losses(model: Decoder, tokens: Tensor, asked: list) -> dict[str, tuple[int, 
             loss = cross_entropy(logits.flatten(0, 1), right.flatten())
         else:
             logits = model.logits(states_at(states[rows], samples.positions))
-            loss = -log_softmax(logits, -1).gather(-1, samples.answers).mean()
+            loss = -log_softmax(logits, -1).gather(-1, samples.answers).mean() - math.log(samples.answers.shape[-1])
         found[name] = (rows.stop - rows.start, loss)
     return found
 
@@ -182,14 +184,14 @@ def losses(model: Decoder, tokens: Tensor, asked: list) -> dict[str, tuple[int, 
 
 
 def make_optimizer(model: Decoder, rate: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused; matrices decay, and the embedding, whose entries are some 16 times larger, is faster."""
-    embedding = [model.embedding.weight]
+    """AdamW, fused; matrices decay, and what has entries about 1 (tables of tokens, factors of channels) is faster."""
+    tables = [model.embedding.weight, model.head.weight]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
-    matrices = [w for w in model.parameters() if w.ndim == 2 and w is not model.embedding.weight]
+    matrices = [weight for layer in model.layers for weight in layer.parameters() if weight.ndim == 2]
     groups = [
         {"params": matrices, "weight_decay": 0.1, "scale": 1.0},
-        {"params": embedding, "weight_decay": 0.0, "scale": 4.0},
-        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+        {"params": tables, "weight_decay": 0.0, "scale": 4.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": 4.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-10, fused=device.type == "cuda")
 
@@ -272,9 +274,7 @@ def evaluate(model: Decoder, held_out: Tensor, settings: argparse.Namespace) -> 
             for name, make in TASKS.items():
                 share = Share(0, 0)
                 for _ in range(math.ceil(settings.samples / batch)):
-                    samples = make(generator, held_out, batch, length)
-                    moved = [getattr(samples, field.name).to(device) for field in dataclasses.fields(samples)]
-                    share += ask(model, type(samples)(*moved))
+                    share += ask(model, make(generator, held_out, batch, length).to(device))
                 found[length][name] = {"share": share.value, "interval": share.interval, "samples": share.count}
                 print(f"{length:6}  {name:<13} {share}", flush=True)
             tokens = passages(held_out, generator, max(2, batch), length)

@@ -23,6 +23,7 @@ HEAD_DIM = 64
 ROTARY_DIMS = 32  # of a head; the others do not know positions, and match over any distance
 ROTARY_BASE = 1000.0  # the slowest pair turns once in some 4,000 tokens: no angle is new behind a trained 8,192
 BEFORE = 0.75  # share of the token before in a key, before training
+GAIN = 8.0  # the logit of a state's own token before training
 MIMETIC = 0.7  # correlation of a query head's weights with its key head's before training
 SHARP_FROM = 256  # attention is sharper behind this position, in proportion to the position's logarithm
 FORMAT = "flexprefill needle model 1"
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         are like the keys that they read, outputs undo values, a state predicts its own token, and MLPs are silent."""
         width, group = self.sizes.width, self.sizes.heads // self.sizes.kv_heads
         nn.init.normal_(self.embedding.weight)
-        self.head.weight.copy_(self.embedding.weight / width)
+        self.head.weight.copy_(self.embedding.weight)
         for layer in self.layers:
             attention = layer.attention
             for matrix in (attention.query, attention.key, attention.value, layer.up):
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """States [..., width] to float32 [..., SIZE], the unnormalised log-probabilities of the next token."""
-        return self.head(states).float()
+        return self.head(states).float() * (GAIN / self.sizes.width)
 
 
 def turns_at(positions: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class Samples:
     positions: Tensor
     answers: Tensor
 
+    def to(self, device: torch.device | str) -> Samples:
+        """The same samples on a device."""
+        return Samples(self.tokens.to(device), self.positions.to(device), self.answers.to(device))
+
 
 Task = Callable[[Generator, Tensor, int, int], Samples]  # generator, text uint8 [bytes], batch, length
 
