@@ -1,7 +1,7 @@
 """Trains the small model that the evaluation asks: from short prompts to long ones, within a budget of time.
 
-    python examples/train_needle_model.py needle-model --minutes 9                       # all in one run
-    python examples/train_needle_model.py needle-model --minutes 25 --stop-after 9       # in parts: run it again
+    python examples/train_needle_model.py needle-model --minutes 8                       # all in one run
+    python examples/train_needle_model.py needle-model --minutes 24 --stop-after 8       # in parts: run it again
     python examples/train_needle_model.py needle-model --device cpu --steps 300 --stages 128:1 --batch-tokens 4096 \
         --width 128 --layers 2 --heads 2 --kv-heads 1 --hidden 256 --lengths 128         # minutes on two CPU cores
 
@@ -29,14 +29,16 @@ from torch.nn.functional import cross_entropy, log_softmax
 from flexprefill.bench.report import describe_machine, versions
 from flexprefill.evaluation import TASKS, Decoder, ModelSizes, Share, ask, babble, passages, read_text, save_model
 from flexprefill.evaluation import text_loss as mean_text_loss
-from flexprefill.evaluation.scoring import states_at
+from flexprefill.evaluation.scoring import precision, states_at
 from flexprefill.evaluation.tasks import common_words, needles, repeats, variables
 
 STAGES = "256:0.25,1024:0.2,4096:0.2,8192:0.25,16384:0.1"
 SHORTER = 0.25  # of a stage's steps repeat a shorter stage's length
 WARMUP, FLOOR = 0.02, 0.05  # of the budget; of the peak rate, at the end
 TEXT_BYTES, BABBLE_BYTES, HELD_OUT_BYTES = 2**26, 2**23, 2**22
+MIN_LENGTH = 128  # tokens, for all tasks to have room
 LOG_EVERY = 50  # steps
+SAVE_EVERY = 120  # seconds
 EVALUATION_SEED = 2**40  # far from every training step's
 
 
@@ -104,6 +106,8 @@ def parse() -> argparse.Namespace:
 def stages(text: str) -> list[tuple[int, float]]:
     """ "256:0.5,1024:0.5" to lengths and their shares of the budget, which are made to sum to 1."""
     pairs = [part.split(":") for part in text.split(",")]
+    if min(int(length) for length, _ in pairs) < MIN_LENGTH:
+        raise argparse.ArgumentTypeError(f"lengths must be at least {MIN_LENGTH}, got {text!r}")
     total = sum(float(share) for _, share in pairs)
     return [(int(length), float(share) / total) for length, share in pairs]
 
@@ -128,14 +132,14 @@ def mixture(choose: random.Random, length: int) -> dict[str, tuple[float, object
     """
     room = max(1, length // 16)
     keys = max(1, round(room ** choose.random()))
-    few = max(1, min(8, length // 64))
+    few = choose.randint(1, max(1, min(8, length // 64)))
     dense = {"keys": max(1, round(room ** choose.uniform(0.5, 1))), "questions": room, "scattered": True}
     return {
         "scattered": (6, partial(needles, **dense)),
         "end": (2, partial(needles, keys=keys, questions=choose.randint(1, min(4, keys)))),
-        "values": (2, partial(needles, keys=choose.randint(1, few), values=choose.randint(2, 4))),
-        "variables": (3, partial(variables, hops=choose.randint(0, 2))),
-        "common": (1, partial(common_words, common=min(8, length // 16))),
+        "values": (2, partial(needles, keys=few, values=choose.randint(2, 4), questions=few)),
+        "variables": (3, partial(variables, hops=choose.randint(0, 2), questions=4)),
+        "common": (1, partial(common_words, common=choose.randint(1, min(4, length // 32)))),
         "repeats": (2, partial(repeats, questions=max(1, length // 4))),
         "text": (4, None),
     }
@@ -226,13 +230,14 @@ def train(model: Decoder, optimizer, text: Tensor, state: dict, settings: argpar
     before, start = state["seconds"], time.monotonic()
     model.train()
     sums: dict[str, list] = {}
+    saved = before
     while progress_of(state, settings) < 1 and state["seconds"] - before < 60 * settings.stop_after:
         progress = progress_of(state, settings)
         length = length_at(progress, settings, random.Random(f"length {settings.seed} {state['step']}"))
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * group["scale"] * rate_at(progress)
         tokens, asked = make_batch(text, settings, state["step"], length)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(device):
             by_task = losses(model, tokens, asked)
         loss = sum(rows * task_loss for rows, task_loss in by_task.values()) / tokens.shape[0]
         optimizer.zero_grad(set_to_none=True)
@@ -258,7 +263,10 @@ def train(model: Decoder, optimizer, text: Tensor, state: dict, settings: argpar
                 flush=True,
             )
             if not all(map(math.isfinite, means.values())):
-                raise SystemExit("a loss is not finite: nothing was saved since the last run")
+                raise SystemExit("a loss is not finite: the checkpoint is of before")
+            if state["seconds"] - saved > SAVE_EVERY:
+                save_checkpoint(settings.folder / "checkpoint", model, optimizer, state, settings)
+                saved = state["seconds"]
 
 
 def evaluate(model: Decoder, held_out: Tensor, settings: argparse.Namespace) -> dict[int, dict]:
@@ -270,15 +278,14 @@ def evaluate(model: Decoder, held_out: Tensor, settings: argparse.Namespace) -> 
         batch = max(1, min(settings.samples, settings.batch_tokens // length))
         found[length] = {}
         generator = Generator().manual_seed(EVALUATION_SEED + length)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for name, make in TASKS.items():
-                share = Share(0, 0)
-                for _ in range(math.ceil(settings.samples / batch)):
-                    share += ask(model, make(generator, held_out, batch, length).to(device))
-                found[length][name] = {"share": share.value, "interval": share.interval, "samples": share.count}
-                print(f"{length:6}  {name:<13} {share}", flush=True)
-            tokens = passages(held_out, generator, max(2, batch), length)
-            found[length]["text loss"] = mean_text_loss(model, tokens.to(device)).mean().item()
+        for name, make in TASKS.items():
+            share = Share(0, 0)
+            for _ in range(math.ceil(settings.samples / batch)):
+                share += ask(model, make(generator, held_out, batch, length).to(device))
+            found[length][name] = {"share": share.value, "interval": share.interval, "samples": share.count}
+            print(f"{length:6}  {name:<13} {share}", flush=True)
+        tokens = passages(held_out, generator, batch, length)
+        found[length]["text loss"] = mean_text_loss(model, tokens.to(device)).mean().item()
         print(f"{length:6}  text loss     {found[length]['text loss']:.3f} nats a byte", flush=True)
     return found
 

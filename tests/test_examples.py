@@ -1,9 +1,11 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 from flexprefill import load_masks, read_mask_info
+from flexprefill.evaluation import TASKS, load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,6 +26,7 @@ def test_every_example_is_tested():
         "read_masks_with_numpy.py",
         "transformers_generate.py",
         "record_and_inspect.py",
+        "train_needle_model.py",
     }
 
 
@@ -61,6 +64,19 @@ def test_record_and_inspect(tmp_path):
     densities = [float(share) for line in lines[1:] for share in re.findall(r"([\d.]+)%", line)]
     assert len(densities) == 8 and min(densities) < 90
     assert len(load_masks(tmp_path / "masks.safetensors")) == 3
+
+
+def test_train_needle_model(tmp_path):
+    sizes = ["--width", 32, "--layers", 1, "--heads", 1, "--kv-heads", 1, "--hidden", 32, "--device", "cpu"]
+    quick = [*sizes, "--batch-tokens", 512, "--lengths", 256, "--samples", 2]
+    script = EXAMPLES / "train_needle_model.py"
+    parts = [script, tmp_path, "--stages", "128:1,256:1", "--steps", 4, *quick]
+    assert "run again to go on" in run(*parts, "--stop-after", 1e-9)
+    assert "finished" in run(*parts)
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["step"] == 4 and record["finished"] and record["tokens"] == 4 * 512
+    assert set(record["accuracy"]["256"]) == {*TASKS, "text loss"}
+    assert load_model(tmp_path / "model.safetensors").sizes.width == 32
 
 
 def test_read_masks_with_numpy():

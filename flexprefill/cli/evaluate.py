@@ -77,8 +77,7 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.parser.error(f"argument --methods: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments.lengths, arguments.tasks, methods, arguments.samples, arguments.seed)
-    dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
-    model = load_model(arguments.model, arguments.device, dtype)
+    model = load_model(arguments.model, arguments.device)
     text = read_text(TEXT_BYTES, held_out=True)
     figures, picture = arguments.output / "eval.json", arguments.output / "eval.png"
     with stage("asking", len(plan.cells)) as advance:

@@ -136,6 +136,6 @@ def choose_as_many(query: Tensor, key: Tensor, block_map: BlockMap, config: Pref
         always = always_kept(*sizes, Rule.of(config, scale=scale, last_chunk=True), device)
         scores = scores.masked_fill(always, torch.inf)
     scores = scores.masked_fill(~causal_blocks(*sizes, config.block_size, device), -torch.inf)
-    rank = scores.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     keep = rank < block_map.counts()[..., None]
     return BlockMap.from_dense(keep, q_len=sizes[0], kv_len=sizes[1], block_size=config.block_size)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation.vocabulary import SIZE
@@ -60,6 +60,13 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm in float32, whatever the dtypes are; the result has its input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), x.shape[-1:], self.weight.float()).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Attention whose query and key are normalised, turned in half of their dimensions, and sharpened with length.
 
@@ -75,7 +82,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(sizes.width, sizes.kv_heads * HEAD_DIM, bias=False)
         self.value = nn.Linear(sizes.width, sizes.kv_heads * HEAD_DIM, bias=False)
         self.out = nn.Linear(sizes.heads * HEAD_DIM, sizes.width, bias=False)
-        self.query_norm, self.key_norm = nn.RMSNorm(HEAD_DIM), nn.RMSNorm(HEAD_DIM)
+        self.query_norm, self.key_norm = Norm(HEAD_DIM), Norm(HEAD_DIM)
 
     def forward(self, x: Tensor, turns: Tensor, sharpness: Tensor, attend: Attend) -> Tensor:
         smeared = torch.lerp(x, pad(x[:, :-1], (0, 0, 1, 0)), self.before)
@@ -89,7 +96,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     def __init__(self, sizes: ModelSizes):
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(sizes.width), nn.RMSNorm(sizes.width)
+        self.attention_norm, self.mlp_norm = Norm(sizes.width), Norm(sizes.width)
         self.attention = Attention(sizes)
         self.up = nn.Linear(sizes.width, 2 * sizes.hidden, bias=False)
         self.down = nn.Linear(sizes.hidden, sizes.width, bias=False)
@@ -111,7 +118,7 @@ class Decoder(nn.Module):
         self.sizes = sizes
         self.embedding = nn.Embedding(SIZE, sizes.width)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
-        self.norm = nn.RMSNorm(sizes.width)
+        self.norm = Norm(sizes.width)
         self.head = nn.Linear(sizes.width, SIZE, bias=False)
         self._draw_weights()
 
@@ -194,10 +201,8 @@ def save_model(
     save_file(weights, path, metadata={"format": FORMAT, "sizes": sizes, **notes})
 
 
-def load_model(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Decoder:
-    """The model of a file that :func:`save_model` wrote, ready to be asked.
+def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:
+    """The model of a file that :func:`save_model` wrote, ready to be asked, its weights in float32.
 
     Raises:
         FlexPrefillError: the file is no such file, or its tensors are not those of its sizes.
@@ -216,7 +221,7 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(ModelSizes(**json.loads(notes["sizes"])))
     try:
-        model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except RuntimeError as error:
         raise FlexPrefillError(f"{path} does not hold the weights of its sizes: {error}") from None
     return model.to(device).requires_grad_(False).eval()

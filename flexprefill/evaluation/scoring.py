@@ -65,11 +65,16 @@ def right_answers(logits: Tensor, answers: Tensor) -> Tensor:
     return same.all(-1) & words.isfinite().all(-1)
 
 
+def precision(device: torch.device) -> torch.autocast:
+    """What the model is trained and asked in: bfloat16 products over float32 states on CUDA, float32 on the CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.inference_mode()
 def ask(model: Decoder, samples: Samples, attend: Attend | Sequence[Attend] = causal_sdpa) -> Share:
     """How many of the samples the model answers exactly: every word of every question."""
-    states = model(samples.tokens, attend)
-    logits = model.logits(states_at(states, samples.positions))
+    with precision(samples.tokens.device):
+        logits = model.logits(states_at(model(samples.tokens, attend), samples.positions))
     right = right_answers(logits, samples.answers).all(1)
     return Share(int(right.sum()), right.numel())
 

@@ -29,7 +29,8 @@ from flexprefill.evaluation.vocabulary import (
 STATEMENT = 4  # tokens of a needle: mark, two of a key, value
 QUESTION = 3  # mark, two of a key
 ASSIGNMENT = 3  # mark, source, name
-RATIO = 8  # how much more often a common word occurs than another one
+TRACING = 2  # mark, value
+RATIO = 16  # how much more often a common word occurs than another one
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,15 @@ def needles(
 
 
 def variables(
-    generator: Generator, text: Tensor, batch: int, length: int, *, chains: int = 4, hops: int = 2
+    generator: Generator, text: Tensor, batch: int, length: int, *, chains: int = 4, hops: int = 2, questions: int = 1
 ) -> Samples:
     """``SET value a``, later ``SET a b`` and so on; ``TRACE value`` wants all names that hold the value.
 
     Args:
+        text: uint8 [bytes], what surrounds the statements.
         chains: values, each with its own names.
         hops: names of a chain that are set from another name.
+        questions: about different values, at the end of the prompt.
 
     Raises:
         ValueError: they do not fit into the length.
@@ -112,17 +115,19 @@ def variables(
     names = hops + 1
     words = _distinct(generator, (batch,), chains * (names + 1), WORDS).unflatten(1, (chains, -1)) + FIRST_WORD
     sources, targets = words[..., :-1], words[..., 1:]  # [B, chains, names]; a value, then its names
-    places = _spaced(generator, (batch,), chains * names, length - 3, ASSIGNMENT) + 1
+    end = length - questions * TRACING
+    places = _spaced(generator, (batch,), chains * names, end - 1, ASSIGNMENT) + 1
     places = _shuffled(generator, places).unflatten(1, (chains, names)).sort(-1).values
+    asking = torch.arange(end, length, TRACING, device=words.device).expand(batch, -1)  # [B, Q]
+    asked = _distinct(generator, (batch,), questions, chains)
     tokens = _begin(passages(text, generator, batch, length))
     _write(tokens, places.flatten(1), SET, torch.stack([sources, targets], -1).flatten(1, 2))
-    chain = torch.randint(chains, (batch, 1), generator=generator, device=tokens.device)
-    tokens[:, -2], tokens[:, -1:] = TRACE, _rows(sources[..., 0], chain)
-    return Samples(tokens, _last(tokens), _rows(targets, chain))
+    _write(tokens, asking, TRACE, _rows(sources[..., :1], asked))
+    return Samples(tokens, asking + TRACING - 1, _rows(targets, asked))
 
 
-def common_words(generator: Generator, text: Tensor, batch: int, length: int, *, common: int = 8) -> Samples:
-    """A prompt of words, of which ``common`` occur 8 times as often as the others do on average; which are they?
+def common_words(generator: Generator, text: Tensor, batch: int, length: int, *, common: int = 4) -> Samples:
+    """A prompt of words, of which ``common`` occur 16 times as often as the others do on average; which are they?
 
     Args:
         text: not used; the prompt is of words alone.
