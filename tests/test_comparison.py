@@ -12,7 +12,7 @@ from inputs import make_qkv
 from flexprefill import FlexPrefillError, PrefillConfig, attention_recall, cli, search_blocks
 from flexprefill.evaluation import TASKS, Decoder, ModelSizes, babble, save_model
 from flexprefill.evaluation.comparison import Cell, Plan, compare, make_prompt
-from flexprefill.evaluation.methods import Attender, Method, choose_as_many, make_methods
+from flexprefill.evaluation.methods import KINDS, Attender, Method, choose_as_many, make_methods
 from flexprefill.evaluation.report import accuracy_points, average, table
 from flexprefill.plotting import AccuracyPoint, plot_accuracy
 
@@ -134,6 +134,18 @@ def test_an_attender_gives_the_methods_attention(model):
     rows = range(37, 400, 101)
     torch.testing.assert_close(attender.recalls[0], attention_recall(query, key, kept, rows=rows))
     torch.testing.assert_close(attender.densities[0], kept.density())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_on_a_gpu(kind):
+    tensors = make_qkv(4096, heads=4, kv_heads=2, device="cuda", dtype=torch.bfloat16)
+    (method,) = make_methods([0.9], [kind])
+    attender = Attender(method, watch=True)
+    output, dense = attender(*tensors), Attender(Method("dense", None))(*tensors)
+    assert output.shape == dense.shape and output.isfinite().all()
+    assert attender.densities[0].max() < 0.9 and 0 < attender.recalls[0].min() <= 1.001
+    assert (output - dense).norm() < 0.5 * dense.norm()
 
 
 CELLS = [

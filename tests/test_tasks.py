@@ -70,6 +70,14 @@ def test_the_answers_are_right(name, length):
     assert not torch.equal(samples.tokens, other.tokens)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TASKS)
+def test_the_answers_are_right_on_a_gpu(name):
+    samples = TASKS[name](torch.Generator("cuda").manual_seed(7), TEXT.cuda(), 3, 4096)
+    assert samples.tokens.is_cuda
+    check(samples.to("cpu"))
+
+
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.integers(0, 30), st.booleans())
 def test_needles_fit_however_tight(seed, keys, values, questions, spare, scattered):

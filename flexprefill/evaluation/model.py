@@ -166,7 +166,8 @@ class Decoder(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """States [..., width] to float32 [..., SIZE], the unnormalised log-probabilities of the next token."""
-        return self.head(states).float() * (GAIN / self.sizes.width)
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would make ties of different answers
+            return self.head(states.float()) * (GAIN / self.sizes.width)
 
 
 def turns_at(positions: Tensor) -> Tensor:
