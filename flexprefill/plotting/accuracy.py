@@ -84,6 +84,7 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
             handles[method] = axes.errorbar(shares, middle, yerr=around, capsize=2, **style)
         axes.set_title(f"{token_label(length)} tokens", fontsize=10, loc="left")
         axes.set_xlabel("% of the causal blocks kept", fontsize=10)
+        axes.set_xlim(0, 103)
         axes.set_ylim(-3, 103)
         axes.grid(True, color=DROPPED, linewidth=0.8)
         axes.tick_params(labelsize=9, length=0, pad=5, labelleft=panel == 0)
@@ -92,5 +93,12 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
         if panel == 0:
             axes.set_ylabel("% exact answers, mean of the tasks", fontsize=10)
     figure.suptitle(title, fontsize=11, x=LEFT / width, y=0.98, ha="left")
-    figure.legend(handles.values(), handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="lower center",
+        ncols=min(len(handles), 3 * len(lengths)),
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, facecolor="white")
