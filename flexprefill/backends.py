@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,8 +103,8 @@ class Request(NamedTuple):
         return cls(
             query.device,
             query.dtype,
-            head_dim,
-            value.shape[3],
+            operator.index(head_dim),
+            operator.index(value.shape[3]),
             block_size,
             # spelt out: comparisons of symbolic sizes are no plain bools
             True if q_len != kv_len else False,  # noqa: SIM210

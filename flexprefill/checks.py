@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         TypeError, ValueError: ``scale`` is no finite number.
     """
     if scale is None:
-        return 1.0 / math.sqrt(head_dim)
+        return 1.0 / math.sqrt(operator.index(head_dim))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not abs(scale) < math.inf:
@@ -103,7 +104,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_head_dim(name: str, tensor: Tensor) -> None:
-    if tensor.shape[3] not in HEAD_DIMS:
+    # a constant too where torch.compile makes every size a symbol
+    if operator.index(tensor.shape[3]) not in HEAD_DIMS:
         raise ValueError(
             f"{name} must have a head dimension that is a multiple of 8 from 16 to 256, got D={tensor.shape[3]}"
         )

@@ -9,7 +9,7 @@ from decoder import make_decoder
 from inputs import make_qkv
 from oracle import relative_error
 
-from flexprefill import KeyMeans, PrefillConfig, explain_backend, prefill_attention
+from flexprefill import KeyMeans, PrefillConfig, explain_backend, prefill_attention, search_blocks
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 LENGTHS = (700, 512, 1024, 333, 129, 900, 640, 1111, 256, 515)
@@ -39,6 +39,20 @@ def test_prefill_attention_is_compiled_at_most_twice_for_ten_lengths_and_twice_f
         for length in LENGTHS:
             tensors = make_qkv(length - 100, length, heads=1, head_dim=16, device=DEVICE)
             prefill_attention(*tensors, CONFIG, last_chunk=False)
+
+
+def test_a_caller_may_make_every_size_a_symbol():
+    def attend(*tensors):
+        return prefill_attention(*tensors, CONFIG)
+
+    model = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    for length in (700, 512):
+        tensors = make_qkv(length, heads=4, kv_heads=2, device=DEVICE)
+        block_map = search_blocks(*tensors[:2], CONFIG)
+        # without code for a device FlexAttention is dense under its mask_mod, the map beside it
+        assert model(*tensors).shape == tensors[0].shape
+        compiled = torch.compile(search_blocks, fullgraph=True, dynamic=True, backend="eager")
+        assert compiled(*tensors[:2], CONFIG) == block_map
 
 
 @pytest.mark.gpu

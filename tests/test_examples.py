@@ -25,6 +25,7 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "use_block_mask.py",
         "compile_model.py",
+        "context_parallel.py",
         "inspect_saved_masks.py",
         "prefill_in_chunks.py",
         "read_masks_with_numpy.py",
@@ -44,6 +45,14 @@ def test_use_block_mask():
 
 def test_compile_model():
     assert run(EXAMPLES / "compile_model.py").count("next-token logits (1, 256)") == 4
+
+
+def test_context_parallel():
+    by_two = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    printed = run(*by_two, EXAMPLES / "context_parallel.py", "--length", 1500)
+    assert "process 0: positions 0 – 384 and 1,152 – 1,500" in printed
+    assert "process 1: positions 384 – 768 and 768 – 1,152" in printed
+    assert float(re.search(r"differs from one process's by (\S+)", printed)[1]) <= 1e-5
 
 
 def test_inspect_saved_masks():

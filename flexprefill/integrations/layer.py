@@ -94,6 +94,9 @@ def soft_cap(query: Tensor, cap: float) -> Callable[..., Tensor]:
     """score_mod of a soft cap."""
     # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
     caps = torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device)
+    if not torch.compiler.is_compiling():
+        # once other models had other heads torch makes them a symbol, of which its C++ attention does not compile
+        torch._dynamo.mark_static(caps, 0)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return caps[h] * torch.tanh(score / caps[h])

@@ -73,7 +73,7 @@ def search_checked(
     """As :func:`search_blocks`, of arguments that are known to fit together."""
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
     find_scorer(rule.scorer)  # raises here, not inside the operator
-    implementation = _resolve_implementation(implementation, query.device, rule.scorer)
+    implementation = resolve_implementation(implementation, query.device, rule.scorer)
     if means is None:
         words = op.search_words(query, key, *rule, implementation)
     else:
@@ -92,7 +92,7 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
 
     None for a scorer that takes none.
     """
-    implementation = _resolve_implementation(implementation, key.device, config.scorer)
+    implementation = resolve_implementation(implementation, key.device, config.scorer)
     if config.scorer != MEANS_SCORER:
         return None
     means = KeyMeans()
@@ -100,7 +100,12 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
     return means
 
 
-def _resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
+def resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
+    """The named one, or what "auto" is for a scorer on a device.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":

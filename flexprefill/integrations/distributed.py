@@ -1,0 +1,279 @@
+"""prefill_attention over several processes, on torch.distributed.
+
+Tensor parallel: heads are sharded. A map is per head, so each process searches and attends its own heads and nothing is
+exchanged; :func:`tensor_parallel_attention` takes and gives DTensors.
+
+Context parallel: positions are sharded. Each process holds two chunks of the sequence, one from its start and one from
+its end, so that all have like work under a causal mask. Block means, 1/128 of the keys, are gathered for the search,
+keys and values for the attention. Maps are bit for bit those of one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.functional import pad
+
+from flexprefill.attention import prefill_attention
+from flexprefill.blockmap import BlockMap, ceil_div
+from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
+from flexprefill.config import PrefillConfig
+from flexprefill.search import op, resolve_implementation
+from flexprefill.search.rule import Rule
+from flexprefill.search.scorers import MEANS_SCORER
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Which positions of a sequence each process of a group holds: chunk ``rank`` and chunk ``2 · ranks - 1 - rank``.
+
+    Attributes:
+        edges: where the 2 · ranks chunks start, and the last one ends; all but that are multiples of the block size.
+        rank: of this process in the group.
+        group: None is the default group.
+    """
+
+    edges: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(
+        cls, length: int, config: PrefillConfig = PrefillConfig(), *, group: dist.ProcessGroup | None = None
+    ) -> ContextLayout:
+        """The layout of a sequence over a group, in chunks of about equally many blocks.
+
+        Args:
+            length: tokens of the whole sequence.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: the sequence is too short: each chunk needs a block, and the last one ``last_full_blocks``.
+        """
+        check_config(config)
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("call torch.distributed.init_process_group before making a ContextLayout")
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"length must be an int, got {length!r}")
+        ranks = dist.get_world_size(group)
+        chunks, blocks = 2 * ranks, ceil_div(length, config.block_size)
+        # the rows that keep everything must be of the last chunk, and each chunk has a block
+        of_last = max(1, config.last_full_blocks)
+        if blocks < chunks - 1 + of_last:
+            raise ValueError(
+                f"length must give each of {chunks} chunks a block of {config.block_size} tokens, and the last one "
+                f"{of_last}, got {length} tokens: use fewer processes"
+            )
+        latest = blocks - of_last - chunks + 1
+        starts = [min(ceil_div(chunk * blocks, chunks), latest + chunk) for chunk in range(chunks)]
+        return cls((*(start * config.block_size for start in starts), length), dist.get_rank(group), group)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.edges[-1]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.edges) // 2
+
+    def spans(self, rank: int | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The (start, end) of the two chunks of a process, this one if None."""
+        rank = self.rank if rank is None else rank
+        chunks = list(pairwise(self.edges))
+        return chunks[rank], chunks[-1 - rank]
+
+    def positions(self, device: torch.device | str | None = None) -> Tensor:
+        """The positions that this process holds, ascending: int64 [S_local]; what rotary embeddings need."""
+        return torch.cat([torch.arange(*span, device=device) for span in self.spans()])
+
+
+def shard_context(tensor: Tensor, layout: ContextLayout, *, dim: int = 2) -> Tensor:
+    """This process's part of a tensor that every process has whole: its two chunks along ``dim``, one behind the other.
+
+    Raises:
+        ValueError: ``dim`` has not the layout's length.
+    """
+    if tensor.shape[dim] != layout.length:
+        raise ValueError(f"tensor must have {layout.length} positions along dim {dim}, got {list(tensor.shape)}")
+    return torch.cat([tensor.narrow(dim, start, end - start) for start, end in layout.spans()], dim)
+
+
+def gather_context(local: Tensor, layout: ContextLayout, *, dim: int = 2) -> Tensor:
+    """The whole of a tensor of which every process has its part, as :func:`shard_context` gives it; on every process.
+
+    Raises:
+        ValueError: ``dim`` has not the length of this process's chunks.
+    """
+    return _gather(local, dim, [[end - start for start, end in layout.spans(r)] for r in range(layout.ranks)], layout)
+
+
+def context_parallel_search(
+    query: Tensor,
+    key: Tensor,
+    layout: ContextLayout,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> tuple[BlockMap, BlockMap]:
+    """The maps of this process's two chunks of queries, over all keys up to the end of each.
+
+    All processes of the group have to call it. The rows are bit for bit those of the map that one process finds in the
+    whole prompt with this implementation.
+
+    Args:
+        query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]: this process's parts, see :func:`shard_context`.
+        config, scale, implementation: as in :func:`flexprefill.search_blocks`; FlashPrefill's own scorer alone.
+
+    Returns:
+        The map of the chunk from the sequence's start, and that of the chunk from its end.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    check_attention_inputs(query, key)
+    check_config(config)
+    _check_local("query", query, layout)
+    _check_local("key", key, layout)
+    if config.scorer != MEANS_SCORER:
+        raise ValueError(
+            f"config.scorer must be {MEANS_SCORER!r}, which takes means of the keys, got {config.scorer!r}"
+        )
+    scale = resolve_scale(scale, query.shape[3])
+    implementation = resolve_implementation(implementation, query.device, config.scorer)
+    means = _gather_means(key, layout, config.block_size, implementation)
+    maps = []
+    for rows, (_, end) in zip(_chunks(query, layout), layout.spans(), strict=True):
+        rule = Rule.of(config, scale=scale, last_chunk=end == layout.length)
+        seen = means[:, :, : ceil_div(end, config.block_size)].contiguous()
+        words = op.score_words(rows, seen, end, rule, implementation)
+        maps.append(BlockMap(words, rows.shape[2], end, config.block_size))
+    return maps[0], maps[1]
+
+
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ContextLayout,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """prefill_attention of a sequence whose positions are sharded.
+
+    All processes of the group have to call it. Keys and values are gathered: each process holds all of them for the
+    time of the call. Like one process, within rounding.
+
+    Args:
+        query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]; value: [B, Hkv, S_local, Dv]: this process's parts.
+        config, scale, backend: as in :func:`flexprefill.prefill_attention`.
+
+    Returns:
+        [B, Hq, S_local, Dv], of this process's queries.
+
+    Raises:
+        TypeError, ValueError, FlexPrefillError: as :func:`flexprefill.prefill_attention`.
+    """
+    check_attention_inputs(query, key, value)
+    _check_local("value", value, layout)
+    maps = context_parallel_search(query, key, layout, config, scale=scale)
+    keys, values = gather_context(key, layout), gather_context(value, layout)
+    outputs = []
+    for rows, block_map in zip(_chunks(query, layout), maps, strict=True):
+        seen = keys[:, :, : block_map.kv_len], values[:, :, : block_map.kv_len]
+        last = block_map.kv_len == layout.length
+        arguments = {"block_map": block_map, "scale": scale, "last_chunk": last, "backend": backend}
+        outputs.append(prefill_attention(rows, *seen, config, **arguments))
+    return torch.cat(outputs, 2)
+
+
+def tensor_parallel_attention(
+    query: DTensor,
+    key: DTensor,
+    value: DTensor,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> DTensor:
+    """prefill_attention of DTensors whose heads are sharded: nothing is exchanged.
+
+    Args:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv]: on one mesh of one dimension, sharded
+            along heads, both numbers of heads multiples of the mesh's size.
+        config, scale, backend: as in :func:`flexprefill.prefill_attention`.
+
+    Returns:
+        [B, Hq, S_q, Dv], sharded alike.
+
+    Raises:
+        TypeError, ValueError: an argument is no DTensor, or sharded otherwise; the message names it.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, DTensor):
+            raise TypeError(f"{name} must be a DTensor, got {type(tensor).__name__}")
+        if tensor.device_mesh != query.device_mesh or tensor.placements != (Shard(1),):
+            raise ValueError(
+                f"{name} must be sharded along its heads, placements (Shard(1),), on query's mesh, got "
+                f"{tensor.placements} on {tensor.device_mesh}"
+            )
+        if tensor.dim() != 4 or tensor.shape[1] % tensor.device_mesh.size():
+            raise ValueError(
+                f"{name} must be [B, H, S, D] with a multiple of {tensor.device_mesh.size()} heads, "
+                f"got {list(tensor.shape)}"
+            )
+    local = (tensor.to_local() for tensor in (query, key, value))
+    output = prefill_attention(*local, config, scale=scale, backend=backend)
+    return DTensor.from_local(output, query.device_mesh, query.placements, run_check=False)
+
+
+def _chunks(tensor: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
+    """This process's chunks of positions, of a tensor [B, H, S_local, …]."""
+    (start, end), _ = layout.spans()
+    return tensor[:, :, : end - start], tensor[:, :, end - start :]
+
+
+def _gather_means(key: Tensor, layout: ContextLayout, block_size: int, implementation: str) -> Tensor:
+    """The means of all blocks of the sequence, of which this process pools its own: [B, Hkv, N, D]."""
+    own = torch.cat([op.pool_keys(chunk, block_size, implementation) for chunk in _chunks(key, layout)], 2)
+    counts = [[ceil_div(end - start, block_size) for start, end in layout.spans(r)] for r in range(layout.ranks)]
+    return _gather(own, 2, counts, layout)
+
+
+def _gather(local: Tensor, dim: int, counts: list[list[int]], layout: ContextLayout) -> Tensor:
+    """All processes' parts along ``dim``, in the order of positions.
+
+    Args:
+        counts: of each process, how long its chunks are along ``dim``.
+    """
+    if local.shape[dim] != sum(counts[layout.rank]):
+        raise ValueError(
+            f"local must have the {sum(counts[layout.rank])} entries of this process's chunks along dim {dim}, "
+            f"got {list(local.shape)}"
+        )
+    most = max(map(sum, counts))
+    first = local.movedim(dim, 0)
+    # collectives take parts of one size
+    filled = pad(first, (0, 0) * (first.dim() - 1) + (0, most - first.shape[0])).contiguous()
+    parts = filled.new_empty(layout.ranks * most, *filled.shape[1:])
+    dist.all_gather_into_tensor(parts, filled, group=layout.group)
+    of_ranks = [part[: sum(count)].split(count) for part, count in zip(parts.split(most), counts, strict=True)]
+    ordered = [chunks[0] for chunks in of_ranks] + [chunks[1] for chunks in reversed(of_ranks)]
+    return torch.cat(ordered).movedim(0, dim)
+
+
+def _check_local(name: str, tensor: Tensor, layout: ContextLayout) -> None:
+    own = sum(end - start for start, end in layout.spans())
+    if tensor.shape[2] != own:
+        raise ValueError(
+            f"{name} must have the {own} positions of this process's chunks {layout.spans()}, "
+            f"got {tensor.shape[2]}: shard_context takes them out of a whole tensor"
+        )
