@@ -99,7 +99,7 @@ def prefill_attention(
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=call.scale, kernel=choice.name)
     if choice.dense:
-        block_map = _all_blocks(call)
+        block_map = all_blocks(query, key, config.block_size)
     else:
         if block_map is None:
             block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
@@ -229,9 +229,9 @@ def _choose(call: _Call) -> BackendChoice:
         lse=(call.return_aux is not None and call.return_aux.lse) or (call.config.mean_correction and call.gives_lse),
         max_scores=call.return_aux is not None and call.return_aux.max_scores,
     )
-    sparse = choose_backend(call.backend, request)
+    sparse = _with_tail(call, request, choose_backend(call.backend, request))
     if call.block_map is not None:
-        return _with_tail(call, request, sparse)
+        return sparse
     kv_len = call.key.shape[2]
     if call.query.shape[2] == 1 < kv_len and call.last_chunk:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
@@ -239,13 +239,13 @@ def _choose(call: _Call) -> BackendChoice:
             return BackendChoice("dense-sdpa", reason, dense=True)
         return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
     if not call.plain or is_recording():
-        return _with_tail(call, request, sparse)
+        return sparse
     below = call.config.dense_below
     if below is None:
         below = measured_dense_below(request, sparse)
     if kv_len < below:
         return choose_dense(request, f"S_kv is below dense_below, which is {below} here")
-    return _with_tail(call, request, sparse)
+    return sparse
 
 
 def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendChoice:
@@ -258,15 +258,11 @@ def _with_tail(call: _Call, request: Request, sparse: BackendChoice) -> BackendC
         return sparse
     batch, heads = call.query.shape[:2]
     parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
-    parts = min(parts, ceil_div(call.key.shape[2], request.block_size) // (rows + 2))
-    return replace(sparse, tail_parts=parts)
+    most = ceil_div(call.key.shape[2], request.block_size) // (rows + 2)
+    return replace(sparse, tail_parts=max(1, min(parts, most)))
 
 
-def _all_blocks(call: _Call) -> BlockMap:
-    return BlockMap.causal(
-        *call.query.shape[:2],
-        q_len=call.query.shape[2],
-        kv_len=call.key.shape[2],
-        block_size=call.config.block_size,
-        device=call.query.device,
-    )
+def all_blocks(query: Tensor, key: Tensor, block_size: int) -> BlockMap:
+    """The map of dense causal attention of these tensors."""
+    sizes = {"q_len": query.shape[2], "kv_len": key.shape[2], "block_size": block_size}
+    return BlockMap.causal(*query.shape[:2], **sizes, device=query.device)

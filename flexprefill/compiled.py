@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexprefill.backends import Options
 from flexprefill.errors import FlexPrefillError
-from flexprefill.flex import Lists, MaskMod, block_mask_of
+from flexprefill.flex import MaskMod, block_mask_of
+from flexprefill.lists import Lists
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
 

@@ -74,7 +74,7 @@ class PrefillConfig:
             raise TypeError(f"alpha must be a number in (0, 1], got {self.alpha!r}")
         if not 0 < self.alpha <= 1:  # false for NaN as well
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
-        for name in ("block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks", "dense_below"):
+        for name in (*FIRST_SETTINGS[1:], "dense_below"):
             number = getattr(self, name)
             if number is None and name == "dense_below":
                 continue

@@ -11,12 +11,11 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
-from flexprefill.lists import ListBuffers, make_lists
+from flexprefill.lists import ListBuffers, Lists, make_lists
 from flexprefill.recording import note
 from flexprefill.search import KeyMeans, search_blocks
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
 def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 from flexprefill.blockmap import ceil_div, unpack_bits
 from flexprefill.operators import operator
 
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
+
 
 def full_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Tensor:
     """How many leading key blocks every row of a query block sees whole: int32 [M].
@@ -29,14 +31,14 @@ class ListBuffers:
     """
 
     def __init__(self) -> None:
-        self._lists: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._lists: Lists | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(tensor.nbytes for tensor in self._lists or ())
 
-    def lists_of(self, words: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def lists_of(self, words: Tensor, columns: int) -> Lists:
         """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
         held = self._lists
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
@@ -47,7 +49,7 @@ class ListBuffers:
 
 def make_lists(
     words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, buffers: ListBuffers | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Lists:
     """As :func:`index_lists`, in the memory of buffers if there are any."""
     if buffers is None:
         return index_lists(words, q_len, kv_len, block_size, all_partial)
@@ -61,9 +63,7 @@ def make_lists(
 
 
 @operator("flexprefill::index_lists")
-def index_lists(
-    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def index_lists(words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool) -> Lists:
     """The ascending lists of partial and of full blocks, zeros behind the last entry.
 
     Args:
@@ -90,7 +90,7 @@ def _fill(
     kv_len: int,
     block_size: int,
     all_partial: bool,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: Lists,
     *,
     reused: bool,
 ) -> None:

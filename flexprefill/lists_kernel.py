@@ -7,10 +7,18 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
+from flexprefill.lists import Lists
 
 ROWS = 4  # a program
 WORDS = 32  # a step, one a lane
 CHUNK = 128  # zeros a step and row
+
+
+@triton.jit
+def bits_below(column, w):
+    """The bits of words w that stand for blocks before ``column``."""
+    below = tl.minimum(tl.maximum(column - w * 32, 0), 32)
+    return tl.where(below == 32, -1, (1 << (below & 31)) - 1)
 
 
 @triton.jit
@@ -84,9 +92,7 @@ def lists_kernel(
     for w0 in range(0, width, WORDS):
         w = w0 + tl.arange(0, WORDS)[None, :]
         words = tl.load(words_ptr + row * width + w, mask=inside & (w < width), other=0)
-        # the bits of blocks before the first that is not whole
-        below = tl.minimum(tl.maximum(whole - w * 32, 0), 32)
-        is_whole = tl.where(below == 32, -1, (1 << (below & 31)) - 1)
+        is_whole = bits_below(whole, w)
         if not ALL_PARTIAL:
             n_full = _append(full_rows, words & is_whole, w, n_full)
         n_partial = _append(partial_rows, words & ~is_whole, w, n_partial)
@@ -102,7 +108,7 @@ def fill_lists(
     kv_len: int,
     block_size: int,
     all_partial: bool,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: Lists,
     reused: bool,
 ) -> None:
     """Writes the lists that flexprefill.lists.index_lists describes. Reused ones come as an earlier call left them."""

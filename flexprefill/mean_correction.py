@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap import BlockMap, ceil_div, unpack_bits
+from flexprefill.lists import full_blocks
 from flexprefill.operators import operator
 from flexprefill.search import op
 
@@ -43,9 +44,10 @@ def add_dropped_blocks(
 
 def whole_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Tensor:
     """How many leading key blocks every row of a query block sees to their last key: int32 [M]."""
-    first_position = torch.arange(ceil_div(q_len, block_size), device=device, dtype=torch.int32) * block_size
-    seen = first_position + (kv_len - q_len) + 1
-    return torch.where(seen == kv_len, ceil_div(kv_len, block_size), seen // block_size)
+    whole = full_blocks(q_len, kv_len, block_size, device)
+    if q_len % block_size == 1:  # the last row is a query block of its own, and sees a short last key block to its end
+        whole[-1] = ceil_div(kv_len, block_size)
+    return whole
 
 
 @operator("flexprefill::merge_means")

@@ -45,6 +45,10 @@ class Recording(Mapping[int, BlockMap]):
             self._stack.names = []
         return self._stack.names
 
+    def _leave(self) -> None:
+        """As a forward hook it gives None: anything else would become the submodule's output."""
+        self._names().pop()
+
     def _add(self, block_map: BlockMap) -> None:
         names = self._names()
         if not names:
@@ -83,7 +87,7 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
         for name, module in model.named_modules():
             before = module.register_forward_pre_hook(lambda *_, name=name: recording._names().append(name))
             # always: also after an exception in the module
-            after = module.register_forward_hook(lambda *_: recording._names().pop() and None, always_call=True)
+            after = module.register_forward_hook(lambda *_: recording._leave(), always_call=True)
             hooks.callback(before.remove)
             hooks.callback(after.remove)
         _active[id(recording)] = recording

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
+from flexprefill.lists_kernel import bits_below
 
 WORDS = 64  # a program
 ROWS = 16  # queries a program
@@ -22,11 +23,9 @@ def part_words_kernel(words_ptr, out_ptr, rows, first, width, columns, share, PA
     source = words_ptr + (head * (first + rows) + first + place % rows) * width
     words = tl.load(source + w, mask=w < width, other=0)
     # part 0 has the last columns: those that the causal edge crosses, the same positions for every part
-    end = columns - part * share - w * 32
-    below_end = tl.where(end >= 32, -1, (1 << (tl.minimum(tl.maximum(end, 0), 31))) - 1)
-    start = end - share
-    below_start = tl.where(start >= 32, -1, (1 << (tl.minimum(tl.maximum(start, 0), 31))) - 1)
-    tl.store(out_ptr + place.to(tl.int64) * width + w, words & below_end & ~below_start, mask=w < width)
+    end = columns - part * share
+    own = bits_below(end, w) & ~bits_below(end - share, w)
+    tl.store(out_ptr + place.to(tl.int64) * width + w, words & own, mask=w < width)
 
 
 def part_words(words: Tensor, first: int, columns: int, parts: int) -> Tensor:

@@ -55,9 +55,9 @@ def expected_maps(model, hidden):
 @torch.no_grad()
 def test_every_layers_map_is_recorded_and_can_be_saved(tmp_path):
     model, hidden = Model().to(DEVICE), torch.randn(1, 200, 32, device=DEVICE)
-    expected = expected_maps(model, hidden)
+    expected, output = expected_maps(model, hidden), model(hidden)
     with record_masks(model) as masks:
-        model(hidden)
+        assert torch.equal(model(hidden), output)
     assert dict(masks) == expected and masks.modules == ["layers.0", "layers.1", "layers.2"]
     save_masks(tmp_path / "masks", masks)
     assert load_masks(tmp_path / "masks", device=DEVICE) == expected

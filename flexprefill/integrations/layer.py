@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill.attention import prefill_attention
+from flexprefill.attention import all_blocks, prefill_attention
 from flexprefill.backends import Request, choose_dense
 from flexprefill.blockmap import BlockMap, causal_blocks
 from flexprefill.checks import check_attention_inputs
@@ -60,7 +60,7 @@ def attend_layer(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Ten
     elif layer.config is None:
         if layer.softcap is None and layer.sinks is None:
             return _attend_dense(query, key, value, layer.scale)
-        block_map = _all_blocks(query, key)
+        block_map = all_blocks(query, key, PrefillConfig.block_size)
     if layer.sinks is not None:
         return _attend_with_sinks(query, key, value, layer, block_map, mask_mod)
     return _attend(query, key, value, layer, block_map, mask_mod)
@@ -152,12 +152,7 @@ def _attend_with_sinks(
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if is_recording():
-        note(_all_blocks(query, key))
+        note(all_blocks(query, key, PrefillConfig.block_size))
     request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, lse=False, max_scores=False)
     choice = choose_dense(request, "the layer keeps all blocks")
     return dense_attention(query, key, value, scale=scale, kernel=choice.name)
-
-
-def _all_blocks(query: Tensor, key: Tensor) -> BlockMap:
-    sizes = {"q_len": query.shape[2], "kv_len": key.shape[2], "block_size": PrefillConfig().block_size}
-    return BlockMap.causal(*query.shape[:2], **sizes, device=query.device)
