@@ -82,6 +82,7 @@ def ask(model: Decoder, samples: Samples, attend: Attend | Sequence[Attend] = ca
 @torch.inference_mode()
 def text_loss(model: Decoder, tokens: Tensor, attend: Attend | Sequence[Attend] = causal_sdpa) -> Tensor:
     """The mean next-token loss of each text in nats: int64 [B, S] to float32 [B]."""
-    states = model(tokens, attend)
+    with precision(tokens.device):
+        states = model(tokens, attend)
     rows = [cross_entropy(model.logits(row[:-1]), following[1:]) for row, following in zip(states, tokens, strict=True)]
     return torch.stack(rows)
