@@ -43,9 +43,10 @@ def pack_bits(dense: Tensor) -> Tensor:
     """bool [..., N] to int32 [..., ceil(N / 32)]; bit j of word w is column 32 w + j, the rest is zero."""
     columns = dense.shape[-1]
     width = ceil_div(columns, WORD_BITS)
-    padded = torch.nn.functional.pad(dense, (0, width * WORD_BITS - columns))
+    # no bools: torch 2.13 generates C++ for a padded comparison that does not compile
+    padded = pad(dense.to(torch.int32), (0, width * WORD_BITS - columns))
     lanes = torch.arange(WORD_BITS, device=dense.device, dtype=torch.int32)
-    bits = padded.unflatten(-1, (width, WORD_BITS)).to(torch.int32) << lanes
+    bits = padded.unflatten(-1, (width, WORD_BITS)) << lanes
     # disjoint bits: the int32 sum is their union and cannot carry
     return bits.sum(-1, dtype=torch.int32)
 
@@ -188,7 +189,8 @@ class BlockMap:
 
         Args:
             mask_mod: a further mask_mod that hides elements (documents, padding). All kept blocks are then
-                partial, since any of them may be cut.
+                partial, since any of them may be cut; :meth:`with_mask` finds out which are. Or a
+                BlockMask, as for ``&``.
             buffers: a ListBuffers, whose memory the lists then take; the next mask made with it overwrites them.
                 None allocates new memory. Not inside torch.compile.
 
@@ -237,8 +239,37 @@ class BlockMap:
         kept = self.counts().sum(-1, dtype=torch.int64)
         return (kept.to(torch.float64) / visible).to(torch.float32)
 
-    def __and__(self, other: BlockMap) -> BlockMap:
-        """Blocks that both maps keep."""
+    def with_mask(self, mask_mod: Any) -> BlockMask:
+        """This map's blocks under a further mask_mod, causal per element, as a FlexAttention BlockMask.
+
+        A kept block of which the mask_mod hides every element that the causal edge leaves is dropped, one that it cuts
+        is partial, and one that it leaves whole stays full, unless the causal edge crosses it. To find that out it is
+        evaluated on every element of every causal block: slow next to an attention call. Once is enough for all layers:
+
+            mask = BlockMap.causal(B, 1, q_len=S, kv_len=S, block_size=128).with_mask(mask_mod)
+            block_map & mask  # in each layer
+
+        Args:
+            mask_mod: of elementwise operations on (b, h, q_idx, kv_idx), which broadcast against each other.
+
+        Raises:
+            TypeError: mask_mod is no function.
+        """
+        from flexprefill import flex
+
+        return flex.with_mask(self, mask_mod)
+
+    def __and__(self, other: BlockMap | BlockMask) -> BlockMap | BlockMask:
+        """Blocks that both maps keep.
+
+        With a FlexAttention BlockMask of the same lengths and block size, of 1 or all heads and batch entries, a
+        BlockMask: of the blocks that both keep, those that it has as full are full unless the causal edge crosses
+        them, the others partial; its mask_mod is applied after the causal one.
+        """
+        if _is_block_mask(other):
+            from flexprefill import flex
+
+            return flex.to_block_mask(self, other)
         return self._with(self.words & self._words_of(other, "&"))
 
     def __or__(self, other: BlockMap) -> BlockMap:
@@ -312,6 +343,14 @@ def _check_size(name: str, size: int) -> None:
         raise TypeError(f"{name} must be an int, got {size!r}")
     if not 1 <= size < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
+
+
+def _is_block_mask(thing: Any) -> bool:
+    if isinstance(thing, BlockMap):  # the usual case imports nothing
+        return False
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return isinstance(thing, BlockMask)
 
 
 def _kind(thing: Any) -> str:

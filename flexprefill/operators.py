@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
@@ -24,3 +25,22 @@ def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]
         return getattr(getattr(torch.ops, namespace), short).default
 
     return register
+
+
+@operator("flexprefill::in_memory")
+def _in_memory(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@torch.library.register_fake("flexprefill::in_memory")
+def _(tensor):
+    return torch.empty_like(tensor)
+
+
+def to_capture(tensor: Tensor) -> Tensor:
+    """A small tensor, as a mod may close over it, which is made in the same compiled graph as the attention.
+
+    FlexAttention's lowering for the CPU takes only tensors that are in memory, and raises NoValidChoicesError for one
+    that is computed where it is read (torch 2.13).
+    """
+    return _in_memory(tensor) if torch.compiler.is_compiling() and tensor.device.type == "cpu" else tensor

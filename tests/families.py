@@ -37,9 +37,14 @@ FAMILIES = {
 EAGER = {"gemma2", "gpt_oss"}
 
 
-def make_model(family, implementation, dtype=torch.float32):
+def make_model(family, implementation, dtype=torch.float32, **sizes):
+    """A model of its family's config, with some of the config's sizes replaced."""
     torch.manual_seed(0)
     config = FAMILIES[family]()
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     config._experts_implementation = "eager"  # in every dtype
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():

@@ -34,15 +34,24 @@ def run(processes, *arguments):
         assert f"process {rank} of {processes} is right" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [(2,), (4, "--attend")])  # the example attends by two
+def need_packages(arguments):
+    if "--models" in arguments:
+        pytest.importorskip("transformers")
+        pytest.importorskip("accelerate", reason="transformers' tensor parallelism needs accelerate")
+
+
+@pytest.mark.parametrize("arguments", [(2, "--models"), (4, "--attend")])  # the example attends by two
 def test_processes_on_the_cpu_are_like_one(arguments):
+    need_packages(arguments)
     run(*arguments)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_processes_on_gpus_are_like_one():
-    run(2, "--attend", "--backend", "nccl")
+    arguments = "--attend", "--models", "--backend", "nccl"
+    need_packages(arguments)
+    run(2, *arguments)
 
 
 @pytest.fixture

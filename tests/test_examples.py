@@ -114,3 +114,19 @@ def test_read_masks_with_numpy():
     assert re.findall(r"density ([\d.]+)%", printed) == densities
     modules = set(re.findall(r"^(?:import|from) (\w+)", example.read_text(), re.MULTILINE))
     assert modules == {"json", "sys", "zlib", "numpy"}
+
+
+def test_time_to_first_token(tmp_path):
+    sizes = {"lengths": "600", "layers": 2, "hidden": 64, "intermediate": 64, "heads": 4, "kv-heads": 2}
+    sizes |= {"vocabulary": 64, "repeats": 1, "device": "cpu", "output": tmp_path / "times.json"}
+    script = EXAMPLES / "benchmarks" / "time_to_first_token.py"
+    run(script, *(word for name, value in sizes.items() for word in (f"--{name}", value)))
+    found = json.loads((tmp_path / "times.json").read_text())["by_length"]["600"]
+    assert {"flexprefill", "sdpa"} <= found["times"].keys() and found["times"].keys() | found["absent"].keys() == {
+        "flexprefill",
+        "sdpa",
+        "fa4-dense",
+    }
+    for series in found["times"].values():
+        (whole,), (attention,) = series["whole_ms"], series["attention_ms"]
+        assert 0 < attention < whole

@@ -15,6 +15,10 @@ from flexprefill.flex import lists_of
 from flexprefill.recording import is_recording
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
+PADDING_BETWEEN = (
+    "attention_mask must have padding before or behind a prompt only, got padding between tokens: pad on the left to "
+    "continue padded prompts by more than one token"
+)
 
 
 class Span(NamedTuple):
@@ -33,7 +37,8 @@ class Prompts:
         batch: how many prompts.
         offset: the slot of the first query.
         window: how many keys a query sees at most, its own among them; None is all of them.
-        spans: the slots of each prompt; None if each fills all slots up to the last query.
+        spans: the slots of each prompt; where only the device knows them, inside torch.compile, int32 [B, 2] of the
+            first one and the end. None if each prompt fills all slots up to the last query.
         device: of the mask.
     """
 
@@ -42,12 +47,13 @@ class Prompts:
         batch: int,
         offset: int,
         window: int | None,
-        spans: tuple[Span, ...] | None,
+        spans: tuple[Span, ...] | Tensor | None,
         device: torch.device | str,
     ) -> None:
         self.batch, self.offset, self.window, self.spans, self.device = batch, offset, window, spans, device
         if spans is not None:
-            self._first, self._end = torch.tensor(spans, dtype=torch.int32, device=device).T.contiguous()
+            on_device = spans if isinstance(spans, Tensor) else torch.tensor(spans, dtype=torch.int32, device=device)
+            self._first, self._end = on_device.T.contiguous()
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         behind = q_idx + self.offset - kv_idx
@@ -76,34 +82,47 @@ class Prompts:
         )
 
 
+def bounds_of(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the prompts of a padding mask lie, without waiting for the device.
+
+    Args:
+        real: bool [B, slots], True where a slot holds a token.
+
+    Returns:
+        The first slot and the end of each prompt, int32 [B, 2], 0 and 0 for one without tokens; and whether no padding
+        stands between tokens, bool without dimensions.
+    """
+    slot = torch.arange(real.shape[1], dtype=torch.int32, device=real.device)
+    end = torch.where(real, slot + 1, 0).amax(1)
+    first = torch.where(real, slot, end[:, None]).amin(1)
+    return torch.stack([first, end], 1), (real.sum(1) == end - first).all()
+
+
 def spans_of(real: Tensor) -> tuple[Span, ...]:
     """The spans of a padding mask, bool [B, slots], True where a slot holds a token; waits for the device.
 
     Raises:
         ValueError: padding stands between tokens.
     """
-    slot = torch.arange(real.shape[1], device=real.device)
-    end = torch.where(real, slot + 1, 0).amax(1)
-    count = real.sum(1)
-    first = torch.where(real, slot, end[:, None]).amin(1)
-    holes = (count != end - first).any().expand(1)
-    *flat, broken = torch.cat([first, end, holes.to(first.dtype)]).tolist()  # one transfer
-    if broken:
-        raise ValueError(
-            "attention_mask must have padding before or behind a prompt only, got padding between tokens: "
-            "pad on the left to continue padded prompts by more than one token"
-        )
-    batch = real.shape[0]
-    return tuple(Span(*span) for span in zip(flat[:batch], flat[batch:], strict=True))
+    bounds, whole = bounds_of(real)
+    *flat, is_whole = torch.cat([bounds.flatten(), whole.to(bounds.dtype)[None]]).tolist()  # one transfer
+    if not is_whole:
+        raise ValueError(PADDING_BETWEEN)
+    return tuple(Span(*span) for span in zip(flat[::2], flat[1::2], strict=True))
 
 
 def attend_each(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, prompts: Prompts
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompts: Prompts,
 ) -> Tensor:
     """Attention of each prompt without its padding; prompts of one span go together.
 
     Args:
-        attend: query [b, Hq, s_q, D], key [b, Hkv, s_kv, D], value → [b, Hq, s_q, Dv], the queries being the last.
+        attend: query [b, Hq, s_q, D], key [b, Hkv, s_kv, D], value, lengths → [b, Hq, s_q, Dv], the queries being the
+            last; lengths is None, or int32 [b] says how many of the keys hold tokens, the others being padding.
         query: [B, Hq, S_q, D]; key, value: [B, Hkv, slots, D].
 
     Returns:
@@ -115,7 +134,9 @@ def attend_each(
     spans = prompts.spans
     if spans is None:
         used = slice(prompts.offset + query.shape[2])
-        return attend(query, key[:, :, used], value[:, :, used])
+        return attend(query, key[:, :, used], value[:, :, used], None)
+    if isinstance(spans, Tensor):
+        return _attend_moved(attend, query, key, value, prompts.offset, *spans.unbind(1))
     if is_recording() and len(set(spans)) > 1:
         raise FlexPrefillError(
             "record_masks cannot record a batch of prompts with different padding, whose maps differ in size: "
@@ -128,5 +149,40 @@ def attend_each(
             continue
         entries = [entry for entry, its in enumerate(spans) if its == span]
         used = slice(*span)
-        output[entries, :, rows] = attend(query[entries, :, rows], key[entries, :, used], value[entries, :, used])
+        alone = query[entries, :, rows], key[entries, :, used], value[entries, :, used]
+        output[entries, :, rows] = attend(*alone, None)
     return output
+
+
+def _attend_moved(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offset: int,
+    first: Tensor,
+    end: Tensor,
+) -> Tensor:
+    """attend_each of spans that only the device knows: all prompts are moved to slot 0, their padding goes behind.
+
+    Args:
+        offset: the slot of the first query; other than 0 only if all prompts start at slot 0.
+    """
+    used = offset + query.shape[2]
+    keys, values = (_moved(tensor[:, :, :used], first, torch.zeros_like(first), end - first) for tensor in (key, value))
+    queries = _moved(query, first, torch.zeros_like(first), end - first - offset)
+    return _moved(attend(queries, keys, values, end - first), -first, first, end - offset)
+
+
+def _moved(tensor: Tensor, by: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """[B, H, S, D] whose token s is that of ``tensor`` at s + by, for start ≤ s < stop; zeros elsewhere.
+
+    Args:
+        by, start, stop: int32 [B].
+    """
+    token = torch.arange(tensor.shape[2], dtype=torch.int32, device=tensor.device)
+    inside = (token >= start[:, None]) & (token < stop[:, None])
+    source = (token + by[:, None]).clamp(0, tensor.shape[2] - 1)
+    entry = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    # heads within tokens, as models hold them
+    return torch.where(inside[..., None, None], tensor.transpose(1, 2)[entry, source], 0).transpose(1, 2)

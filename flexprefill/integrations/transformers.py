@@ -13,6 +13,7 @@ the blocks that it keeps alone.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.integrations.layer import Layer, attend_layer
 from flexprefill.integrations.plain import attend_rows
-from flexprefill.integrations.prompts import Prompts, Span, attend_each, spans_of
+from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, attend_each, bounds_of, spans_of
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -174,7 +175,14 @@ def prompt_mask(
         # slots that the padding mask does not reach are padding
         real = nn.functional.pad(real, (0, used - real.shape[1]))
         if torch.compiler.is_compiling():
-            _require(real.all(), "attention_mask must be without padding inside torch.compile, where it cannot be cut")
+            spans, whole = bounds_of(real)
+            _require(whole, PADDING_BETWEEN)
+            if offset > 0:
+                _require(
+                    (spans[:, 0] == 0).all(),
+                    "attention_mask must have no padding before a prompt that follows a cache inside torch.compile: "
+                    "pad on the right, or compile without chunks",
+                )
         else:
             spans = spans_of(real)
             if set(spans) == {Span(0, used)}:
@@ -226,9 +234,9 @@ def _attention_function(
         window = sliding_window if prompts is None else prompts.window
         layer = Layer(setting, scale, window, softcap, None if s_aux is None else s_aux.detach())
         if prompts is None:
-            output = attend_layer(query, key, value, layer)
+            output = attend_layer(layer, query, key, value)
         else:
-            output = attend_each(lambda *tensors: attend_layer(*tensors, layer), query, key, value, prompts)
+            output = attend_each(functools.partial(attend_layer, layer), query, key, value, prompts)
         return output.transpose(1, 2).contiguous(), None
 
     return flexprefill_attention
