@@ -51,6 +51,8 @@ class PrefillConfig:
             registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
         mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value
             (FlashPrefill-V2; docs/mean_correction.md). What a search keeps does not depend on it.
+        guard: the share of the attention mass that the kept blocks of each head have to hold, in (0, 1); heads whose
+            sampled rows hold less keep all blocks (docs/guard.md). None is off.
 
     Raises:
         TypeError: a setting is of the wrong type.
@@ -68,6 +70,7 @@ class PrefillConfig:
     score_rows: str = "whole"
     scorer: str = "flashprefill"
     mean_correction: bool = False
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
@@ -90,6 +93,11 @@ class PrefillConfig:
             raise TypeError(f"scorer must be the name of a scorer such as 'flashprefill', got {self.scorer!r}")
         if not isinstance(self.mean_correction, bool):
             raise TypeError(f"mean_correction must be a bool, got {self.mean_correction!r}")
+        if self.guard is not None:
+            if isinstance(self.guard, bool) or not isinstance(self.guard, (int, float)):
+                raise TypeError(f"guard must be a number in (0, 1) or None, got {self.guard!r}")
+            if not 0 < self.guard < 1:
+                raise ValueError(f"guard must be in (0, 1), got {self.guard!r}")
 
     @property
     def log2_alpha(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -82,13 +83,15 @@ class Attender:
 
 
 DENSE = "dense"
-# what each kind of method chooses by, and whether dropped blocks answer with their means
-KINDS: dict[str, tuple[str | None, bool]] = {
-    "flashprefill": (None, False),
-    "mean-correction": (None, True),
-    "xattention": ("xattention", False),
-    RANDOM: (RANDOM, False),
-    EXACT: (EXACT, False),
+GUARD = 0.95
+# what each kind of method chooses by, and how its config differs
+KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "flashprefill": (None, {}),
+    "mean-correction": (None, {"mean_correction": True}),
+    "guard": (None, {"guard": GUARD}),
+    "xattention": ("xattention", {}),
+    RANDOM: (RANDOM, {}),
+    EXACT: (EXACT, {}),
 }
 
 
@@ -98,8 +101,8 @@ def make_methods(
     """Dense attention, and each kind of method at each alpha: all keep as many blocks as FlashPrefill does there.
 
     Args:
-        kinds: some of "dense", "flashprefill", "mean-correction", "xattention", "random" and "exact".
-        config: all settings but alpha and mean_correction.
+        kinds: some of "dense", "flashprefill", "mean-correction", "guard", "xattention", "random" and "exact".
+        config: all settings but alpha, mean_correction and guard.
 
     Raises:
         ValueError: a kind that is none.
@@ -108,9 +111,9 @@ def make_methods(
         raise ValueError(f"kinds must be of {', '.join((DENSE, *KINDS))}, got {', '.join(map(repr, unknown))}")
     found = [Method(DENSE, None)] if DENSE in kinds else []
     for alpha in alphas:
-        for kind, (chosen_by, correct) in KINDS.items():
+        for kind, (chosen_by, changes) in KINDS.items():
             if kind in kinds:
-                rule = replace(config, alpha=alpha, mean_correction=correct)
+                rule = replace(config, alpha=alpha, **changes)
                 found.append(Method(f"{kind} {alpha:g}", rule, chosen_by))
     return found
 

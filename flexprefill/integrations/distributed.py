@@ -145,6 +145,8 @@ def context_parallel_search(
         raise ValueError(
             f"config.scorer must be {MEANS_SCORER!r}, which takes means of the keys, got {config.scorer!r}"
         )
+    if config.guard is not None:
+        raise ValueError(f"config.guard must be None, because each process sees a part of the rows, got {config.guard}")
     scale = resolve_scale(scale, query.shape[3])
     implementation = resolve_implementation(implementation, query.device, config.scorer)
     means = _gather_means(key, layout, config.block_size, implementation)

@@ -125,7 +125,7 @@ def score_words(
     group = heads // means.shape[1]
     members = group if rule.kv_masks else 1
     tiles = batch * heads // members * ceil_div(rows, query_blocks)
-    programs = min(tiles, launch.programs * _multiprocessors(query.device))
+    programs = min(tiles, launch.programs * multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
     words = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=query.device)
     scratch = torch.empty(programs, members, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
@@ -186,6 +186,6 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     # the interpreter runs programs one by one: a few of them exercise the persistent loop
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
