@@ -93,7 +93,7 @@ def sizes_of(block_map):
 
 
 def two_heads(length=2000, dtype=torch.float32):
-    """A head that attends to its neighbourhood, and one to single keys that block means hide behind those of block 0."""
+    """A head that attends to its neighbourhood, and one to single keys that the means of block 0 hide."""
     query, key, value = make_qkv(length, heads=2, kv_heads=2, head_dim=64, dtype=torch.float32, device=DEVICE)
     place = torch.arange(length, device=DEVICE)[:, None] / 400
     waves = 12 * torch.cat([torch.cos(place), torch.sin(place)], 1)

@@ -48,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--" + name, type=list_of(parse), metavar=metavar, default=default, help=f"{meaning} (default: {default})"
         )
     parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        default=[],
+        help="of 'flexprefill calibrate', to compare too; may be given more than once",
+    )
+    parser.add_argument(
         "--samples",
         type=whole(1),
         metavar="N",
@@ -71,8 +79,9 @@ def execute(arguments: argparse.Namespace) -> int:
     known = (*TASKS, TEXT)
     if unknown := [name for name in arguments.tasks if name not in known]:
         arguments.parser.error(f"argument --tasks: must be of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    calibrated = {path.stem: PrefillConfig.load_layers(path) for path in arguments.config}
     try:
-        methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig())
+        methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig(), calibrated)
     except ValueError as error:
         arguments.parser.error(f"argument --methods: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Does sparse attention still find the needle? Tasks, a small model of our own that solves them, and scores."""
 
+from flexprefill.evaluation.calibration import calibrate, calibrate_decoder
 from flexprefill.evaluation.model import Decoder, ModelSizes, load_model, save_model
 from flexprefill.evaluation.scoring import Share, ask, right_answers, text_loss
 from flexprefill.evaluation.tasks import TASKS, Samples
@@ -13,6 +14,8 @@ __all__ = [
     "Share",
     "ask",
     "babble",
+    "calibrate",
+    "calibrate_decoder",
     "load_model",
     "passages",
     "read_text",

@@ -111,7 +111,7 @@ def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: P
 def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, method: Method) -> Cell:
     """One cell: a first prompt, of which density and recall are taken, then all of them."""
     device = next(model.parameters()).device
-    attenders = [Attender(method, watch=True) for _ in model.layers]
+    attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(len(model.layers))]
     right, losses, seconds = Share(0, 0), [], 0.0
     for number in range(-1, plan.samples):
         # a prompt depends on its own number alone, so that every method gets the same ones

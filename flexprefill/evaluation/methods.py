@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class Method:
     Attributes:
         name: as it is asked for and printed.
         config: of the search; None is dense attention.
+        layers: configs of layers that have their own.
         chosen_by: None keeps what the search keeps. Else each query block keeps as many blocks as the search kept, but
             others: those that a scorer of this name finds best, beside the rule's sinks, window and last blocks;
             "exact" is the best of all, and has no such blocks; "random" draws them.
@@ -40,6 +41,11 @@ class Method:
     name: str
     config: PrefillConfig | None
     chosen_by: str | None = None
+    layers: Mapping[int, PrefillConfig] = field(default_factory=dict, hash=False)
+
+    def of_layer(self, layer: int) -> Method:
+        """The method as one layer has it."""
+        return replace(self, config=self.layers[layer]) if layer in self.layers else self
 
     def choose(self, query: Tensor, key: Tensor) -> BlockMap:
         """The blocks that it keeps: query [B, Hq, S, D], key [B, Hkv, S, D] to a map [B, Hq, M, M].
@@ -96,13 +102,17 @@ KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 def make_methods(
-    alphas: Sequence[float], kinds: Sequence[str] = (DENSE, *KINDS), config: PrefillConfig = PrefillConfig()
+    alphas: Sequence[float],
+    kinds: Sequence[str] = (DENSE, *KINDS),
+    config: PrefillConfig = PrefillConfig(),
+    calibrated: Mapping[str, Mapping[int, PrefillConfig]] | None = None,
 ) -> list[Method]:
     """Dense attention, and each kind of method at each alpha: all keep as many blocks as FlashPrefill does there.
 
     Args:
         kinds: some of "dense", "flashprefill", "mean-correction", "guard", "xattention", "random" and "exact".
         config: all settings but alpha, mean_correction and guard.
+        calibrated: by name, configs by layer, as PrefillConfig.load_layers gives them.
 
     Raises:
         ValueError: a kind that is none.
@@ -115,6 +125,8 @@ def make_methods(
             if kind in kinds:
                 rule = replace(config, alpha=alpha, **changes)
                 found.append(Method(f"{kind} {alpha:g}", rule, chosen_by))
+    for name, layers in (calibrated or {}).items():
+        found.append(Method(f"calibrated {name}", layers[min(layers)], layers=layers))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
+from flexprefill.checks import check_alphas, check_attention_inputs, check_config, check_last_chunk, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.guard import guard_checked
 from flexprefill.search import op
@@ -87,6 +87,7 @@ def search_checked(
     terms: Terms = PLAIN,
 ) -> BlockMap:
     """As :func:`search_blocks`, of arguments that are known to fit together."""
+    check_alphas(config, query.shape[1], key.shape[1])
     more = {"sliding_window": terms.sliding_window, "soft_cap": terms.soft_cap}
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk, **more)
     # raises here, not inside the operator
