@@ -13,6 +13,7 @@ from flexprefill.lists import ListBuffers
 from flexprefill.recording import Recording, record_masks
 from flexprefill.search import KeyMeans, search_blocks
 from flexprefill.search.scorers import Scorer, register_scorer
+from flexprefill.sequences import Sequences
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PrefillConfig",
     "Recording",
     "Scorer",
+    "Sequences",
     "__version__",
     "attention_recall",
     "create_prefill_block_mask",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.blockmap import BlockMap, ceil_div
@@ -17,15 +16,19 @@ from flexprefill.checks import check_attention_inputs, check_block_map, check_co
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
-from flexprefill.flex import MaskMod, lists_of, query_offset
+from flexprefill.flex import MaskMod, cut_by, lists_of, offsets_at, query_offset
 from flexprefill.lists import ListBuffers
+from flexprefill.log_sum_exp import add_sinks, log_sum_exp_over
 from flexprefill.lse import flash_lse_factor
 from flexprefill.mean_correction import add_dropped_blocks
 from flexprefill.recording import is_recording, note
+from flexprefill.score_mods import ScoreMod, alibi_mod, soft_cap_mod
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
 from flexprefill.search.scorers import find_scorer
+from flexprefill.sequences import Sequences, first_keys
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
+from flexprefill.terms import Terms, check_per_head
 
 logger = logging.getLogger("flexprefill")
 
@@ -37,14 +40,19 @@ def prefill_attention(
     config: PrefillConfig = PrefillConfig(),
     *,
     block_map: BlockMap | None = None,
-    mask_mod: MaskMod | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: MaskMod | BlockMask | None = None,
+    score_mod: ScoreMod | None = None,
     scale: float | None = None,
     last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
     means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
+    sequences: Sequences | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
     """Causal attention of a prompt over the blocks that matter: exact softmax over the kept blocks alone.
 
@@ -68,8 +76,10 @@ def prefill_attention(
             are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
             ``max_scores``.
         block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.
-        mask_mod: a further mask_mod that hides elements inside the kept blocks.
-        score_mod: FlexAttention's score_mod; the search does not know of it.
+        mask_mod: a further mask_mod that hides elements inside the kept blocks, any of which is then partial; or a
+            BlockMask that is made once for all layers (:meth:`BlockMap.with_mask`, create_block_mask), which says of
+            each block whether it is hidden, cut or left whole.
+        score_mod: FlexAttention's score_mod; the search does not know of it. It follows the soft cap and ALiBi.
         scale: factor on the dot products; 1 / sqrt(D) if None.
         last_chunk: whether these queries end the prompt, as in :func:`search_blocks`.
         backend: "triton" (CUDA), "flash" (a Hopper GPU with the package flash-attn-4), or "auto": on CUDA flash where
@@ -79,6 +89,10 @@ def prefill_attention(
         means: block means kept from chunk to chunk, as in :func:`search_blocks`; not used by a call without a search.
         buffers: memory for the index lists, shared by calls that follow each other on one stream; not inside
             torch.compile.
+        sequences, sliding_window, soft_cap, alibi_slopes: as in :func:`search_blocks`, for search and attention.
+            Rows of padding output zeros.
+        sinks: float [Hq], on query's device: a learned logit of each head that takes part in its softmax and has no
+            value (gpt-oss). ``aux.lse`` is without it.
 
     Returns:
         [B, Hq, S_q, Dv], and with ``return_aux`` a pair of it and flex_attention's AuxOutput.
@@ -90,7 +104,8 @@ def prefill_attention(
             would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
     """
     call = _Call.checked(
-        query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+        *(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux),
+        *(sequences, sliding_window, soft_cap, alibi_slopes, sinks),
     )
     check_means(means)
     choice = _choose(call)
@@ -100,31 +115,43 @@ def prefill_attention(
         return dense_attention(query, key, value, scale=call.scale, kernel=choice.name)
     if choice.dense:
         block_map = all_blocks(query, key, config.block_size)
-    else:
-        if block_map is None:
-            block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means)
+    elif block_map is None:
+        block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means, call.terms)
+    starts = None
+    if sequences is not None:
+        starts = sequences.starts
+        # a weight of zero times what is not finite would be NaN
+        value = value.masked_fill(sequences.padding[:, None, :, None], 0)
+    first = first_keys(starts, call.terms.sliding_window, block_map.q_len, block_map.kv_len, query.device)
+    block_map, cut = cut_by(block_map, mask_mod, first)
+    if not choice.dense:
         note(block_map)
     correct = config.mean_correction and not choice.dense
-    aux_request = AuxRequest(lse=True) if correct and call.gives_lse else return_aux
+    aux_request = call.aux_request(correct)
     lse = aux_request is not None and aux_request.lse
     factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
     settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": aux_request}
+    score_mods = call.score_mods(block_map)
     if choice.tail_parts > 1:
         split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
         result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
     else:
-        blocks = lists_of(block_map, mask_mod, buffers), query_offset(block_map)
-        mods = {"mask_mod": mask_mod, "score_mod": score_mod}
+        blocks = lists_of(block_map, cut, buffers), query_offset(block_map)
+        mods = {"mask_mods": cut.mask_mods, "score_mods": score_mods}
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
-    if lse and factor != 1:
-        output, aux = result
-        result = output, aux._replace(lse=aux.lse * factor)
+    output, aux = (result, None) if aux_request is None else result
+    sums = None if aux is None or aux.lse is None else aux.lse * factor if factor != 1 else aux.lse
     if correct:
-        output, aux = (result, None) if aux_request is None else result
-        kept = None if aux is None else aux.lse
-        output, sums = add_dropped_blocks(query, key, value, block_map, output, kept, scale=call.scale)
-        return output if return_aux is None else (output, aux._replace(lse=sums if return_aux.lse else None))
-    return result
+        output, sums = add_dropped_blocks(query, key, value, block_map, output, sums, scale=call.scale)
+    if sinks is not None:
+        if sums is None:
+            terms = first, call.terms.soft_cap, call.terms.alibi_slopes
+            own = cut.mask_mods if first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
+            sums = log_sum_exp_over(query, key, block_map, call.scale, *terms, *own)
+        output = add_sinks(output, sums, sinks)
+    if return_aux is None:
+        return output
+    return output, aux._replace(lse=sums if return_aux.lse else None)
 
 
 def explain_backend(
@@ -134,12 +161,17 @@ def explain_backend(
     config: PrefillConfig = PrefillConfig(),
     *,
     block_map: BlockMap | None = None,
-    mask_mod: MaskMod | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: MaskMod | BlockMask | None = None,
+    score_mod: ScoreMod | None = None,
     scale: float | None = None,
     last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
+    sequences: Sequences | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> BackendChoice:
     """What would compute :func:`prefill_attention` of the same arguments, with which options, and why not by others.
 
@@ -151,7 +183,10 @@ def explain_backend(
         TypeError, ValueError, FlexPrefillError: as :func:`prefill_attention`, where it would not run.
     """
     return _choose(
-        _Call.checked(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+        _Call.checked(
+            *(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux),
+            *(sequences, sliding_window, soft_cap, alibi_slopes, sinks),
+        )
     )
 
 
@@ -163,12 +198,14 @@ class _Call(NamedTuple):
     value: Tensor
     config: PrefillConfig
     block_map: BlockMap | None
-    mask_mod: MaskMod | None
-    score_mod: Callable[..., Tensor] | None
+    mask_mod: MaskMod | BlockMask | None
+    score_mod: ScoreMod | None
     scale: float
     last_chunk: bool
     backend: str
     return_aux: AuxRequest | None
+    terms: Terms
+    sinks: Tensor | None
 
     @classmethod
     def checked(
@@ -178,24 +215,33 @@ class _Call(NamedTuple):
         value: Tensor,
         config: PrefillConfig,
         block_map: BlockMap | None,
-        mask_mod: MaskMod | None,
-        score_mod: Callable[..., Tensor] | None,
+        mask_mod: MaskMod | BlockMask | None,
+        score_mod: ScoreMod | None,
         scale: float | None,
         last_chunk: bool,
         backend: str,
         return_aux: AuxRequest | None,
+        sequences: Sequences | None,
+        sliding_window: int | None,
+        soft_cap: float | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
     ) -> _Call:
         """Raises unless the arguments fit together."""
         check_attention_inputs(query, key, value)
         check_config(config)
         check_last_chunk(last_chunk)
         for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
-            if function is not None and not callable(function):
+            if not (function is None or callable(function) or (name == "mask_mod" and isinstance(function, BlockMask))):
                 raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
         find_scorer(config.scorer)
+        terms = Terms.checked(query, key, sequences, sliding_window, soft_cap, alibi_slopes)
+        if sinks is not None:
+            check_per_head("sinks", sinks, query)
         if config.mean_correction:
             max_scores = return_aux is not None and return_aux.max_scores
-            for name, asked in (("mask_mod", mask_mod), ("score_mod", score_mod), ("max_scores", max_scores)):
+            others = (("mask_mod", mask_mod is not None), ("score_mod", score_mod), ("max_scores", max_scores))
+            for name, asked in (*others, *((name, True) for name in terms.given)):
                 if asked:
                     raise ValueError(
                         f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
@@ -204,7 +250,8 @@ class _Call(NamedTuple):
         if block_map is not None:
             check_block_map(block_map, query, key)
         scale = resolve_scale(scale, query.shape[3])
-        return cls(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+        asked = block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+        return cls(query, key, value, config, *asked, terms, sinks)
 
     @property
     def gives_lse(self) -> bool:
@@ -215,7 +262,27 @@ class _Call(NamedTuple):
     def plain(self) -> bool:
         """Whether any attention kernel can compute it: FlexAttention is not asked for, nor what it alone can do."""
         asked = self.backend != "auto" or self.return_aux is not None
-        return not asked and self.mask_mod is None and self.score_mod is None and self.scale > 0
+        return not asked and not self.mods and self.sinks is None and self.scale > 0
+
+    @property
+    def mods(self) -> bool:
+        """Whether FlexAttention gets a mask_mod or a score_mod besides the causal one."""
+        return self.mask_mod is not None or self.score_mod is not None or len(self.terms.given) > 0
+
+    def score_mods(self, block_map: BlockMap) -> tuple[ScoreMod, ...]:
+        """In the order in which they apply: soft cap, ALiBi, the caller's."""
+        mods = []
+        if self.terms.soft_cap:
+            mods.append(soft_cap_mod(self.query, self.terms.soft_cap))
+        if self.terms.alibi_slopes is not None:
+            mods.append(alibi_mod(self.terms.alibi_slopes, offsets_at(block_map, block_map.offset)))
+        return (*mods, self.score_mod) if self.score_mod is not None else tuple(mods)
+
+    def aux_request(self, correct: bool) -> AuxRequest | None:
+        """What FlexAttention has to return besides the output, also for mean correction and sinks."""
+        if not self.gives_lse or not (correct or self.sinks is not None):
+            return self.return_aux
+        return AuxRequest(lse=True, max_scores=self.return_aux is not None and self.return_aux.max_scores)
 
 
 def _choose(call: _Call) -> BackendChoice:
@@ -224,9 +291,10 @@ def _choose(call: _Call) -> BackendChoice:
         call.key,
         call.value,
         block_size=call.config.block_size if call.block_map is None else call.block_map.block_size,
-        mods=call.mask_mod is not None or call.score_mod is not None,
+        mods=call.mods,
         scale=call.scale,
-        lse=(call.return_aux is not None and call.return_aux.lse) or (call.config.mean_correction and call.gives_lse),
+        lse=(call.return_aux is not None and call.return_aux.lse)
+        or ((call.config.mean_correction or call.sinks is not None) and call.gives_lse),
         max_scores=call.return_aux is not None and call.return_aux.max_scores,
     )
     sparse = _with_tail(call, request, choose_backend(call.backend, request))

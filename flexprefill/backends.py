@@ -145,7 +145,9 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         if backend != "auto":
             raise FlexPrefillError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
         if request.lse or request.max_scores:
-            raise FlexPrefillError(f"return_aux is not supported by FlexAttention on {request.device}")
+            raise FlexPrefillError(
+                f"return_aux is not supported by FlexAttention on {request.device}: pass tensors on a CUDA device"
+            )
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
@@ -194,11 +196,11 @@ def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
 def triton_options(request: Request) -> Options:
     """The kernel options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
     options: Options = ()
-    if request.block_size < 128:
-        # a kernel tile must divide the mask's blocks; long rows get the tiles of FlexAttention's own defaults for them,
-        # since several of keys and values have to fit the shared memory
-        block, dim = request.block_size, max(request.head_dim, request.value_dim)
-        row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
+    block, dim = request.block_size, max(request.head_dim, request.value_dim)
+    row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
+    if block < 128 or row_bytes > 512:
+        # a kernel tile must divide the mask's blocks, and several of keys and values have to fit the shared memory:
+        # long rows get the tiles of FlexAttention's own defaults for them (it has none for float32 with D 192)
         queries = block if row_bytes <= 512 else min(block, 32)
         keys = block if row_bytes <= 256 else min(block, 32)
         options = ("BLOCK_M", queries), ("BLOCK_N", keys), ("num_warps", 4)

@@ -189,7 +189,8 @@ class BlockMap:
 
         Args:
             mask_mod: a further mask_mod that hides elements (documents, padding). All kept blocks are then
-                partial, since any of them may be cut.
+                partial, since any of them may be cut; :meth:`with_mask` finds out which are. Or a
+                BlockMask, as for ``&``.
             buffers: a ListBuffers, whose memory the lists then take; the next mask made with it overwrites them.
                 None allocates new memory. Not inside torch.compile.
 
@@ -238,8 +239,37 @@ class BlockMap:
         kept = self.counts().sum(-1, dtype=torch.int64)
         return (kept.to(torch.float64) / visible).to(torch.float32)
 
-    def __and__(self, other: BlockMap) -> BlockMap:
-        """Blocks that both maps keep."""
+    def with_mask(self, mask_mod: Any) -> BlockMask:
+        """This map's blocks under a further mask_mod, causal per element, as a FlexAttention BlockMask.
+
+        A kept block of which the mask_mod hides every element that the causal edge leaves is dropped, one that it cuts
+        is partial, and one that it leaves whole stays full, unless the causal edge crosses it. To find that out it is
+        evaluated on every element of every causal block: slow next to an attention call. Once is enough for all layers:
+
+            mask = BlockMap.causal(B, 1, q_len=S, kv_len=S, block_size=128).with_mask(mask_mod)
+            block_map & mask  # in each layer
+
+        Args:
+            mask_mod: of elementwise operations on (b, h, q_idx, kv_idx), which broadcast against each other.
+
+        Raises:
+            TypeError: mask_mod is no function.
+        """
+        from flexprefill import flex
+
+        return flex.with_mask(self, mask_mod)
+
+    def __and__(self, other: BlockMap | BlockMask) -> BlockMap | BlockMask:
+        """Blocks that both maps keep.
+
+        With a FlexAttention BlockMask of the same lengths and block size, of 1 or all heads and batch entries, a
+        BlockMask: of the blocks that both keep, those that it has as full are full unless the causal edge crosses
+        them, the others partial; its mask_mod is applied after the causal one.
+        """
+        if _is_block_mask(other):
+            from flexprefill import flex
+
+            return flex.to_block_mask(self, other)
         return self._with(self.words & self._words_of(other, "&"))
 
     def __or__(self, other: BlockMap) -> BlockMap:
@@ -313,6 +343,14 @@ def _check_size(name: str, size: int) -> None:
         raise TypeError(f"{name} must be an int, got {size!r}")
     if not 1 <= size < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
+
+
+def _is_block_mask(thing: Any) -> bool:
+    if isinstance(thing, BlockMap):  # the usual case imports nothing
+        return False
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return isinstance(thing, BlockMask)
 
 
 def _kind(thing: Any) -> str:

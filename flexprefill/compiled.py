@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from flexprefill.backends import Options
 from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import MaskMod, block_mask_of
 from flexprefill.lists import Lists
+from flexprefill.score_mods import ScoreMod
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
 
@@ -29,43 +31,43 @@ def flex_over(
     block_size: int,
     scale: float,
     kernel_options: Options,
-    mask_mod: MaskMod | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
+    mask_mods: tuple[MaskMod, ...] = (),
+    score_mods: tuple[ScoreMod, ...] = (),
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
     """FlexAttention over listed blocks, compiled; inside a caller's own torch.compile, a part of its graph.
 
     Args:
         lists, offset: what lists_of and query_offset give for a map.
+        mask_mods: besides the causal one.
+        score_mods: applied one after the other.
         others: as in prefill_attention, checked.
 
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    inputs = (query, key, value, lists, offset, mask_mod, score_mod)
+    inputs = (query, key, value, lists, offset, mask_mods, score_mods)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
         if torch.compiler.is_compiling():
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
-        attend = _compiled(
-            Signature(
-                query.device.type,
-                query.dtype,
-                query.shape[1],
-                key.shape[1],
-                query.shape[3],
-                value.shape[3],
-                offset is not None,
-                _code_of(mask_mod),
-                _code_of(score_mod),
-                block_size,
-                scale,
-                kernel_options,
-                return_aux,
-            )
+        signature = Signature(
+            query.device.type,
+            query.dtype,
+            query.shape[1],
+            key.shape[1],
+            query.shape[3],
+            value.shape[3],
+            offset is not None,
+            tuple(map(_code_of, mask_mods)),
+            tuple(map(_code_of, score_mods)),
+            block_size,
+            scale,
+            kernel_options,
+            return_aux,
         )
         try:
-            return attend(*inputs)
+            return _call(signature, inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise FlexPrefillError(
                 "torch.compile's recompile limit is hit: this attention was compiled for more than "
@@ -92,20 +94,40 @@ class Signature(NamedTuple):
     head_dim: int
     value_dim: int
     at_offset: bool
-    mask_code: types.CodeType | type
-    score_code: types.CodeType | type
+    mask_codes: tuple[types.CodeType | type, ...]
+    score_codes: tuple[types.CodeType | type, ...]
     block_size: int
     scale: float
     kernel_options: Options
     return_aux: AuxRequest | None
 
 
-def _code_of(mod: Callable[..., Tensor] | None) -> types.CodeType | type:
+NAMES = 8  # that inputs get in turn, where torch mixes sizes up
+_name_of: dict[Signature, int] = {}  # the one that compiled, if not the first
+
+
+def _call(signature: Signature, inputs: tuple[Any, ...]) -> Tensor | tuple[Tensor, Any]:
+    """The compiled attention, under another name for its inputs where torch generates C++ that does not compile.
+
+    Its C++ attention names two sizes by replacing text, which also hits any other size whose name begins alike (torch
+    2.13). Names of sizes are drawn from those of the inputs.
+    """
+    while True:
+        name = _name_of.get(signature, 0)
+        try:
+            return _compiled(signature, name)(*inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if not re.search(r"cur_(q|kv)SplitSize\d", str(error)) or name == NAMES - 1:
+                raise
+            _name_of[signature] = name + 1
+
+
+def _code_of(mod: Callable[..., Tensor]) -> types.CodeType | type:
     return getattr(mod, "__code__", type(mod))
 
 
 @functools.cache
-def _compiled(signature: Signature) -> Attend:
+def _compiled(signature: Signature, name: int) -> Attend:
     # out of the signature: guards on locals are cheaper
     block_size, scale, return_aux = signature.block_size, signature.scale, signature.return_aux
     kernel_options = signature.kernel_options
@@ -114,8 +136,21 @@ def _compiled(signature: Signature) -> Attend:
         return _attend(*inputs, block_size, scale, kernel_options, return_aux)
 
     # torch.compile counts recompiles by code object: one each, so that models do not use up each other's
-    code = attend.__code__.replace()
+    code = attend.__code__.replace(co_varnames=(f"inputs_{name}",))
     return torch.compile(types.FunctionType(code, attend.__globals__, closure=attend.__closure__), fullgraph=True)
+
+
+def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
+    """One score_mod of several."""
+    if len(score_mods) < 2:
+        return score_mods[0] if score_mods else None
+
+    def chained(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        for score_mod in score_mods:
+            score = score_mod(score, b, h, q_idx, kv_idx)
+        return score
+
+    return chained
 
 
 def _attend(
@@ -124,8 +159,8 @@ def _attend(
     value: Tensor,
     lists: Lists,
     offset: Tensor | None,
-    mask_mod: MaskMod | None,
-    score_mod: Callable[..., Tensor] | None,
+    mask_mods: tuple[MaskMod, ...],
+    score_mods: tuple[ScoreMod, ...],
     block_size: int,
     scale: float,
     kernel_options: Options,
@@ -141,9 +176,9 @@ def _attend(
         query,
         key,
         value,
-        score_mod=score_mod,
+        score_mod=_chained(score_mods),
         # made in here: a BlockMask that comes from outside costs a guard for each of its attributes, every call
-        block_mask=block_mask_of(lists, (query.shape[2], key.shape[2]), block_size, offset, mask_mod),
+        block_mask=block_mask_of(lists, (query.shape[2], key.shape[2]), block_size, offset, mask_mods),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=dict(kernel_options),

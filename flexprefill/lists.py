@@ -48,33 +48,42 @@ class ListBuffers:
 
 
 def make_lists(
-    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, buffers: ListBuffers | None
+    words: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    all_partial: bool,
+    buffers: ListBuffers | None,
+    uncut: Tensor | None = None,
 ) -> Lists:
     """As :func:`index_lists`, in the memory of buffers if there are any."""
     if buffers is None:
-        return index_lists(words, q_len, kv_len, block_size, all_partial)
+        return index_lists(words, q_len, kv_len, block_size, all_partial, uncut)
     if not isinstance(buffers, ListBuffers):
         raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
     if torch.compiler.is_compiling():
         raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
     lists = buffers.lists_of(words, ceil_div(kv_len, block_size))
-    _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=True)
+    _fill(words, q_len, kv_len, block_size, all_partial, uncut, lists, reused=True)
     return lists
 
 
 @operator("flexprefill::index_lists")
-def index_lists(words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool) -> Lists:
+def index_lists(
+    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, uncut: Tensor | None = None
+) -> Lists:
     """The ascending lists of partial and of full blocks, zeros behind the last entry.
 
     Args:
         words: int32 [B, H, M, ceil(N / 32)], a BlockMap's.
         all_partial: puts every block into the partial list, not only those that the causal edge crosses.
+        uncut: int32 of a shape that expands to that of words; only blocks whose bit is set here are full. None: any.
 
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
     lists = tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))
-    _fill(words, q_len, kv_len, block_size, all_partial, lists, reused=False)
+    _fill(words, q_len, kv_len, block_size, all_partial, uncut, lists, reused=False)
     return lists
 
 
@@ -90,6 +99,7 @@ def _fill(
     kv_len: int,
     block_size: int,
     all_partial: bool,
+    uncut: Tensor | None,
     lists: Lists,
     *,
     reused: bool,
@@ -99,7 +109,7 @@ def _fill(
 
         # Triton launches on the current device, which need not be the words'
         with torch.cuda.device_of(words):
-            lists_kernel.fill_lists(words, q_len, kv_len, block_size, all_partial, lists, reused)
+            lists_kernel.fill_lists(words, q_len, kv_len, block_size, all_partial, lists, reused, uncut)
         return
     columns = ceil_div(kv_len, block_size)
     kept = unpack_bits(words, columns)
@@ -107,6 +117,8 @@ def _fill(
     whole = J < full_blocks(q_len, kv_len, block_size, words.device)[:, None]
     if all_partial:
         whole = torch.zeros_like(whole)
+    if uncut is not None:
+        whole = whole & unpack_bits(uncut, columns)
     filled = *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)
     for target, tensor in zip(lists, filled, strict=True):
         target.copy_(tensor)
@@ -120,5 +132,5 @@ def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("flexprefill::index_lists")
-def _(words, q_len, kv_len, block_size, all_partial):
+def _(words, q_len, kv_len, block_size, all_partial, uncut=None):
     return tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))

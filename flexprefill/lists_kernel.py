@@ -55,6 +55,7 @@ def _zero_tails(list_rows, starts, ends, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=["total", "rows", "width", "offset"])
 def lists_kernel(
     words_ptr,
+    uncut_ptr,
     partial_num_ptr,
     partial_ptr,
     full_num_ptr,
@@ -64,8 +65,14 @@ def lists_kernel(
     columns,
     width,
     offset,
+    heads,
+    uncut_stride_b,
+    uncut_stride_h,
+    uncut_stride_m,
+    uncut_stride_w,
     BLOCK: tl.constexpr,
     ALL_PARTIAL: tl.constexpr,
+    UNCUT: tl.constexpr,
     REUSED: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -87,12 +94,18 @@ def lists_kernel(
         end_partial = tl.load(partial_num_ptr + row, mask=inside, other=0)
     full_rows = full_ptr + row * columns
     partial_rows = partial_ptr + row * columns
+    if UNCUT:
+        head = row // rows
+        uncut_rows = uncut_ptr + (head // heads) * uncut_stride_b + (head % heads) * uncut_stride_h
+        uncut_rows += (row % rows) * uncut_stride_m
     n_full = tl.zeros([ROWS, 1], tl.int32)
     n_partial = tl.zeros([ROWS, 1], tl.int32)
     for w0 in range(0, width, WORDS):
         w = w0 + tl.arange(0, WORDS)[None, :]
         words = tl.load(words_ptr + row * width + w, mask=inside & (w < width), other=0)
         is_whole = bits_below(whole, w)
+        if UNCUT:
+            is_whole &= tl.load(uncut_rows + w * uncut_stride_w, mask=inside & (w < width), other=0)
         if not ALL_PARTIAL:
             n_full = _append(full_rows, words & is_whole, w, n_full)
         n_partial = _append(partial_rows, words & ~is_whole, w, n_partial)
@@ -110,21 +123,27 @@ def fill_lists(
     all_partial: bool,
     lists: Lists,
     reused: bool,
+    uncut: Tensor | None = None,
 ) -> None:
     """Writes the lists that flexprefill.lists.index_lists describes. Reused ones come as an earlier call left them."""
     words = words.contiguous()
     columns = ceil_div(kv_len, block_size)
     total = words.shape[0] * words.shape[1] * words.shape[2]
+    of_mask = words if uncut is None else uncut.expand(words.shape)
     lists_kernel[(triton.cdiv(total, ROWS),)](
         words,
+        of_mask,
         *lists,
         total,
         words.shape[2],
         columns,
         words.shape[3],
         kv_len - q_len,
+        words.shape[1],
+        *of_mask.stride(),
         BLOCK=block_size,
         ALL_PARTIAL=all_partial,
+        UNCUT=uncut is not None,
         REUSED=reused,
         ROWS=ROWS,
         WORDS=WORDS,

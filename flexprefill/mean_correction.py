@@ -12,10 +12,10 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flexprefill.blockmap import BlockMap, ceil_div, unpack_bits
 from flexprefill.lists import full_blocks
+from flexprefill.log_sum_exp import kept_log_sum_exp
 from flexprefill.operators import operator
 from flexprefill.search import op
 
@@ -120,32 +120,3 @@ def merge_in_pieces(
             merged[b, h, rows] = (of_output + of_means).to(output.dtype)
             sums[b, h, rows] = total
     return merged, sums
-
-
-@operator("flexprefill::kept_log_sum_exp")
-def kept_log_sum_exp(query: Tensor, key: Tensor, words: Tensor, kv_len: int, block_size: int, scale: float) -> Tensor:
-    """Natural log-sum-exps over the kept keys, causal per element: float32 [B, Hq, S_q]. Plain PyTorch.
-
-    FlexAttention's kernel for the CPU gives none.
-    """
-    batch, heads, q_len, _ = query.shape
-    group, columns = heads // key.shape[1], ceil_div(kv_len, block_size)
-    lse = torch.empty(batch, heads, q_len, device=query.device, dtype=torch.float32)
-    kept = unpack_bits(words, columns)
-    missing = columns * block_size - kv_len
-    key_blocks = pad(key, (0, 0, 0, missing)).unflatten(2, (columns, block_size))  # [B, Hkv, N, b, D]
-    positions = torch.arange(columns * block_size, device=query.device).view(columns, block_size)
-    for b, h, block in product(range(batch), range(heads), range(words.shape[2])):
-        rows = slice(block * block_size, min((block + 1) * block_size, q_len))
-        listed = kept[b, h, block].nonzero().squeeze(1)
-        keys = key_blocks[b, h // group, listed].flatten(0, 1).float()
-        position = torch.arange(rows.start, rows.stop, device=query.device) + (kv_len - q_len)
-        visible = positions[listed].flatten() <= position[:, None]
-        logits = scale * (query[b, h, rows].float() @ keys.T)
-        lse[b, h, rows] = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
-    return lse
-
-
-@torch.library.register_fake("flexprefill::kept_log_sum_exp")
-def _(query, key, words, kv_len, block_size, scale):
-    return query.new_empty(query.shape[:3], dtype=torch.float32)

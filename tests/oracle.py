@@ -111,3 +111,59 @@ def corrected_attention(query, key, value, block_map, *, scale=None):
                 lse[n, h, rows] = logits.logsumexp(1)
                 output[n, h, rows] = logits.softmax(1).nan_to_num(0) @ torch.cat(attended_values)
     return output, lse
+
+
+def evaluate_cut_rule(
+    query, key, starts, ends, *, config, scale=None, last_chunk=True, window=None, soft_cap=None, slopes=None
+):
+    """As evaluate_rule where rows see less than all keys before them: row by row and block by block.
+
+    starts, ends: [B][S_kv], of each position's sequence; equal for padding.
+    """
+    b, dtype = config.block_size, key.dtype
+    batch, heads, q_len, head_dim = query.shape
+    kv_len = key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    rows, columns, offset = -(-q_len // b), -(-kv_len // b), kv_len - q_len
+    group = heads // key.shape[1]
+    members = group if config.mask_heads == "kv" else 1
+    keep = np.zeros((batch, heads, rows, columns), bool)
+    close = np.zeros_like(keep)
+    for n, first, i in np.ndindex(batch, heads // members, rows):
+        hs = range(first * members, (first + 1) * members)
+        L, has_score, kept = np.full(columns, -np.inf), np.zeros(columns, bool), np.zeros(columns, bool)
+        inside = [p for p in range(offset + i * b, offset + min((i + 1) * b, q_len)) if starts[n][p] < ends[n][p]]
+        for j in range(columns):
+            logs = []
+            for p in inside:
+                start, end = starts[n][p], ends[n][p]
+                own = range(max(j * b, start), min((j + 1) * b, end))
+                seen = [k for k in own if k <= p and (window is None or k > p - window)]
+                last_row = min(end - 1, inside[-1])
+                kept[j] |= bool(seen) and (
+                    j - start // b < config.sink_blocks
+                    or last_row // b - j < config.window_blocks
+                    or (last_chunk and i > (end - 1 - offset) // b - config.last_full_blocks)
+                )
+                if not (seen if config.score_rows == "visible" else seen and len(seen) == len(own)):
+                    continue
+                has_score[j] = True
+                for h in hs:
+                    mean = key[n, h // group, own.start : own.stop].double().mean(0).to(dtype).double()
+                    logit = scale * float(query[n, h, p - offset].double() @ mean)
+                    if soft_cap is not None:
+                        logit = soft_cap * np.tanh(logit / soft_cap)
+                    if slopes is not None:
+                        logit += np.log(np.mean(np.exp(-float(slopes[h]) * (p - np.array(seen)))))
+                    logs.append(logit * np.log2(np.e))
+            if logs:
+                L[j] = np.max(logs) + np.log2(np.exp2(np.array(logs) - np.max(logs)).sum())
+        for j in np.flatnonzero(has_score & ~kept):
+            margins = [L[j] - L[has_score].max() - np.log2(config.alpha)]
+            if config.min_blocks:
+                ranked = np.sort(L[has_score])[::-1]
+                margins.append(L[j] - ranked[min(config.min_blocks, len(ranked)) - 1])
+            kept[j] = max(margins) >= 0
+            close[n, list(hs), i, j] = min(abs(margin) for margin in margins) < 1e-3
+        keep[n, list(hs), i] = kept
+    return torch.from_numpy(keep), torch.from_numpy(close)

@@ -133,3 +133,31 @@ def test_chunks_replay_as_one_cuda_graph():
         old.copy_(new)
     graph.replay()
     assert torch.equal(output, prefill())
+
+
+@pytest.mark.parametrize(
+    "message, tries", [("‘cur_kvSplitSize1’ was not declared in this scope", 2), ("something else", 1)]
+)
+def test_attention_whose_sizes_torch_mixes_up_is_compiled_with_other_names(monkeypatch, message, tries):
+    from flexprefill import compiled
+
+    names, compile_once = [], compiled._compiled
+
+    def fails_at_first(signature, name):
+        names.append(name)
+        if len(names) == 1:
+            raise torch._dynamo.exc.BackendCompilerFailed(functools.partial, RuntimeError(message), None)
+        return compile_once(signature, name)
+
+    monkeypatch.setattr(compiled, "_compiled", fails_at_first)
+    monkeypatch.setattr(compiled, "_name_of", {})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    query, key, value = make_qkv(300, heads=2, kv_heads=1, head_dim=16, device=DEVICE)
+    config = PrefillConfig(dense_below=0, alpha=0.123)
+    if tries == 1:
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+            prefill_attention(query, key, value, config)
+    else:
+        for _ in range(2):
+            prefill_attention(query, key, value, config)
+        assert names == [0, 1, 1]

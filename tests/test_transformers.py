@@ -141,7 +141,9 @@ def seen():
     for name in ("few_kept", "flexprefill"):
 
         def spy(module, query, key, *others, function=AttentionInterface._global_mapping[name], **settings):
-            calls.setdefault(module.layer_idx, []).append((query, key, settings["scaling"]))
+            calls.setdefault(module.layer_idx, []).append(
+                (query, key, {"scale": settings["scaling"], "soft_cap": settings.get("softcap")})
+            )
             return function(module, query, key, *others, **settings)
 
         AttentionInterface.register(name, spy)
@@ -175,14 +177,14 @@ def test_recorded_masks_are_those_of_the_search(family, alpha, seen, monkeypatch
         model(tokens)
     assert len(masks) == 2
     for layer, recorded in masks.items():
-        query, key, scale = seen[layer][0]
+        query, key, terms = seen[layer][0]
         if family in ALTERNATING and layer == 0:  # a layer with a window
             band = torch.ones(1000, 1000, dtype=torch.bool, device=DEVICE).tril().triu(1 - WINDOW)
             blocks = torch.nn.functional.pad(band, (0, 24, 0, 24)).unflatten(0, (8, 128)).unflatten(2, (8, 128))
             assert torch.equal(recorded.to_dense(), blocks.any(3).any(1).expand(2, 4, 8, 8))
         else:
             config = PrefillConfig(alpha=alpha)
-            assert recorded == search_blocks(query, key, config, scale=scale)
+            assert recorded == search_blocks(query, key, config, **terms)
 
 
 def test_padded_prompts_keep_the_blocks_that_they_keep_alone(seen):

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.attention import all_blocks, prefill_attention
 from flexprefill.backends import Request, choose_dense
-from flexprefill.blockmap import BlockMap, causal_blocks
 from flexprefill.checks import check_attention_inputs
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import dense_attention
-from flexprefill.flex import MaskMod
-from flexprefill.integrations.plain import attend_blocks
-from flexprefill.operators import to_capture
 from flexprefill.recording import is_recording, note
 from flexprefill.search import search_blocks
+from flexprefill.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,8 @@ class Layer:
         scale: factor on the dot products.
         window: how many keys a query sees at most, its own among them. Where it is shorter than the keys it is
             attended exactly, without a search.
-        softcap: scores s become softcap · tanh(s / softcap); the search does not know of it.
-        sinks: [Hq], for each head the score of a further key whose value is zero; the search does not know of it.
+        softcap: scores s become softcap · tanh(s / softcap), in the search too.
+        sinks: [Hq], for each head the score of a further key whose value is zero.
     """
 
     config: PrefillConfig | None
@@ -57,122 +51,26 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
         TypeError, ValueError: as :func:`flexprefill.prefill_attention`.
     """
     check_attention_inputs(query, key, value)
-    block_map, mask_mod = None, None
-    if layer.window is not None and layer.window < key.shape[2]:
-        block_map, mask_mod = window_map(query, key, layer), window_mask(query, key, layer.window)
-    elif layer.config is None:
-        if layer.softcap is None and layer.sinks is None:
+    config = layer.config or PrefillConfig()
+    window = layer.window if layer.window is not None and layer.window < key.shape[2] else None
+    block_map = None
+    if window is not None or layer.config is None:
+        if window is None and layer.softcap is None and layer.sinks is None:
             return _attend_dense(query, key, value, layer.scale)
-        block_map = all_blocks(query, key, PrefillConfig.block_size)
+        block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
-        block_map = search_prompts(query, key, layer.config, layer.scale, lengths)
-    if layer.sinks is not None:
-        return _attend_with_sinks(query, key, value, layer, block_map, mask_mod)
-    return _attend(query, key, value, layer, block_map, mask_mod)
-
-
-def search_prompts(query: Tensor, key: Tensor, config: PrefillConfig, scale: float, lengths: Tensor) -> BlockMap:
-    """The map of prompts that end before the last position: each keeps the blocks that it keeps alone.
-
-    But for its last query block, which is scored with the padding behind it: that is kept whole even where
-    ``config.last_full_blocks`` is 0. Query blocks of padding keep the first key block.
-
-    Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
-        lengths: int32 [B], how many of the positions hold tokens.
-    """
-    found = search_blocks(query, key, config, scale=scale, last_chunk=False)
-    size = config.block_size
-    row = torch.arange(found.shape[2], device=query.device)
-    end = ((lengths - found.offset).clamp(min=0) + size - 1) // size
-    last, padding = (
-        (row >= start[:, None])[:, None, :, None] for start in (end - max(1, config.last_full_blocks), end)
-    )
-    first_block = (torch.arange(found.words.shape[3], device=query.device) == 0).to(torch.int32)
-    words = torch.where(last, all_blocks(query, key, size).words, found.words)
-    return replace(found, words=torch.where(padding, first_block, words))
-
-
-def window_map(query: Tensor, key: Tensor, layer: Layer) -> BlockMap:
-    """The blocks that a sliding window crosses, for all heads."""
-    size = (layer.config or PrefillConfig()).block_size
-    q_len, kv_len = query.shape[2], key.shape[2]
-    causal = causal_blocks(q_len, kv_len, size, query.device)
-    first_row = torch.arange(causal.shape[0], device=query.device)[:, None] * size + (kv_len - q_len)
-    last_key = torch.arange(1, causal.shape[1] + 1, device=query.device) * size - 1
-    crossed = causal & (first_row - last_key < layer.window)
-    dense = crossed.expand(*query.shape[:2], -1, -1)
-    return BlockMap.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=size)
-
-
-def window_mask(query: Tensor, key: Tensor, window: int) -> MaskMod:
-    """mask_mod of a sliding window."""
-    # a tensor filled on the device: a number would be compiled anew for each value, a copy would wait
-    behind = key.shape[2] - query.shape[2] - window
-    floor = to_capture(torch.full((query.shape[0],), behind, dtype=torch.int32, device=query.device))
-
-    def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx > q_idx + floor[b]
-
-    return within_window
-
-
-def soft_cap(query: Tensor, cap: float) -> Callable[..., Tensor]:
-    """score_mod of a soft cap."""
-    # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
-    caps = to_capture(torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device))
-    if not torch.compiler.is_compiling():
-        # once other models had other heads torch makes them a symbol, of which its C++ attention does not compile
-        torch._dynamo.mark_static(caps, 0)
-
-    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return caps[h] * torch.tanh(score / caps[h])
-
-    return capped
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: Layer,
-    block_map: BlockMap | None,
-    mask_mod: MaskMod | None,
-    return_aux: AuxRequest | None = None,
-) -> Tensor:
+        # their queries see no padding, which is behind them: the attention need not know of it
+        sequences = Sequences.from_lengths(lengths, key.shape[2])
+        block_map = search_blocks(query, key, config, scale=layer.scale, sequences=sequences, soft_cap=layer.softcap)
     return prefill_attention(
         query,
         key,
         value,
-        layer.config or PrefillConfig(),
+        config,
         block_map=block_map,
-        mask_mod=mask_mod,
-        score_mod=None if layer.softcap is None else soft_cap(query, layer.softcap),
         scale=layer.scale,
-        return_aux=return_aux,
-    )
-
-
-def _attend_with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, layer: Layer, block_map: BlockMap | None, mask_mod: MaskMod | None
-) -> Tensor:
-    if query.is_cuda:
-        output, aux = _attend(query, key, value, layer, block_map, mask_mod, AuxRequest(lse=True))
-        # the keys' share of a softmax that the sink takes part in
-        share = torch.sigmoid(aux.lse - layer.sinks.float()[:, None])
-        return (output * share[..., None]).to(query.dtype)
-    # FlexAttention gives no log-sum-exp on the CPU
-    if block_map is None:
-        block_map = search_blocks(query, key, layer.config, scale=layer.scale)
-    note(block_map)
-    return attend_blocks(
-        query,
-        key,
-        value,
-        block_map,
-        scale=layer.scale,
-        window=layer.window,
-        softcap=layer.softcap,
+        sliding_window=window,
+        soft_cap=layer.softcap,
         sinks=layer.sinks,
     )
 

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
-from flexprefill.flex import lists_of
+from flexprefill.flex import Cut, lists_of
 from flexprefill.recording import is_recording
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
@@ -37,8 +37,8 @@ class Prompts:
         batch: how many prompts.
         offset: the slot of the first query.
         window: how many keys a query sees at most, its own among them; None is all of them.
-        spans: the slots of each prompt; inside torch.compile, where only the device knows them, int32 [B, 2]: the first
-            and the end. None if each prompt fills all slots up to the last query.
+        spans: the slots of each prompt; where only the device knows them, inside torch.compile, int32 [B, 2] of the
+            first one and the end. None if each prompt fills all slots up to the last query.
         device: of the mask.
     """
 
@@ -74,7 +74,7 @@ class Prompts:
             self.batch, 1, q_len=q_len, kv_len=lengths[1], block_size=BLOCK_SIZE, device=self.device
         )
         return BlockMask.from_kv_blocks(
-            *lists_of(causal, self, None),
+            *lists_of(causal, Cut((self,), None), None),
             BLOCK_SIZE=BLOCK_SIZE,
             mask_mod=self,
             seq_lengths=lengths,

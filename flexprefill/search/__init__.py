@@ -14,6 +14,8 @@ from flexprefill.search import op
 from flexprefill.search.means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+from flexprefill.sequences import Sequences
+from flexprefill.terms import PLAIN, Terms
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -27,6 +29,10 @@ def search_blocks(
     last_chunk: bool = True,
     implementation: str = "auto",
     means: KeyMeans | None = None,
+    sequences: Sequences | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> BlockMap:
     """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
 
@@ -47,6 +53,12 @@ def search_blocks(
             under TRITON_INTERPRET=1), or "auto" (triton on CUDA for the scorer "flashprefill", else reference).
         means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
             inside torch.compile.
+        sequences: which positions belong together; keys of other sequences and of padding enter no mean and no score,
+            and sinks, window and last query blocks are those of the query's own sequence (docs/masks.md).
+        sliding_window: how many keys a query sees, its own the last; None: all before it. Blocks outside are neither
+            scored nor kept.
+        soft_cap: cap · tanh(scores / cap) takes the place of the scaled products, as in Gemma 2.
+        alibi_slopes: float [Hq], on query's device: slope · (distance of the key) is subtracted from the scores.
 
     Returns:
         A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
@@ -58,7 +70,9 @@ def search_blocks(
     check_config(config)
     check_last_chunk(last_chunk)
     check_means(means)
-    return search_checked(query, key, config, resolve_scale(scale, query.shape[3]), last_chunk, implementation, means)
+    terms = Terms.checked(query, key, sequences, sliding_window, soft_cap, alibi_slopes)
+    scale = resolve_scale(scale, query.shape[3])
+    return search_checked(query, key, config, scale, last_chunk, implementation, means, terms)
 
 
 def search_checked(
@@ -69,21 +83,31 @@ def search_checked(
     last_chunk: bool,
     implementation: str,
     means: KeyMeans | None,
+    terms: Terms = PLAIN,
 ) -> BlockMap:
     """As :func:`search_blocks`, of arguments that are known to fit together."""
-    rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
-    find_scorer(rule.scorer)  # raises here, not inside the operator
+    more = {"sliding_window": terms.sliding_window, "soft_cap": terms.soft_cap}
+    rule = Rule.of(config, scale=scale, last_chunk=last_chunk, **more)
+    # raises here, not inside the operator
+    if not find_scorer(rule.scorer).knows_terms and terms.given:
+        raise ValueError(
+            f"config.scorer {rule.scorer!r} does not know of {', '.join(terms.given)}: 'flashprefill' and 'exact' do"
+        )
     implementation = resolve_implementation(implementation, query.device, rule.scorer)
+    sequences = terms.sequences
+    bounds = (None, None) if sequences is None else (sequences.starts, sequences.ends)
     if means is None:
-        words = op.search_words(query, key, *rule, implementation)
+        words = op.search_words(query, key, *rule, implementation, *bounds, terms.alibi_slopes)
     else:
         if rule.scorer != MEANS_SCORER:
             raise ValueError(
                 f"means is of the scorer {MEANS_SCORER!r}, which pools keys to their means: pass None for the scorer "
                 f"{rule.scorer!r}"
             )
+        if sequences is not None:
+            raise ValueError("means is of whole blocks, not of sequences in them: pass None with sequences")
         pooled = means.extend(key, config.block_size, implementation)
-        words = op.score_words(query, pooled, key.shape[2], rule, implementation)
+        words = op.score_words(query, pooled, key.shape[2], rule, implementation, *bounds, terms.alibi_slopes)
     return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
 
 

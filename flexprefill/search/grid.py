@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
+
+PIECE = 2**24  # query rows × key blocks at a time
 
 
 class Grid(NamedTuple):
@@ -20,7 +23,12 @@ class Grid(NamedTuple):
     kv_len: int
     block_size: int
     scale: float  # factor on the dot products of queries and keys
-    first_key: bool  # a row scores the blocks whose first key it sees, not only those that it sees whole
+    first_key: bool  # a row scores the blocks of which it sees a key, not only those of which it sees all
+    sliding_window: int = 0  # keys that a row sees, its own the last; 0: all before it
+    starts: Tensor | None = None  # of Sequences, and ends
+    ends: Tensor | None = None
+    soft_cap: float = 0.0  # on the scaled products; 0: none
+    alibi_slopes: Tensor | None = None  # float32 [Hq]
 
     @property
     def rows(self) -> int:
@@ -37,17 +45,100 @@ class Grid(NamedTuple):
         """The position of the first query."""
         return self.kv_len - self.q_len
 
+    @property
+    def cut(self) -> bool:
+        """Whether anything but the causal edge hides keys."""
+        return self.starts is not None or self.sliding_window > 0
+
     def scored_from(self, device: torch.device | str) -> Tensor:
-        """The first position whose query gives a score to each key block: int64 [N]."""
+        """The first position whose query gives a score to each key block, where nothing is cut: int64 [N]."""
         first = torch.arange(self.columns, device=device) * self.block_size
         return first if self.first_key else (first + self.block_size).clamp(max=self.kv_len) - 1
 
-    def scoring_rows(self, device: torch.device | str) -> Tensor:
-        """Which rows give a score to which key blocks: bool [M, b, N]."""
+    def scoring_rows(self, device: torch.device | str, I: slice | None = None, J: slice | None = None) -> Tensor:
+        """Which rows of query blocks I give a score to which of key blocks J; None: all of them.
+
+        Returns:
+            bool [M, b, N], or [1 or B, 1, M, b, N] where keys are cut.
+        """
+        if self.cut:
+            return self.view(device, I, J).scores(self.first_key)[:, None]
         row = torch.arange(self.rows * self.block_size, device=device).view(self.rows, self.block_size, 1)
-        return (row < self.q_len) & (row + self.offset >= self.scored_from(device))
+        row, first = row[I or slice(None)], self.scored_from(device)[J or slice(None)]
+        return (row < self.q_len) & (row + self.offset >= first)
 
     def scored(self, device: torch.device | str) -> Tensor:
-        """Which block pairs have a score: bool [M, N]."""
+        """Which block pairs have a score: bool [M, N], or [1 or B, 1, M, N] where keys are cut."""
+        if self.cut:
+            pieces = [(I, J, self.view(device, I, J).scores(self.first_key).any(2)) for I, J in self.pieces()]
+            return self.joined(pieces, device)[:, None]
         last_row = ((torch.arange(self.rows, device=device) + 1) * self.block_size).clamp(max=self.q_len) - 1
         return last_row[:, None] + self.offset >= self.scored_from(device)
+
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Query blocks and the key blocks that they can see, piece by piece, so that none needs more memory than PIECE.
+
+        In all they are as much as the window is wide.
+        """
+        b = self.block_size
+        step = max(1, PIECE // (self.columns * b))
+        if self.sliding_window:
+            step = min(step, ceil_div(self.sliding_window, b) + 1)
+        for first in range(0, self.rows, step):
+            end = min(first + step, self.rows)
+            last_position = min(self.offset + end * b, self.kv_len) - 1
+            first_position = max(self.offset + first * b - self.sliding_window + 1, 0) if self.sliding_window else 0
+            yield slice(first, end), slice(first_position // b, last_position // b + 1)
+
+    def joined(self, pieces: list[tuple[slice, slice, Tensor]], device: torch.device | str) -> Tensor:
+        """What pieces say of their block pairs, False elsewhere: bool [1 or B, M, N]."""
+        whole = torch.zeros(pieces[0][2].shape[0], self.rows, self.columns, dtype=torch.bool, device=device)
+        for I, J, piece in pieces:
+            whole[:, I, J] = piece
+        return whole
+
+    def view(self, device: torch.device | str, I: slice | None = None, J: slice | None = None) -> View:
+        """What each row of query blocks I sees of key blocks J; None: of all."""
+        I, J = I or slice(0, self.rows), J or slice(0, self.columns)
+        b, row = self.block_size, torch.arange(I.start * self.block_size, I.stop * self.block_size, device=device)
+        position = (row + self.offset).view(1, -1, b, 1)
+        block = torch.arange(J.start, J.stop, device=device)
+        block_start, block_end = block * b, ((block + 1) * b).clamp(max=self.kv_len)
+        # rows past the end stand in no sequence
+        inside, index = position < self.kv_len, position.clamp(max=self.kv_len - 1)
+        start, end = 0, self.kv_len
+        if self.starts is not None:
+            start, end = self.starts[:, index[0]].long(), self.ends[:, index[0]].long()
+        start, end = torch.where(inside, start, self.kv_len), torch.where(inside, end, 0)
+        own_first, own_end = torch.maximum(block_start, start), torch.minimum(block_end, end)
+        seen_first = own_first
+        if self.sliding_window:
+            seen_first = torch.maximum(own_first, position - (self.sliding_window - 1))
+        seen_end = torch.minimum(own_end, position + 1)
+        return View(position, start, end, block_start, block_end, own_first, own_end, seen_first, seen_end)
+
+
+class View(NamedTuple):
+    """What rows see of key blocks: int64, broadcasting to [1 or B, M, b, N]. Ends are behind the last."""
+
+    position: Tensor
+    start: Tensor  # of the row's sequence, and its end; for rows of none the end is not behind the start
+    end: Tensor
+    block_start: Tensor
+    block_end: Tensor
+    own_first: Tensor  # the block's keys that are of the row's sequence
+    own_end: Tensor
+    seen_first: Tensor  # of these the keys that the row sees
+    seen_end: Tensor
+
+    @property
+    def sees(self) -> Tensor:
+        """Whether the row sees a key of the block."""
+        return self.seen_first < self.seen_end
+
+    def scores(self, first_key: bool) -> Tensor:
+        """Whether the row gives the block a score: it sees a key of it, or all that are of its own sequence."""
+        if first_key:
+            return self.sees
+        whole = (self.seen_first == self.own_first) & (self.seen_end == self.own_end)
+        return whole & (self.own_first < self.own_end)

@@ -30,16 +30,27 @@ def search_words(
     kv_masks: bool,
     first_key: bool,
     scorer: str,
+    sliding_window: int,
+    soft_cap: float,
     implementation: str,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
+    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)].
+
+    Args:
+        starts, ends: of Sequences.
+        alibi_slopes: [Hq].
+        others: a Rule's, and the implementation's name.
+    """
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
-    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer)
-    if scorer == MEANS_SCORER:
-        pooled = pool_keys(key, block_size, implementation)
-    else:
+    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, sliding_window, soft_cap)
+    if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
-    return score_words(query, pooled, key.shape[2], rule, implementation)
+    else:
+        pooled = pool_keys(key, block_size, implementation, starts, ends)
+    return score_words(query, pooled, key.shape[2], rule, implementation, starts, ends, alibi_slopes)
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -49,18 +60,37 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     return query.new_empty((batch, heads, ceil_div(q_len, block_size), width), dtype=torch.int32)
 
 
-def pool_keys(key: Tensor, block_size: int, implementation: str) -> Tensor:
-    """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D]."""
+def pool_keys(
+    key: Tensor, block_size: int, implementation: str, starts: Tensor | None = None, ends: Tensor | None = None
+) -> Tensor:
+    """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D].
+
+    Args:
+        starts, ends: of Sequences; then the means are those of reference.pool_own_keys.
+    """
     if implementation == "reference":
-        return reference.pool_keys(key, block_size)
+        return (
+            reference.pool_keys(key, block_size)
+            if starts is None
+            else reference.pool_own_keys(key, block_size, starts, ends)
+        )
     from flexprefill.search import kernels  # imports triton
 
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(key):
-        return kernels.pool_keys(key, block_size)
+        return kernels.pool_keys(key, block_size, starts, ends)
 
 
-def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implementation: str) -> Tensor:
+def score_words(
+    query: Tensor,
+    pooled: Tensor,
+    kv_len: int,
+    rule: Rule,
+    implementation: str,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
     """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what the rule's scorer pools of the kv_len keys.
 
     Args:
@@ -69,10 +99,12 @@ def score_words(query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implemen
     if implementation == "reference":
         scorer = find_scorer(rule.scorer)
         first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
-        grid = Grid(query.shape[2], kv_len, rule.block_size, rule.scale, first_key)
+        lengths = query.shape[2], kv_len, rule.block_size
+        cut = rule.sliding_window, starts, ends
+        grid = Grid(*lengths, rule.scale, first_key, *cut, rule.soft_cap, alibi_slopes)
         scores = scorer.log_scores(query, pooled, grid)
         return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
-        return kernels.score_words(query, pooled, kv_len, rule)
+        return kernels.score_words(query, pooled, kv_len, rule, starts, ends, alibi_slopes)

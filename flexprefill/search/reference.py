@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap import causal_blocks, ceil_div
-from flexprefill.search.grid import Grid
+from flexprefill.search.grid import Grid, View
 from flexprefill.search.rule import Rule
 
 LOG2_E = math.log2(math.e)
@@ -34,25 +34,118 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     return (sums / sizes[:, None]).to(key.dtype)
 
 
+def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) -> Tensor:
+    """Means of what each sequence has of each key block, taken and kept as :func:`pool_keys` does.
+
+    A block has one for each of its sequences. N of them are of the sequence that its first position belongs to, N of
+    the one that its last position belongs to, and for sequences between these there is one at each position, of its own
+    sequence in its own block.
+
+    Args:
+        key: [B, Hkv, S_kv, D]; starts, ends: [1 or B, S_kv], of Sequences.
+
+    Returns:
+        [B, Hkv, N + N + S_kv, D]; what stands where padding does, or a position's where its sequence reaches an end of
+        the block, is not to be used.
+    """
+    kv_len = key.shape[2]
+    columns = ceil_div(kv_len, block_size)
+    missing = columns * block_size - kv_len
+    keys = rearrange(pad(key.float(), (0, 0, 0, missing)), "B H (N b) D -> B H N b D", b=block_size)
+    starts, ends = (
+        rearrange(pad(tensor, (0, missing), value=value), "B (N b) -> B N b", b=block_size)
+        for tensor, value in ((starts, kv_len), (ends, 0))
+    )
+    position = torch.arange(columns * block_size, device=key.device).view(columns, block_size)
+    last = ((torch.arange(columns, device=key.device) + 1) * block_size).clamp(max=kv_len) - 1
+    start_of_last = starts.gather(2, (last % block_size).expand(starts.shape[0], -1)[..., None])
+    outside = starts >= ends
+    of_first = (position < ends[..., :1]) & ~outside
+    of_last = (position >= start_of_last) & ~outside
+    pooled = []
+    for members in (of_first, of_last):
+        chosen = torch.where(members[:, None, ..., None], keys, 0)  # not multiplied: padding may hold NaN
+        pooled.append(chosen.sum(3) / members.sum(2).clamp(min=1)[:, None, :, None])
+    same = (starts[..., None] == starts[..., None, :]) & ~outside[..., None]  # [1 or B, N, b, b]
+    inside = torch.where(outside[:, None, ..., None], 0, keys)
+    sums = same.float()[:, None] @ inside
+    pooled.append((sums / same.sum(3).clamp(min=1)[:, None, ..., None]).flatten(2, 3)[:, :, :kv_len])
+    return torch.cat(pooled, 2).to(key.dtype)
+
+
 def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     """log2 of each block's score, up to no constant: L_IJ = log2 of the sum over rows q of 2^(s[q, J]).
 
+    Where the grid has sequences, K̄_J is the mean of what q's own sequence has of J. A soft cap applies to the product.
+    ALiBi's part of a score is the mean of exp(-slope · distance) over the keys of J that q sees.
+
     Args:
-        query: [B, Hq, S_q, D]; means: [B, Hkv, N, D].
+        query: [B, Hq, S_q, D]; means: [B, Hkv, N, D], or what :func:`pool_own_keys` gives where there are sequences.
 
     Returns:
         float32 [B, Hq, M, N], -inf where no row gives a score.
     """
-    device = query.device
-    scores = grid.scoring_rows(device)  # [M, b, N]
     padded = pad(query.float(), (0, 0, 0, grid.rows * grid.block_size - grid.q_len))
     grouped = rearrange(padded, "B (H g) (M b) D -> B H g M b D", H=means.shape[1], b=grid.block_size)
-    L = torch.empty(*grouped.shape[:4], grid.columns, device=device, dtype=torch.float32)  # [B, Hkv, g, M, N]
-    for batch in range(means.shape[0]):
-        for head in range(means.shape[1]):  # one key head at a time bounds the memory
-            s = (grid.scale * LOG2_E) * (grouped[batch, head] @ means[batch, head].float().T)  # [g, M, b, N]
-            L[batch, head] = log2_sum(torch.where(scores, s, -torch.inf), 2)
+    shape = *grouped.shape[:4], grid.columns
+    L = torch.full(shape, -torch.inf, device=query.device, dtype=torch.float32)  # [B, Hkv, g, M, N]
+    for I, J in grid.pieces():
+        view = grid.view(query.device, I, J) if grid.cut or grid.alibi_slopes is not None else None
+        scores = grid.scoring_rows(query.device, I, J)
+        for batch in range(means.shape[0]):
+            entry = None if view is None else View(*(part if part.dim() < 4 else _of(part, batch) for part in view))
+            own_scores = _of(scores, batch) if grid.cut else scores
+            for head in range(means.shape[1]):  # one key head at a time bounds the memory
+                products = _products(grouped[batch, head, :, I], means[batch, head].float(), grid, entry, I, J)
+                s = _modified(products, grid, entry, head)
+                L[batch, head, :, I, J] = log2_sum(torch.where(own_scores, s, -torch.inf), 2)
     return rearrange(L, "B H g M N -> B (H g) M N")
+
+
+def _of(tensor: Tensor, batch: int) -> Tensor:
+    """A batch entry of what is [1 or B, ...]."""
+    return tensor[batch if tensor.shape[0] > 1 else 0]
+
+
+def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: slice, J: slice) -> Tensor:
+    """Query blocks I [g, m, b, D] times the means of their own sequences in key blocks J: [g, m, b, n]."""
+    columns, b = grid.columns, grid.block_size
+    of_first = queries @ means[:columns][J].T
+    if grid.starts is None:
+        return of_first
+    of_last = queries @ means[columns : 2 * columns][J].T
+    # one that reaches neither the block's first position nor its last lies in the rows' own block alone
+    alone = means[2 * columns + grid.offset + I.start * b :][: (I.stop - I.start) * b]
+    alone = pad(alone, (0, 0, 0, (I.stop - I.start) * b - alone.shape[0])).unflatten(0, (-1, b))
+    of_own = (queries * alone).sum(-1, keepdim=True)
+    return torch.where(
+        view.start <= view.block_start, of_first, torch.where(view.end >= view.block_end, of_last, of_own)
+    )
+
+
+def _modified(products: Tensor, grid: Grid, view: View | None, kv_head: int) -> Tensor:
+    """Scores in log2 of products [g, M, b, N] of queries and means."""
+    if grid.soft_cap == 0 and grid.alibi_slopes is None:
+        return (grid.scale * LOG2_E) * products
+    s = soft_capped(grid.scale * products, grid.soft_cap)
+    if grid.alibi_slopes is not None:
+        group = products.shape[0]
+        slopes = grid.alibi_slopes.float()[kv_head * group : (kv_head + 1) * group].view(-1, 1, 1, 1)
+        s = s + alibi_mean(slopes, view.position - view.seen_end + 1, view.seen_end - view.seen_first)
+    return LOG2_E * s
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap); 0 is no cap."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def alibi_mean(slopes: Tensor, nearest: Tensor, count: Tensor) -> Tensor:
+    """Natural log of the mean of exp(-slope · distance) over ``count`` distances from the nearest on."""
+    count = count.clamp(min=1)
+    # a geometric series; a slope of 0 is the limit
+    ratio = (torch.expm1(-slopes * count) / torch.expm1(-slopes)).log() - count.log()
+    return -slopes * nearest + torch.where(slopes == 0, 0, ratio)
 
 
 def log2_sum(logs: Tensor, dim: int) -> Tensor:
@@ -79,7 +172,11 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    keep = keep | always_kept(grid.q_len, grid.kv_len, rule, L.device)
+    if grid.cut:
+        always = always_kept_of_own(grid, rule, L.device)
+    else:
+        always = always_kept(grid.q_len, grid.kv_len, rule, L.device)
+    keep = keep | always
     return keep.repeat_interleave(group, 1) if rule.kv_masks else keep
 
 
@@ -91,3 +188,23 @@ def always_kept(q_len: int, kv_len: int, rule: Rule, device: torch.device | str)
     last_visible = causal.sum(-1, keepdim=True) - 1
     last_rows = I >= causal.shape[0] - rule.last_full_blocks
     return causal & ((J < rule.sink_blocks) | (J > last_visible - rule.window_blocks) | last_rows)
+
+
+def always_kept_of_own(grid: Grid, rule: Rule, device: torch.device | str) -> Tensor:
+    """As :func:`always_kept` where keys are cut: for each row that of its own sequence, as far as rows see the block.
+
+    Returns:
+        bool [1 or B, 1, M, N].
+    """
+    b, pieces = grid.block_size, []
+    for I, J in grid.pieces():
+        view = grid.view(device, I, J)
+        block = view.block_start // b
+        sink = block < view.start // b + rule.sink_blocks
+        # of the sequence's rows in the query block the last one
+        last_row = torch.minimum(view.position[:, :, -1:], view.end - 1)
+        window = block > last_row // b - rule.window_blocks
+        query_block = torch.arange(I.start, I.stop, device=device).view(1, -1, 1, 1)
+        last_rows = query_block > (view.end - 1 - grid.offset) // b - rule.last_full_blocks
+        pieces.append((I, J, (view.sees & (sink | window | last_rows)).any(2)))
+    return grid.joined(pieces, device)[:, None]

@@ -20,9 +20,13 @@ class Rule(NamedTuple):
     kv_masks: bool  # one mask for the query heads of a key head
     first_key: bool  # a row scores the blocks whose first key it sees, not only those that it sees whole
     scorer: str
+    sliding_window: int = 0  # keys that a row sees, its own the last; 0: all before it
+    soft_cap: float = 0.0  # on the scaled products; 0: none
 
     @classmethod
-    def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
+    def of(
+        cls, config: PrefillConfig, *, scale: float, last_chunk: bool, sliding_window: int = 0, soft_cap: float = 0.0
+    ) -> Rule:
         return cls(
             scale,
             config.log2_alpha,
@@ -34,4 +38,6 @@ class Rule(NamedTuple):
             config.mask_heads == "kv",
             config.score_rows == "visible",
             config.scorer,
+            sliding_window,
+            soft_cap,
         )

@@ -20,6 +20,7 @@ from flexprefill.config import SCORE_ROWS
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.search.reference import LOG2_E, log2_sum
+from flexprefill.sequences import first_keys
 
 MEANS_SCORER = "flashprefill"  # the one whose pooled keys are their blocks' means, and which has kernels
 PIECE = 2**24  # logits at a time
@@ -38,12 +39,16 @@ class Scorer:
         source: where the method comes from.
         score_rows: "whole" or "visible" (see PrefillConfig) where the method itself says which rows score a block; None
             leaves it to the config.
+        knows_terms: whether ``log_scores`` heeds what the grid says of sequences, sliding window, soft cap and ALiBi;
+            one that does not is refused where these are given. With sequences, FlashPrefill's own keys are pooled by
+            reference.pool_own_keys.
     """
 
     pool: Callable[[Tensor, int], Tensor]
     log_scores: Callable[[Tensor, Tensor, Grid], Tensor]
     source: str
     score_rows: str | None = None
+    knows_terms: bool = False
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -106,7 +111,8 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     """The exact attention mass of each block, which a perfect search would go by: slow, for evaluation.
 
     log2 of the sum of softmax(scale · query · key) over the rows of I and the keys of J, each row's softmax being over
-    all keys up to its own position.
+    all keys up to its own position, or of these the ones that sequences and a sliding window let it see. A soft cap and
+    ALiBi are part of the logits.
 
     Args:
         query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
@@ -147,19 +153,31 @@ def _block_shares(
     group, columns = heads // keys.shape[1], grid.columns
     missing_keys = columns * per_block - keys.shape[2]
     L = torch.empty(batch, heads, grid.rows, columns, device=queries.device, dtype=torch.float32)
+    first = first_keys(grid.starts, grid.sliding_window, grid.q_len, grid.kv_len, queries.device)
     blocks_a_piece = max(1, PIECE // (per_block * keys.shape[2]))
-    for first in range(0, grid.rows, blocks_a_piece):
-        rows = slice(first * per_block, min((first + blocks_a_piece) * per_block, count))
+    for block in range(0, grid.rows, blocks_a_piece):
+        rows = slice(block * per_block, min((block + blocks_a_piece) * per_block, count))
         missing_rows = -(rows.stop - rows.start) % per_block
-        hidden = key_positions > query_positions[rows, None]
+        distance = query_positions[rows, None] - key_positions
         for b, h in product(range(batch), range(heads)):
             products = queries[b, h, rows].float() @ keys[b, h // group].float().T  # [rows, R]
-            logits = (products * (scale * LOG2_E)).masked_fill(hidden, -torch.inf)
+            logits = products * (scale * LOG2_E)
+            if grid.soft_cap:
+                logits = LOG2_E * reference.soft_capped(scale * products, grid.soft_cap)
+            if grid.alibi_slopes is not None:
+                logits = logits - LOG2_E * grid.alibi_slopes[h].float() * distance
+            hidden = distance < 0
+            if first is not None:
+                hidden = hidden | (key_positions < first[b if first.shape[0] > 1 else 0, rows, None])
+            logits = logits.masked_fill(hidden, -torch.inf)
             logits = pad(logits, (0, missing_keys), value=-torch.inf)
             # in logs: a share that underflows would be no score
             by_block = log2_sum(logits.unflatten(1, (columns, per_block)), 2)  # [rows, N]
-            padded = pad(by_block - log2_sum(by_block, 1)[:, None], (0, 0, 0, missing_rows), value=-torch.inf)
-            L[b, h, first : first + blocks_a_piece] = log2_sum(padded.unflatten(0, (-1, per_block)), 1)
+            total = log2_sum(by_block, 1)[:, None]
+            # a row of padding has no keys, and no share
+            shares = by_block - torch.where(total == -torch.inf, 0, total)
+            padded = pad(shares, (0, 0, 0, missing_rows), value=-torch.inf)
+            L[b, h, block : block + blocks_a_piece] = log2_sum(padded.unflatten(0, (-1, per_block)), 1)
     return L
 
 
@@ -168,7 +186,7 @@ def _keys_themselves(key: Tensor, block_size: int) -> Tensor:
 
 
 _SCORERS = {
-    MEANS_SCORER: Scorer(reference.pool_keys, reference.log_scores, "FlashPrefill, arXiv 2603.06199"),
+    MEANS_SCORER: Scorer(reference.pool_keys, reference.log_scores, "FlashPrefill, arXiv 2603.06199", None, True),
     "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428", "visible"),
-    "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible"),
+    "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible", True),
 }

@@ -1,0 +1,45 @@
+"""Score functions that the search knows of, as FlexAttention's score_mods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexprefill.operators import to_capture
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def soft_cap_mod(query: Tensor, cap: float) -> ScoreMod:
+    """cap · tanh(score / cap)."""
+    # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
+    caps = _of_heads(torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device))
+
+    def soft_capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return caps[h] * torch.tanh(score / caps[h])
+
+    return soft_capped
+
+
+def _of_heads(tensor: Tensor) -> Tensor:
+    """[Hq], whose length is not to become a symbol once other calls have other heads: each number compiles anew."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static(tensor, 0)
+    return to_capture(tensor)
+
+
+def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
+    """score - slope · distance.
+
+    Args:
+        slopes: float [Hq].
+        offset: int32 [B], the position of the first query.
+    """
+    slopes = _of_heads(slopes.to(torch.float32, copy=True))  # a copy: what is said of it is not said of the caller's
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score - slopes[h] * (q_idx + offset[b] - kv_idx)
+
+    return alibi

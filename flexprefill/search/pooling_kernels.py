@@ -1,0 +1,96 @@
+"""Means of key blocks in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pool_kernel(
+    key_ptr,
+    means_ptr,
+    stride_b,
+    stride_h,
+    stride_s,
+    stride_d,
+    kv_len,
+    columns,
+    HEADS,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous."""
+    J = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = J * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D_PAD)
+    base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
+    offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+    keys = tl.load(base + offsets, mask=(s[:, None] < kv_len) & (d[None, :] < D), other=0.0).to(tl.float32)
+    mean = tl.sum(keys, 0) / tl.minimum(kv_len - J * BLOCK, BLOCK).to(tl.float32)
+    tl.store(means_ptr + (head * columns + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _mean_of(keys, members):
+    """The mean of the keys [BLOCK, D] that are members [BLOCK]; zeros if none is."""
+    count = tl.maximum(tl.sum(members.to(tl.int32), 0), 1)
+    return tl.sum(tl.where(members[:, None], keys, 0.0), 0) / count.to(tl.float32)
+
+
+@triton.jit
+def pool_sequences_kernel(
+    key_ptr,
+    means_ptr,
+    stride_b,
+    stride_h,
+    stride_s,
+    stride_d,
+    kv_len,
+    columns,
+    HEADS,
+    starts_ptr,
+    ends_ptr,
+    sequence_stride,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The means of one key block's sequences, as reference.pool_own_keys describes them.
+
+    Those of each position are written only where a sequence reaches neither end of the block: elsewhere none is read.
+    """
+    J = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = J * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D_PAD)
+    starts = starts_ptr + (head // HEADS) * sequence_stride
+    ends = ends_ptr + (head // HEADS) * sequence_stride
+    end = tl.minimum((J + 1) * BLOCK, kv_len)
+    sequence_start = tl.load(starts + s, mask=s < kv_len, other=kv_len)
+    sequence_end = tl.load(ends + s, mask=s < kv_len, other=0)
+    member = sequence_start < sequence_end
+    base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
+    offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+    # padding is not read: it may hold NaN
+    keys = tl.load(base + offsets, mask=member[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+    means = means_ptr + head * (2 * columns + kv_len) * D + d
+    end_of_first = tl.load(ends + J * BLOCK)
+    start_of_last = tl.load(starts + end - 1)
+    of_first = _mean_of(keys, member & (s < end_of_first))
+    of_last = _mean_of(keys, member & (s >= start_of_last))
+    tl.store(means + J * D, of_first.to(means_ptr.dtype.element_ty), mask=d < D)
+    tl.store(means + (columns + J) * D, of_last.to(means_ptr.dtype.element_ty), mask=d < D)
+    place = tl.maximum(J * BLOCK + 1, end_of_first)
+    while place < end:
+        own_start = tl.load(starts + place)
+        own_end = tl.load(ends + place)
+        if (own_start < own_end) & (own_end < end):
+            members = (s >= own_start) & (s < own_end)
+            mean = _mean_of(keys, members)
+            rows = means[None, :] + (2 * columns + s).to(tl.int64)[:, None] * D
+            values = tl.broadcast_to(mean[None, :], [BLOCK, D_PAD]).to(means_ptr.dtype.element_ty)
+            tl.store(rows, values, mask=members[:, None] & (d[None, :] < D))
+        place = tl.maximum(place + 1, own_end)

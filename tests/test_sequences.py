@@ -1,0 +1,210 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import make_qkv
+from oracle import evaluate_cut_rule
+
+from flexprefill import BlockMap, KeyMeans, PrefillConfig, Sequences, search_blocks
+from flexprefill.masks import classify_blocks
+from flexprefill.sequences import blocks_from, first_keys
+
+LEAN = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+
+
+def layouts(kind, batch, kv_len, rng):
+    """Sequences of a kind, and the same as lists: [B][S_kv] of starts and of ends."""
+    if kind == "packed":
+        cuts = sorted(
+            int(x) for x in torch.randint(0, kv_len + 1, (int(torch.randint(2, 7, (), generator=rng)),), generator=rng)
+        )
+        sequences = Sequences.from_cu_seqlens(torch.tensor(cuts, dtype=torch.int32, device=DEVICE), kv_len)
+        spans = [list(pairwise(cuts))] * batch
+    else:
+        lengths = torch.randint(0, kv_len + 1, (batch,), generator=rng)
+        sequences = Sequences.from_lengths(lengths.to(DEVICE), kv_len, padding=kind)
+        spans = [[(0, n) if kind == "right" else (kv_len - n, kv_len)] for n in lengths.tolist()]
+    starts, ends = [[kv_len] * kv_len for _ in range(batch)], [[0] * kv_len for _ in range(batch)]
+    for n, entries in enumerate(spans):
+        for start, end in entries:
+            for p in range(start, end):
+                starts[n][p], ends[n][p] = start, end
+    return sequences, starts, ends
+
+
+@st.composite
+def cases(draw, *, max_length=150, kinds=("right", "left", "packed"), max_group=2):
+    kv_len = draw(st.integers(1, max_length))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kv_heads, batch = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
+    query, key, value = make_qkv(
+        draw(st.one_of(st.just(kv_len), st.integers(1, kv_len))),
+        kv_len,
+        batch=batch,
+        heads=kv_heads * draw(st.integers(1, max_group)),
+        kv_heads=kv_heads,
+        head_dim=16,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+    config = PrefillConfig(
+        alpha=draw(st.floats(0.001, 1)),
+        block_size=draw(st.sampled_from([16, 32])),
+        sink_blocks=draw(st.integers(0, 2)),
+        window_blocks=draw(st.integers(0, 2)),
+        last_full_blocks=draw(st.integers(0, 2)),
+        min_blocks=draw(st.sampled_from([0, 0, 1, 3])),
+        mask_heads=draw(st.sampled_from(["query", "kv"])),
+        score_rows=draw(st.sampled_from(["whole", "visible"])),
+    )
+    arguments = {"config": config, "last_chunk": draw(st.booleans()), "scale": draw(st.sampled_from([None, 0.3]))}
+    return query, key, value, layouts(draw(st.sampled_from(kinds)), batch, kv_len, rng), arguments
+
+
+def spoil(tensor, padding):
+    """NaN in every position of padding [1 or B, S]."""
+    return tensor.masked_fill(padding[:, None, -tensor.shape[2] :, None], torch.nan)
+
+
+def assert_follows(block_map, keep, close):
+    wrong = (block_map.to_dense().cpu() != keep) & ~close
+    assert not wrong.any(), f"{int(wrong.sum())} of {keep.numel()} blocks, first at {wrong.nonzero()[0].tolist()}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_the_reference_follows_the_rule_for_each_rows_own_sequence(case):
+    query, key, _, (sequences, starts, ends), arguments = case
+    keep, close = evaluate_cut_rule(query, key, starts, ends, **arguments)
+    padding = sequences.padding.cpu()
+    query, key = (spoil(tensor, padding).to(DEVICE) for tensor in (query, key))
+    found = search_blocks(query, key, implementation="reference", sequences=sequences, **arguments)
+    assert_follows(found, keep, close)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 300), st.booleans(), st.integers(0, 2**31), st.sampled_from(["query", "kv"]))
+def test_a_right_padded_sequence_gets_the_mask_that_it_gets_alone(kv_len, offset, seed, mask_heads):
+    rng = torch.Generator().manual_seed(seed)
+    config = replace(LEAN, mask_heads=mask_heads, min_blocks=seed % 3)
+    lengths = torch.randint(1, kv_len + 1, (3,), generator=rng)
+    q_len = kv_len if offset else int(torch.randint(1, kv_len + 1, (), generator=rng))
+    query, key, _ = make_qkv(q_len, kv_len, batch=3, heads=4, kv_heads=2, head_dim=16, seed=seed, device=DEVICE)
+    sequences = Sequences.from_lengths(lengths.to(DEVICE), kv_len)
+    dense = search_blocks(query, key, config, sequences=sequences).to_dense()
+    for n, length in enumerate(lengths.tolist()):
+        own_rows = length - (kv_len - q_len)
+        rows, columns = -(-max(own_rows, 0) // 16), -(-length // 16)
+        assert not dense[n, :, rows:].any() and not dense[n, :, :, columns:].any()
+        if own_rows > 0:
+            alone = search_blocks(query[n : n + 1, :, :own_rows], key[n : n + 1, :, :length], config)
+            assert torch.equal(dense[n, :, :rows, :columns], alone.to_dense()[0])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 2**31), st.booleans())
+def test_sequences_that_start_on_block_edges_get_the_masks_that_they_get_alone(blocks, seed, short_last):
+    lengths = [16 * count for count in blocks]
+    lengths[-1] += 5 if short_last or sum(lengths) == 0 else 0
+    kv_len = sum(lengths)
+    query, key, _ = make_qkv(kv_len, heads=2, head_dim=16, seed=seed, device=DEVICE)
+    config = replace(LEAN, min_blocks=seed % 2, score_rows=("whole", "visible")[seed % 2])
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    packed = search_blocks(query, key, config, sequences=Sequences.from_cu_seqlens(bounds, kv_len)).to_dense()
+    expected = torch.zeros_like(packed)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if start < end:
+            part = slice(start, end)
+            alone = search_blocks(query[:, :, part], key[:, :, part], config).to_dense()
+            place = slice(start // 16, start // 16 + alone.shape[2])
+            expected[:, :, place, place] = alone
+    assert torch.equal(packed, expected)
+    # the last of them alone, behind padding
+    last = lengths[-1:]
+    left = search_blocks(
+        query, key, config, sequences=Sequences.from_lengths(torch.tensor(last, device=DEVICE), kv_len, padding="left")
+    )
+    if last[0]:
+        place = slice((kv_len - last[0]) // 16, None)
+        assert torch.equal(left.to_dense()[:, :, place, place], expected[:, :, place, place])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: Sequences.from_lengths(torch.tensor([n, n], device=DEVICE), n),
+        lambda n: Sequences.from_cu_seqlens(torch.tensor([0, n], device=DEVICE), n),
+    ],
+)
+@pytest.mark.parametrize("q_len", [200, 100, 1])
+def test_one_whole_sequence_changes_nothing(make, q_len):
+    query, key, _ = make_qkv(q_len, 200, batch=2, heads=2, head_dim=16, device=DEVICE)
+    for config in (LEAN, replace(LEAN, score_rows="visible", min_blocks=2)):
+        assert search_blocks(query, key, config, sequences=make(200)) == search_blocks(query, key, config)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.sampled_from([None, 1, 7, 40]))
+def test_what_is_left_of_blocks_is_what_the_elements_say(case, window):
+    query, key, _, (sequences, _, _), arguments = case
+    q_len, kv_len = query.shape[2], key.shape[2]
+    sizes = {"q_len": q_len, "kv_len": kv_len, "block_size": arguments["config"].block_size, "device": DEVICE}
+    block_map = BlockMap.causal(query.shape[0], 1, **sizes)
+    for starts in (sequences.starts, None):
+        first = first_keys(starts, window or 0, q_len, kv_len, DEVICE)
+        if first is None:
+            continue
+        rows = first.expand(query.shape[0], -1)
+        by_elements = classify_blocks(lambda b, h, q, k: k >= rows[b, q], block_map)  # noqa: B023
+        for fast, slow in zip(blocks_from(first, block_map), by_elements, strict=True):
+            assert torch.equal(fast.expand_as(slow), slow)
+
+
+def test_what_cannot_be_sequences_is_refused():
+    lengths = torch.tensor([3, 5])
+    for call, error, message in (
+        (lambda: Sequences.from_lengths([3, 5], 8), TypeError, "seq_lengths must be a tensor of int32 or int64.*list"),
+        (lambda: Sequences.from_lengths(lengths.float(), 8), TypeError, "seq_lengths must be.*float32"),
+        (lambda: Sequences.from_lengths(lengths[None], 8), ValueError, r"one dimension.*\[1, 2\]"),
+        (lambda: Sequences.from_lengths(lengths, 8, padding="middle"), ValueError, "padding must be one of.*'middle'"),
+        (lambda: Sequences.from_lengths(lengths, 0), ValueError, "kv_len must be at least 1"),
+        (lambda: Sequences.from_lengths(lengths, 8.0), TypeError, "kv_len must be an int"),
+        (lambda: Sequences.from_cu_seqlens(lengths[:1], 8), ValueError, "cu_seqlens must hold a start and an end"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    query, key, _ = make_qkv(64, batch=2)
+    sequences = Sequences.from_lengths(lengths, 64)
+    for arguments, error, message in (
+        ({"sequences": lengths}, TypeError, "sequences must be made by Sequences.from_lengths.*got Tensor"),
+        ({"sequences": Sequences.from_lengths(lengths, 65)}, ValueError, "key's length S_kv=64, got kv_len=65"),
+        ({"sequences": Sequences.from_lengths(lengths[[0, 0, 0]], 64)}, ValueError, "key's batch size 2, got 3"),
+        ({"sequences": Sequences.from_lengths(lengths.to("meta"), 64)}, ValueError, "key's device cpu, got meta"),
+        ({"sequences": sequences, "means": KeyMeans()}, ValueError, "means is of whole blocks.*pass None"),
+        ({"sequences": sequences, "config": PrefillConfig(scorer="xattention")}, ValueError, "does not know of seq"),
+    ):
+        with pytest.raises(error, match=message):
+            search_blocks(query, key, **arguments)
+
+
+def test_other_lengths_compile_nothing_anew():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def search(query, key, lengths):
+        return search_blocks(query, key, LEAN, sequences=Sequences.from_lengths(lengths, key.shape[2])).words
+
+    query, key, _ = make_qkv(200, batch=2, head_dim=16, device=DEVICE)
+    for lengths in ([200, 100], [3, 0], [70, 71]):
+        lengths = torch.tensor(lengths, device=DEVICE)
+        expected = search_blocks(query, key, LEAN, sequences=Sequences.from_lengths(lengths, 200))
+        assert torch.equal(search(query, key, lengths), expected.words)
+    assert len(graphs) == 1
