@@ -26,7 +26,7 @@ from flexprefill.score_mods import ScoreMod, alibi_mod, soft_cap_mod
 from flexprefill.search import KeyMeans, search_checked
 from flexprefill.search.means import check_means
 from flexprefill.search.scorers import find_scorer
-from flexprefill.sequences import Sequences, first_keys
+from flexprefill.sequences import Sequences
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 from flexprefill.terms import Terms, check_per_head
 
@@ -117,13 +117,10 @@ def prefill_attention(
         block_map = all_blocks(query, key, config.block_size)
     elif block_map is None:
         block_map = search_checked(query, key, config, call.scale, last_chunk, "auto", means, call.terms)
-    starts = None
     if sequences is not None:
-        starts = sequences.starts
         # a weight of zero times what is not finite would be NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
-    first = first_keys(starts, call.terms.sliding_window, block_map.q_len, block_map.kv_len, query.device)
-    block_map, cut = cut_by(block_map, mask_mod, first)
+    block_map, cut = cut_by(block_map, mask_mod, sequences, call.terms.sliding_window)
     if not choice.dense:
         note(block_map)
     correct = config.mean_correction and not choice.dense
@@ -145,8 +142,8 @@ def prefill_attention(
         output, sums = add_dropped_blocks(query, key, value, block_map, output, sums, scale=call.scale)
     if sinks is not None:
         if sums is None:
-            terms = first, call.terms.soft_cap, call.terms.alibi_slopes
-            own = cut.mask_mods if first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
+            terms = cut.first, call.terms.soft_cap, call.terms.alibi_slopes
+            own = cut.mask_mods if cut.first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
             sums = log_sum_exp_over(query, key, block_map, call.scale, *terms, *own)
         output = add_sinks(output, sums, sinks)
     if return_aux is None:

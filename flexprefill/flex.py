@@ -51,6 +51,16 @@ def offsets_at(block_map: BlockMap, position: int) -> Tensor:
     return to_capture(torch.full((block_map.words.shape[0],), position, dtype=torch.int32, device=block_map.device))
 
 
+def in_window(block_map: BlockMap, sliding_window: int) -> MaskMod:
+    """mask_mod of queries that see so many keys, their own the last."""
+    floor = offsets_at(block_map, block_map.offset - sliding_window)
+
+    def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx > q_idx + floor[b]
+
+    return within_window
+
+
 def from_first_key(first: Tensor) -> MaskMod:
     """mask_mod of queries that see no key before their first: int32 [1 or B, S_q], see sequences.first_keys."""
     if first.shape[0] == 1:
@@ -119,21 +129,16 @@ def create_prefill_block_mask(
     block_map = search_blocks(
         query, key, config, scale=scale, last_chunk=last_chunk, implementation=implementation, means=means, **terms
     )
-    starts = None if sequences is None else sequences.starts
-    lengths = block_map.q_len, block_map.kv_len
-    return to_block_mask(block_map, mask_mod, buffers, first_keys(starts, sliding_window or 0, *lengths, query.device))
+    return _listed(*cut_by(block_map, mask_mod, sequences, sliding_window or 0), buffers)
 
 
 def to_block_mask(
     block_map: BlockMap,
     mask_mod: MaskMod | BlockMask | None = None,
     buffers: ListBuffers | None = None,
-    first: Tensor | None = None,
 ) -> BlockMask:
-    """See BlockMap.to_block_mask; ``first`` is of sequences.first_keys."""
-    if not (mask_mod is None or callable(mask_mod) or isinstance(mask_mod, BlockMask)):
-        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
-    return _listed(*cut_by(block_map, mask_mod, first), buffers)
+    """See BlockMap.to_block_mask."""
+    return _listed(*cut_by(block_map, mask_mod), buffers)
 
 
 def with_mask(block_map: BlockMap, mask_mod: MaskMod) -> BlockMask:
@@ -156,20 +161,32 @@ class Cut(NamedTuple):
 
     mask_mods: tuple[MaskMod, ...]
     uncut: Tensor | None  # words of the blocks that they leave whole; None: not known, any block may be cut
+    first: Tensor | None = None  # what sequences and a window hide, of which the first mask_mod is; see first_keys
 
 
 def cut_by(
-    block_map: BlockMap, mask_mod: MaskMod | BlockMask | None, first: Tensor | None = None
+    block_map: BlockMap,
+    mask_mod: MaskMod | BlockMask | None,
+    sequences: Sequences | None = None,
+    sliding_window: int = 0,
 ) -> tuple[BlockMap, Cut]:
     """A map without the blocks that masks are known to empty, and what they do to the others.
 
     Args:
         mask_mod: a mask_mod, of which nothing is known, or a BlockMask.
-        first: the first keys that queries see; see sequences.first_keys.
+        sliding_window: 0 is none.
+
+    Raises:
+        TypeError: mask_mod is neither a function nor a BlockMask.
     """
+    if not (mask_mod is None or callable(mask_mod) or isinstance(mask_mod, BlockMask)):
+        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
     mask_mods, known = [], []
+    starts = None if sequences is None else sequences.starts
+    first = first_keys(starts, sliding_window, block_map.q_len, block_map.kv_len, block_map.device)
     if first is not None:
-        mask_mods.append(from_first_key(first))
+        # a window alone is said with less than a number for each query
+        mask_mods.append(in_window(block_map, sliding_window) if sequences is None else from_first_key(first))
         known.append(blocks_from(first, block_map))
     if isinstance(mask_mod, BlockMask):
         known.append(blocks_of_mask(mask_mod, block_map))
@@ -180,7 +197,7 @@ def cut_by(
     for blocks in known:
         block_map = _without(block_map, blocks)
         uncut = blocks.whole if uncut is None else uncut & blocks.whole
-    return block_map, Cut(tuple(mask_mods), uncut if len(known) == len(mask_mods) else None)
+    return block_map, Cut(tuple(mask_mods), uncut if len(known) == len(mask_mods) else None, first)
 
 
 def _without(block_map: BlockMap, blocks: MaskedBlocks) -> BlockMap:

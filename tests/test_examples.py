@@ -127,6 +127,7 @@ def test_time_to_first_token(tmp_path):
         "sdpa",
         "fa4-dense",
     }
+    assert len(found["density_by_layer"]) == 2 and found["medians"].keys() == found["times"].keys()
     for series in found["times"].values():
         (whole,), (attention,) = series["whole_ms"], series["attention_ms"]
         assert 0 < attention < whole

@@ -12,6 +12,7 @@ from flexprefill.checks import check_attention_inputs
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import dense_attention
 from flexprefill.recording import is_recording, note
+from flexprefill.search import search_blocks
 from flexprefill.sequences import Sequences
 
 
@@ -52,13 +53,15 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
     check_attention_inputs(query, key, value)
     config = layer.config or PrefillConfig()
     window = layer.window if layer.window is not None and layer.window < key.shape[2] else None
-    block_map = sequences = None
+    block_map = None
     if window is not None or layer.config is None:
         if window is None and layer.softcap is None and layer.sinks is None:
             return _attend_dense(query, key, value, layer.scale)
         block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
+        # their queries see no padding, which is behind them: the attention need not know of it
         sequences = Sequences.from_lengths(lengths, key.shape[2])
+        block_map = search_blocks(query, key, config, scale=layer.scale, sequences=sequences, soft_cap=layer.softcap)
     return prefill_attention(
         query,
         key,
@@ -66,7 +69,6 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
         config,
         block_map=block_map,
         scale=layer.scale,
-        sequences=sequences,
         sliding_window=window,
         soft_cap=layer.softcap,
         sinks=layer.sinks,

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
-from flexprefill.flex import lists_of
+from flexprefill.flex import Cut, lists_of
 from flexprefill.recording import is_recording
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
@@ -74,7 +74,7 @@ class Prompts:
             self.batch, 1, q_len=q_len, kv_len=lengths[1], block_size=BLOCK_SIZE, device=self.device
         )
         return BlockMask.from_kv_blocks(
-            *lists_of(causal, self, None),
+            *lists_of(causal, Cut((self,), None), None),
             BLOCK_SIZE=BLOCK_SIZE,
             mask_mod=self,
             seq_lengths=lengths,
