@@ -8,6 +8,7 @@ from flexprefill.cache import CachedPrompt, CacheStats, MaskCache
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError, MaskFileError, NotEnoughMemoryError
 from flexprefill.flex import create_prefill_block_mask
+from flexprefill.guard import GuardReport, guard_blocks
 from flexprefill.inspection import attention_recall
 from flexprefill.lists import ListBuffers
 from flexprefill.recording import Recording, record_masks
@@ -22,6 +23,7 @@ __all__ = [
     "CacheStats",
     "CachedPrompt",
     "FlexPrefillError",
+    "GuardReport",
     "KeyMeans",
     "ListBuffers",
     "MaskCache",
@@ -36,6 +38,7 @@ __all__ = [
     "attention_recall",
     "create_prefill_block_mask",
     "explain_backend",
+    "guard_blocks",
     "load_masks",
     "prefill_attention",
     "read_mask_info",

@@ -289,6 +289,11 @@ class CachedPrompt:
         check_attention_inputs(query, key)
         check_config(config)
         check_last_chunk(last_chunk)
+        if config.guard is not None:
+            raise ValueError(
+                f"config.guard must be None in a MaskCache, whose maps are of rows from several searches, got "
+                f"{config.guard}: call flexprefill.guard_blocks on the map"
+            )
         q_len, kv_len, block = query.shape[2], key.shape[2], config.block_size
         if self.identity.key is None:
             if self.identity.length < kv_len:

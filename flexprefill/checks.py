@@ -110,6 +110,24 @@ def check_config(config: PrefillConfig) -> None:
         raise TypeError(f"config must be a PrefillConfig, got {type(config).__name__}")
 
 
+def check_alphas(config: PrefillConfig, heads: int, kv_heads: int) -> None:
+    """Raises ValueError where alphas by head are not one for each, or differ among heads that share a mask."""
+    if not isinstance(config.alpha, tuple):
+        return
+    if len(config.alpha) != heads:
+        raise ValueError(
+            f"config.alpha must be a number or one for each of the Hq={heads} query heads, got {len(config.alpha)}"
+        )
+    group = heads // kv_heads
+    if config.mask_heads == "kv" and any(
+        len(set(config.alpha[first : first + group])) > 1 for first in range(0, heads, group)
+    ):
+        raise ValueError(
+            f'config.alpha must be the same for the {group} query heads that share a mask with mask_heads="kv", got '
+            f"{config.alpha}"
+        )
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The given scale, or 1 / sqrt(head_dim) for None.
 

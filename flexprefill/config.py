@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from flexprefill.errors import FlexPrefillError
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MASK_HEADS = ("query", "kv")
 SCORE_ROWS = ("whole", "visible")
 FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
+
+LAYERS_FORMAT = "flexprefill layers 1"  # of files with a config for each layer
 
 # FlashPrefill (arXiv 2603.06199), and the last row FlashPrefill-V2 (arXiv 2608.19758)
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -31,8 +38,8 @@ class PrefillConfig:
     A block (I, J) of query block I and key block J that is causally visible is kept if any of these holds.
 
     Args:
-        alpha: its score reaches ``alpha`` times the best score of query block I; in (0, 1].
-            Smaller keeps more.
+        alpha: its score reaches ``alpha`` times the best score of query block I; in (0, 1]. Smaller keeps more. A tuple
+            is one for each query head; heads that share a mask have the same.
         block_size: edge of a block in tokens; 16, 32, 64 or 128.
         sink_blocks: J is one of the first ``sink_blocks`` key blocks.
         window_blocks: J is at distance 0 … ``window_blocks - 1`` from the key block that holds the last
@@ -51,13 +58,15 @@ class PrefillConfig:
             registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
         mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value
             (FlashPrefill-V2; docs/mean_correction.md). What a search keeps does not depend on it.
+        guard: the share of the attention mass that the kept blocks of each head have to hold, in (0, 1); heads whose
+            sampled rows hold less keep all blocks (docs/guard.md). None is off.
 
     Raises:
         TypeError: a setting is of the wrong type.
         ValueError: a setting is out of range.
     """
 
-    alpha: float = 0.1
+    alpha: float | tuple[float, ...] = 0.1
     block_size: int = 128
     sink_blocks: int = 2
     window_blocks: int = 4
@@ -68,12 +77,18 @@ class PrefillConfig:
     score_rows: str = "whole"
     scorer: str = "flashprefill"
     mean_correction: bool = False
+    guard: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha must be a number in (0, 1], got {self.alpha!r}")
-        if not 0 < self.alpha <= 1:  # false for NaN as well
-            raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
+        if isinstance(self.alpha, list):  # as JSON has it
+            object.__setattr__(self, "alpha", tuple(self.alpha))
+        if isinstance(self.alpha, tuple) and not self.alpha:
+            raise ValueError("alpha must be a number in (0, 1], or one for each query head, got ()")
+        for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+                raise TypeError(f"alpha must be a number in (0, 1], or one for each query head, got {alpha!r}")
+            if not 0 < alpha <= 1:  # false for NaN as well
+                raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
         for name in (*FIRST_SETTINGS[1:], "dense_below"):
             number = getattr(self, name)
             if number is None and name == "dense_below":
@@ -90,11 +105,16 @@ class PrefillConfig:
             raise TypeError(f"scorer must be the name of a scorer such as 'flashprefill', got {self.scorer!r}")
         if not isinstance(self.mean_correction, bool):
             raise TypeError(f"mean_correction must be a bool, got {self.mean_correction!r}")
+        if self.guard is not None:
+            if isinstance(self.guard, bool) or not isinstance(self.guard, (int, float)):
+                raise TypeError(f"guard must be a number in (0, 1) or None, got {self.guard!r}")
+            if not 0 < self.guard < 1:
+                raise ValueError(f"guard must be in (0, 1), got {self.guard!r}")
 
     @property
-    def log2_alpha(self) -> float:
-        """The threshold's distance below the best score of a row, in log2."""
-        return math.log2(self.alpha)
+    def log2_alphas(self) -> tuple[float, ...]:
+        """The threshold's distance below the best score of a row in log2: one for all query heads, or one for each."""
+        return tuple(math.log2(alpha) for alpha in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a plain dictionary, ready for JSON; those from ``dense_below`` on only where they are set."""
@@ -123,6 +143,22 @@ class PrefillConfig:
         return cls(**settings)
 
     @classmethod
+    def load_layers(cls, path: str | os.PathLike[str]) -> dict[int, PrefillConfig]:
+        """The config of each layer from a file that ``flexprefill calibrate`` or :func:`save_layers` wrote.
+
+        Raises:
+            FlexPrefillError: it is no such file.
+            OSError: it cannot be read.
+        """
+        try:
+            record = json.loads(Path(path).read_text("utf-8"))
+            if record["format"] != LAYERS_FORMAT:
+                raise ValueError(f"its format is {record['format']!r}")
+            return {layer: cls.from_dict(settings) for layer, settings in enumerate(record["layers"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise FlexPrefillError(f"{path} is no file of {LAYERS_FORMAT!r}: {error}") from None
+
+    @classmethod
     def published(cls, model: str) -> PrefillConfig:
         """The setting published for a model, by a name such as ``meta-llama/Llama-3.1-8B-Instruct``.
 
@@ -143,3 +179,17 @@ class PrefillConfig:
         if not matches:
             raise ValueError(f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}")
         return cls(**PUBLISHED[max(matches, key=len)])
+
+
+def save_layers(path: str | os.PathLike[str], configs: Sequence[PrefillConfig], **notes: Any) -> None:
+    """Writes a JSON file of a config for each layer, which :meth:`PrefillConfig.load_layers` reads.
+
+    Args:
+        configs: of layers 0, 1, …
+        notes: whatever else the file is to say, for JSON.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    record = {"format": LAYERS_FORMAT, **notes, "layers": [config.to_dict() for config in configs]}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", "utf-8")

@@ -8,13 +8,12 @@ some millions of unrelated ones. The same seed, length and standard library give
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from flexprefill.attention import prefill_attention
 from flexprefill.blockmap import BlockMap
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
+from flexprefill.evaluation.text import source_files
 from flexprefill.inspection import attention_recall
 from flexprefill.plotting import plot_heads
 from flexprefill.progress import stage
@@ -46,7 +46,6 @@ SHARPNESS = 16.0  # logit of a full match, in nats; an unrelated key has one abo
 TOPIC_TOKENS = 256  # what a topic is the average over: some 25 lines
 REPEATS = 9
 TOKEN = re.compile(r"\n[ \t]*|[^\W\d]+|\d+|[^\w\s]")  # line break with indentation, word, number, other sign
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 # names of the timed calls
 DENSE, SDPA, SPARSE = "dense FlexAttention", "dense SDPA", "sparse, search included"
@@ -157,13 +156,6 @@ def read_tokens(length: int) -> Tensor:
     raise FlexPrefillError(
         f"length must be at most {len(words):,}, the tokens in this Python's standard library, got {length:,}"
     )
-
-
-def source_files(root: str) -> Iterator[Path]:
-    """The .py files under a folder in a fixed order, without tests and installed packages."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def build_prompt(tokens: Tensor, device: torch.device | str, seed: int) -> Prompt:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
 from flexprefill.tracing import is_tracing
+
+if TYPE_CHECKING:
+    from flexprefill.guard import GuardReport
 
 _active: dict[int, Recording] = {}  # by id: two that hold equal maps are equal
 
@@ -25,6 +29,7 @@ class Recording(Mapping[int, BlockMap]):
     def __init__(self) -> None:
         self.modules: list[str] = []
         self._maps: dict[str, BlockMap] = {}
+        self._guards: dict[str, GuardReport] = {}
         self._stack = threading.local()
         self._lock = threading.Lock()
 
@@ -39,6 +44,11 @@ class Recording(Mapping[int, BlockMap]):
     def __len__(self) -> int:
         return len(self.modules)
 
+    @property
+    def guards(self) -> dict[int, GuardReport]:
+        """What the guard saw and did, by layer, where ``PrefillConfig.guard`` is set; of chunks the last one's."""
+        return {layer: self._guards[name] for layer, name in enumerate(self.modules) if name in self._guards}
+
     def _names(self) -> list[str]:
         """The submodules that are running in this thread, the outermost first."""
         if not hasattr(self._stack, "names"):
@@ -48,6 +58,11 @@ class Recording(Mapping[int, BlockMap]):
     def _leave(self) -> None:
         """As a forward hook it gives None: anything else would become the submodule's output."""
         self._names().pop()
+
+    def _add_guard(self, report: GuardReport) -> None:
+        if names := self._names():
+            with self._lock:
+                self._guards[names[-1]] = report
 
     def _add(self, block_map: BlockMap) -> None:
         names = self._names()
@@ -110,3 +125,10 @@ def note(block_map: BlockMap) -> None:
     if is_recording():
         for recording in tuple(_active.values()):
             recording._add(block_map)
+
+
+def note_guard(report: GuardReport) -> None:
+    """Tells whoever records what the guard saw of a map that is about to be noted."""
+    if is_recording():
+        for recording in tuple(_active.values()):
+            recording._add_guard(report)

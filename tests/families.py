@@ -35,6 +35,8 @@ FAMILIES = {
 }
 # whose attention sdpa does not compute
 EAGER = {"gemma2", "gpt_oss"}
+# whose first layer has a window and whose second has none
+ALTERNATING = {"gemma2", "gemma3", "gpt_oss"}
 
 
 def make_model(family, implementation, dtype=torch.float32, **sizes):

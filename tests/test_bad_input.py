@@ -24,6 +24,7 @@ from flexprefill import (
     attention_recall,
     create_prefill_block_mask,
     explain_backend,
+    guard_blocks,
     load_masks,
     prefill_attention,
     read_mask_info,
@@ -39,6 +40,7 @@ from flexprefill.plotting import plot_difference, plot_heads, plot_layers
 pytestmark = pytest.mark.usefixtures("one_core")
 
 CONFIG = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
+GUARDED = dataclasses.replace(CONFIG, guard=0.9)
 LENGTH, HEADS, KV_HEADS, DIM = 96, 2, 1, 16
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 6e-2  # a GPU's float32 products may be tf32
 SIZES = {"q_len": LENGTH, "kv_len": LENGTH, "block_size": 16}
@@ -66,6 +68,8 @@ CALLS = {
     "prefill_attention, block_map": lambda q, k, v: prefill_attention(q, k, v, block_map=a_map()),
     "explain_backend": lambda q, k, v: explain_backend(q, k, v, CONFIG),
     "attention_recall": lambda q, k, v: attention_recall(q, k, a_map()),
+    "guard_blocks": lambda q, k, v: guard_blocks(q, k, a_map(), GUARDED),
+    "search_blocks, guard": lambda q, k, v: search_blocks(q, k, GUARDED),
     "CachedPrompt.search_blocks": lambda q, k, v: cached_search(q, k),
 }
 TAKES_VALUE = ("prefill_attention", "prefill_attention, block_map", "explain_backend")
@@ -304,7 +308,7 @@ def test_a_compiled_callers_rows_are_marked_too():
 
 
 BAD_SETTINGS = {
-    "alpha": (["0.1", None, True, 1j, np.float32(0.1), [0.1], torch.tensor(0.1)], [0, -1, 1.1, math.nan, math.inf]),
+    "alpha": (["0.1", None, True, 1j, np.float32(0.1), {0.1}, torch.tensor(0.1)], [0, -1, 1.1, math.nan, math.inf, ()]),
     "block_size": (["16", None, True, 16.0, [16], np.int64(16)], [0, -16, 1, 8, 48, 256, 2**40]),
     **dict.fromkeys(
         ("sink_blocks", "window_blocks", "last_full_blocks", "min_blocks"),
@@ -315,6 +319,7 @@ BAD_SETTINGS = {
     "score_rows": ([], ["all", None, 1, []]),
     "scorer": ([None, 1, "", "a\nb", ["exact"]], []),
     "mean_correction": ([None, 1, "True"], []),
+    "guard": (["0.9", True, [0.9], 1j], [0, 1, -0.5, 2, math.nan, math.inf]),
 }
 
 
@@ -344,7 +349,7 @@ def test_settings_at_the_ends_of_their_ranges_are_followed():
 def arguments_of(function, **changes):
     """Fitting arguments of a public function for which single ones are changed."""
     query, key, value = inputs()
-    fitting = {"query": query, "key": key, "value": value, "config": CONFIG, "block_map": a_map()}
+    fitting = {"query": query, "key": key, "value": value, "config": GUARDED, "block_map": a_map()}
     names = inspect.signature(function).parameters
     return {name: fitting[name] for name in fitting if name in names} | changes
 
@@ -370,7 +375,8 @@ COMMON = {
 
 @pytest.mark.parametrize("argument", COMMON)
 @pytest.mark.parametrize(
-    "function", [search_blocks, create_prefill_block_mask, prefill_attention, explain_backend, attention_recall]
+    "function",
+    [search_blocks, create_prefill_block_mask, prefill_attention, explain_backend, attention_recall, guard_blocks],
 )
 def test_an_argument_of_another_kind_is_named(function, argument):
     bad, error = COMMON[argument]
@@ -399,7 +405,7 @@ def test_an_argument_of_another_kind_is_named(function, argument):
     ],
 )
 def test_a_map_of_another_prompt_is_refused(block_map, message):
-    for function in (prefill_attention, explain_backend, attention_recall):
+    for function in (prefill_attention, explain_backend, attention_recall, guard_blocks):
         with pytest.raises(ValueError, match=message):
             function(**arguments_of(function, block_map=block_map()))
 
@@ -583,12 +589,12 @@ def test_maps_without_bits_are_not_saved(tmp_path):
 
 def test_what_is_public_is_what_is_tested_here():
     """A new public name has to be put to the same test."""
-    made_by_the_library = {"BackendChoice", "CacheStats", "CachedPrompt", "MaskFileInfo", "Recording"}
+    made_by_the_library = {"BackendChoice", "CacheStats", "CachedPrompt", "GuardReport", "MaskFileInfo", "Recording"}
     errors = {"FlexPrefillError", "MaskFileError", "NotEnoughMemoryError"}
     tested = {
         "BlockMap", "KeyMeans", "ListBuffers", "MaskCache", "PrefillConfig", "Scorer", "attention_recall",
-        "create_prefill_block_mask", "explain_backend", "load_masks", "prefill_attention", "read_mask_info",
-        "record_masks", "register_scorer", "save_masks", "search_blocks",
+        "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention",
+        "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
     tested |= {"Sequences"}  # in test_sequences.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}

@@ -138,6 +138,7 @@ def test_chunks_replay_as_one_cuda_graph():
     assert torch.equal(output, prefill())
 
 
+@pytest.mark.eager_flex
 @pytest.mark.parametrize(
     "message, tries", [("‘cur_kvSplitSize1’ was not declared in this scope", 2), ("something else", 1)]
 )

@@ -1,10 +1,15 @@
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from flexprefill import load_masks, read_mask_info
+from flexprefill.evaluation import TASKS, load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,6 +31,7 @@ def test_every_example_is_tested():
         "read_masks_with_numpy.py",
         "transformers_generate.py",
         "record_and_inspect.py",
+        "train_needle_model.py",
     }
 
 
@@ -73,6 +79,31 @@ def test_record_and_inspect(tmp_path):
     assert len(load_masks(tmp_path / "masks.safetensors")) == 3
 
 
+def test_train_needle_model(tmp_path):
+    sizes = ["--width", 32, "--layers", 1, "--heads", 1, "--kv-heads", 1, "--hidden", 32, "--device", "cpu"]
+    quick = [*sizes, "--batch-tokens", 512, "--lengths", 256, "--samples", 2]
+    script = EXAMPLES / "train_needle_model.py"
+    in_parts, at_once = tmp_path / "parts", tmp_path / "once"
+    settings = ["--stages", "128:1,256:1", "--steps", 4, *quick]
+    assert "run again to go on" in run(script, in_parts, *settings, "--stop-after", 1e-9)
+    assert "finished" in run(script, in_parts, *settings)
+    record = json.loads((in_parts / "training.json").read_text())
+    assert record["step"] == 4 and record["finished"] and record["tokens"] == 4 * 512
+    assert set(record["accuracy"]["256"]) == {*TASKS, "text loss"}
+    run(script, at_once, *settings)
+    models = [load_model(folder / "model.safetensors").state_dict() for folder in (in_parts, at_once)]
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+
+
+@pytest.mark.gpu
+def test_train_needle_model_on_a_gpu(tmp_path):
+    quick = ["--stages", "256:1,1024:1,8192:1", "--steps", 60, "--lengths", 4096, "--samples", 8]
+    assert "finished" in run(EXAMPLES / "train_needle_model.py", tmp_path, *quick)
+    assert all(file.stat().st_size < 16 * 2**20 for file in tmp_path.rglob("*.safetensors"))
+    (line,) = json.loads((tmp_path / "training.json").read_text())["log"]
+    assert all(math.isfinite(loss) for loss in line["losses"].values())
+
+
 def test_read_masks_with_numpy():
     example = EXAMPLES / "read_masks_with_numpy.py"
     file = Path(__file__).parent / "data" / "masks_v2.safetensors"
@@ -96,6 +127,7 @@ def test_time_to_first_token(tmp_path):
         "sdpa",
         "fa4-dense",
     }
+    assert len(found["density_by_layer"]) == 2 and found["medians"].keys() == found["times"].keys()
     for series in found["times"].values():
         (whole,), (attention,) = series["whole_ms"], series["attention_ms"]
         assert 0 < attention < whole

@@ -10,7 +10,7 @@ from oracle import relative_error
 
 hf = pytest.importorskip("transformers")
 
-from families import EAGER, FAMILIES, WINDOW, make_model, reference_of  # noqa: E402
+from families import ALTERNATING, FAMILIES, WINDOW, make_model, reference_of  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
@@ -92,17 +92,21 @@ def test_logits_are_those_of_the_models_own_attention_where_all_blocks_are_kept(
         ("left", None),
         ("right", None),
         ("left", hf.DynamicCache(config=model.config)),
+        ("right", hf.DynamicCache(config=model.config)),
+        ("left", hf.StaticCache(model.config, max_cache_len=256)),
         ("right", hf.StaticCache(model.config, max_cache_len=256)),
     ):
         error = relative_error(logits_padded(model, side, cache), exact)
         assert error <= allowed, (side, type(cache).__name__)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_in_low_precision(dtype):
-    exact = logits_alone(model_of("llama", "sdpa", torch.float64))
-    allowed = 2 * relative_error(logits_alone(model_of("llama", "sdpa", dtype)), exact)
-    assert relative_error(logits_alone(model_of("llama", "all_kept", dtype)), exact) <= allowed
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.bfloat16), ("llama", torch.float16), ("gpt_oss", torch.bfloat16)]
+)
+def test_logits_in_low_precision(family, dtype):
+    exact = logits_alone(model_of(family, reference_of(family), torch.float64))
+    allowed = 2 * relative_error(logits_alone(model_of(family, reference_of(family), dtype)), exact)
+    assert relative_error(logits_alone(model_of(family, "all_kept", dtype)), exact) <= allowed
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -121,10 +125,11 @@ def test_generate_gives_the_same_tokens_where_all_blocks_are_kept(family):
         assert torch.equal(model_of(family, "all_kept").generate(tokens, **settings), expected), cache
 
 
-def test_generate_prefills_in_chunks():
-    settings = {"max_new_tokens": 8, "do_sample": False, "prefill_chunk_size": 64}
-    expected = model_of("llama", "sdpa").generate(prompts()[0], **settings)
-    assert torch.equal(model_of("llama", "all_kept").generate(prompts()[0], **settings), expected)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_generate_prefills_in_chunks(family):
+    settings = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 64}
+    expected = model_of(family, reference_of(family)).generate(prompts()[0], **settings)
+    assert torch.equal(model_of(family, "all_kept").generate(prompts()[0], **settings), expected)
 
 
 @pytest.fixture
@@ -149,19 +154,31 @@ def seen():
 
 @pytest.mark.parametrize(
     ("family", "alpha"),
-    [("llama", 0.18), ("qwen2", 0.08), ("qwen3_moe", 0.12), ("qwen3", 0.1), ("gemma2", 0.1), ("gpt_oss", 0.1)],
+    [
+        ("llama", 0.18),
+        ("qwen2", 0.08),
+        ("qwen3_moe", 0.12),
+        ("qwen3", 0.1),
+        ("mistral", 0.1),
+        ("gemma2", 0.1),
+        ("gemma3", 0.1),
+        ("gpt_oss", 0.1),
+        ("phi3", 0.1),
+    ],
 )
 def test_recorded_masks_are_those_of_the_search(family, alpha, seen, monkeypatch):
     # the maps are what this looks at; whatever follows a layer is searched as it is
     monkeypatch.setattr(flexprefill.attention, "flex_over", lambda query, *_, **__: torch.zeros_like(query))
-    model = make_model(family, "flexprefill").to(DEVICE)
+    # a window that is no shorter than the prompt is no window
+    sizes = {"sliding_window": 4096} if family == "mistral" else {}
+    model = make_model(family, "flexprefill", **sizes).to(DEVICE)
     tokens = torch.randint(2, 96, (2, 1000), device=DEVICE)
     with record_masks(model) as masks:
         model(tokens)
     assert len(masks) == 2
     for layer, recorded in masks.items():
         query, key, terms = seen[layer][0]
-        if family in EAGER and layer == 0:  # a layer with a window
+        if family in ALTERNATING and layer == 0:  # a layer with a window
             band = torch.ones(1000, 1000, dtype=torch.bool, device=DEVICE).tril().triu(1 - WINDOW)
             blocks = torch.nn.functional.pad(band, (0, 24, 0, 24)).unflatten(0, (8, 128)).unflatten(2, (8, 128))
             assert torch.equal(recorded.to_dense(), blocks.any(3).any(1).expand(2, 4, 8, 8))
@@ -334,22 +351,29 @@ def test_a_model_is_compiled_at_most_twice_over_lengths(family):
     assert len(graphs) <= 2
 
 
+def with_any_length(*tensors):
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 1)
+    return tensors
+
+
 # one layer, which with gemma2 has a window, and one graph for all lengths: compiling takes the time
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("llama", True), ("gemma2", True)])
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):
     model = make_model(family, "few_kept", num_hidden_layers=1).to(DEVICE)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True)
     expected = logits_alone(model)
     model.set_attn_implementation("all_kept")
     assert family == "gemma2" or relative_error(logits_alone(model), expected) > 1e-3
     model.set_attn_implementation("few_kept")
     for side in ("left", "right") if padded else ():
-        tokens, real, positions = pad_prompts(side)
+        tokens, real, positions = with_any_length(*pad_prompts(side))
         logits = compiled(tokens, attention_mask=real, position_ids=positions, use_cache=False).logits
         assert relative_error(logits[real.bool()], expected) <= 1e-5
     if not padded:
-        logits = torch.cat([compiled(prompt, use_cache=False).logits[0] for prompt in prompts()])
-        assert relative_error(logits, expected) <= 1e-5
+        logits = [compiled(*with_any_length(prompt.clone()), use_cache=False).logits[0] for prompt in prompts()]
+        assert relative_error(torch.cat(logits), expected) <= 1e-5
 
 
 @pytest.mark.usefixtures("default_compile")

@@ -15,10 +15,10 @@ import traceback
 from collections.abc import Sequence
 
 from flexprefill._version import __version__
-from flexprefill.cli import bench, demo, diff, inspect, view
+from flexprefill.cli import bench, calibrate, demo, diff, evaluate, inspect, view
 from flexprefill.errors import FlexPrefillError
 
-COMMANDS = (demo, inspect, diff, view, bench)
+COMMANDS = (demo, inspect, diff, view, bench, evaluate, calibrate)
 TROUBLE = 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report them
 

@@ -157,7 +157,9 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     for text, layers in about.items():
         lines.append(text if len(about) == 1 else f"layer {', '.join(layers)}: {text}")
     if info.config is not None:
-        settings = info.config.to_dict() | {"alpha": f"{info.config.alpha:g}"}
+        alpha = info.config.alpha
+        text = f"{min(alpha):g} to {max(alpha):g} by head" if isinstance(alpha, tuple) else f"{alpha:g}"
+        settings = info.config.to_dict() | {"alpha": text}
         lines.append(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
     told = {"model": info.model, "dtype": info.dtype, "token ids": info.token_ids_hash, "scoring": info.scoring}
     told |= {"written by": ", ".join(f"{name} {version}" for name, version in info.library.items())}

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from flexprefill.attention import prefill_attention
 from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_attention_inputs, check_config, resolve_scale
+from flexprefill.checks import check_alphas, check_attention_inputs, check_config, resolve_scale
 from flexprefill.config import PrefillConfig
 from flexprefill.search import op, resolve_implementation
 from flexprefill.search.rule import Rule
@@ -145,6 +145,9 @@ def context_parallel_search(
         raise ValueError(
             f"config.scorer must be {MEANS_SCORER!r}, which takes means of the keys, got {config.scorer!r}"
         )
+    check_alphas(config, query.shape[1], key.shape[1])
+    if config.guard is not None:
+        raise ValueError(f"config.guard must be None, because each process sees a part of the rows, got {config.guard}")
     scale = resolve_scale(scale, query.shape[3])
     implementation = resolve_implementation(implementation, query.device, config.scorer)
     means = _gather_means(key, layout, config.block_size, implementation)

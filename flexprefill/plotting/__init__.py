@@ -1,5 +1,6 @@
 """Pictures of maps and of times. matplotlib is optional, and imported only when something is drawn."""
 
+from flexprefill.plotting.accuracy import AccuracyPoint, plot_accuracy
 from flexprefill.plotting.canvas import (
     COLUMNS,
     DROPPED,
@@ -26,8 +27,10 @@ __all__ = [
     "ONLY_FIRST",
     "ONLY_SECOND",
     "TOP",
+    "AccuracyPoint",
     "TimeLine",
     "kept_shares",
+    "plot_accuracy",
     "plot_difference",
     "plot_heads",
     "plot_layers",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale
+from flexprefill.checks import check_alphas, check_attention_inputs, check_config, check_last_chunk, resolve_scale
 from flexprefill.config import PrefillConfig
+from flexprefill.guard import guard_checked
 from flexprefill.search import op
 from flexprefill.search.means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
@@ -87,12 +88,18 @@ def search_checked(
     terms: Terms = PLAIN,
 ) -> BlockMap:
     """As :func:`search_blocks`, of arguments that are known to fit together."""
+    check_alphas(config, query.shape[1], key.shape[1])
     more = {"sliding_window": terms.sliding_window, "soft_cap": terms.soft_cap}
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk, **more)
     # raises here, not inside the operator
     if not find_scorer(rule.scorer).knows_terms and terms.given:
         raise ValueError(
             f"config.scorer {rule.scorer!r} does not know of {', '.join(terms.given)}: 'flashprefill' and 'exact' do"
+        )
+    if config.guard is not None and terms.given:
+        raise ValueError(
+            f"config.guard cannot be combined with {', '.join(terms.given)}: it samples plain causal attention; pass a "
+            "config with guard=None"
         )
     implementation = resolve_implementation(implementation, query.device, rule.scorer)
     sequences = terms.sequences
@@ -109,7 +116,11 @@ def search_checked(
             raise ValueError("means is of whole blocks, not of sequences in them: pass None with sequences")
         pooled = means.extend(key, config.block_size, implementation)
         words = op.score_words(query, pooled, key.shape[2], rule, implementation, *bounds, terms.alibi_slopes)
-    return BlockMap(words, query.shape[2], key.shape[2], config.block_size)
+    block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
+    if config.guard is None:
+        return block_map
+    own = "triton" if query.is_cuda else implementation  # a scorer without a kernel does not take it from the guard
+    return guard_checked(query, key, block_map, config, scale, last_chunk, own)[0]
 
 
 def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:

@@ -1,4 +1,4 @@
-"""The scoring kernel written for Hopper: the search of kernels.search_kernel for its commonest shape.
+"""The scoring kernel written for Hopper: the search of scoring_kernel.search_kernel for its commonest shape.
 
 In Gluon, where layouts and waits are the author's: the tensor memory accelerator refills the one buffer of means while
 a tile is summed up, and starts on the next row's queries under the last one; four programs share a multiprocessor.
@@ -198,11 +198,13 @@ def search_kernel(
     sink,
     window,
     last_full,
+    log2_alphas_ptr,
     GROUP: gl.constexpr,
     FIRST_KEY: gl.constexpr,
     WORDS: gl.constexpr,
+    ALPHAS: gl.constexpr,
 ):
-    """A persistent grid over (query block, head). See kernels.search_kernel."""
+    """A persistent grid over (query block, head). See scoring_kernel.search_kernel."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
@@ -234,6 +236,9 @@ def search_kernel(
         threshold = 0.0
         if steps > 0:
             kv_head = batch_head // GROUP
+            own_log2_alpha = log2_alpha
+            if ALPHAS:
+                own_log2_alpha = gl.load(log2_alphas_ptr + batch_head % HEADS)
             lowest = gl.full([TILE], 1.0, gl.float32, gl.SliceLayout(1, ACC))
             highest = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, ACC))
             shift = 0.0
@@ -261,7 +266,7 @@ def search_kernel(
             lowest_smem.store(lowest)
             greatest = gl.max(_share(highest_smem, highest), 0)
             least = gl.min(lowest_smem.load(IN_EACH_WARP), 0)
-            threshold = greatest * gl.exp2(log2_alpha)
+            threshold = greatest * gl.exp2(own_log2_alpha)
             if (least == 0.0) | (greatest == float("inf")):
                 # a sum left the range of float32: once more, every block relative to its own largest product
                 if next_steps > 0:
@@ -278,7 +283,7 @@ def search_kernel(
                         _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
                     products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC, FIRST_KEY)
                     best = _score_exactly(products, t, scratch, scored, best, qk_scale, ACC)
-                threshold = gl.max(_share(maxima, best), 0) + log2_alpha
+                threshold = gl.max(_share(maxima, best), 0) + own_log2_alpha
         elif next_steps > 0:
             _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
         words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width

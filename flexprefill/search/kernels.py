@@ -128,7 +128,7 @@ def score_words(
     group = heads // means.shape[1]
     members = group if rule.kv_masks else 1
     tiles = batch * heads // members * ceil_div(rows, query_blocks)
-    programs = min(tiles, launch.programs * _multiprocessors(query.device))
+    programs = min(tiles, launch.programs * multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
     shapes = (batch, heads, rows, width), (programs, members, query_blocks, scratch_stride)
     with room_for("the search", 4 * sum(map(math.prod, shapes)), query.device, IN_CHUNKS):
@@ -137,6 +137,10 @@ def score_words(
     # not 0, which times a hidden product's -inf would be NaN
     qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
     blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks
+    log2_alphas = words
+    if rule.log2_alphas:
+        # from pinned memory that stays: nothing waits, and a captured copy can be replayed
+        log2_alphas = _pinned(rule.log2_alphas, query.is_cuda).to(query.device, non_blocking=True)
     if launch.hopper:
         from flexprefill.search import hopper
 
@@ -145,8 +149,10 @@ def score_words(
             *hopper.describe(query, means),
             *(words, scratch, scratch_stride, kv_len - q_len, q_len, kv_len, rows, columns, width, heads_total, heads),
             *(programs // heads_total, programs % heads_total, qk_scale, rule.log2_alpha, *blocks),
+            log2_alphas,
             GROUP=group,
             FIRST_KEY=rule.first_key,
+            ALPHAS=bool(rule.log2_alphas),
             WORDS=min(LARGEST_STEP, max(8, triton.next_power_of_2(width))),
             num_warps=launch.warps,
             maxnreg=launch.registers,
@@ -164,7 +170,7 @@ def score_words(
         *(q_len, kv_len, rows, columns, width, tiles, heads, group),
         *(1.0 if modified else qk_scale, rule.log2_alpha, *blocks, rule.min_blocks, query.stride(3)),
         *(*sequences, min(rule.sliding_window or kv_len, kv_len)),
-        *(inner_scale, rule.soft_cap * LOG2_E, slopes, log2_shares),
+        *(inner_scale, rule.soft_cap * LOG2_E, slopes, log2_shares, log2_alphas),
         D=head_dim,
         D_PAD=head_pad,
         BLOCK=rule.block_size,
@@ -178,6 +184,7 @@ def score_words(
         SEQUENCES=starts is not None,
         SOFT_CAP=rule.soft_cap > 0,
         ALIBI=alibi_slopes is not None,
+        ALPHAS=bool(rule.log2_alphas),
         num_warps=launch.warps,
         num_stages=launch.stages,
         maxnreg=launch.registers,
@@ -186,11 +193,17 @@ def score_words(
 
 
 @functools.cache
+def _pinned(numbers: tuple[float, ...], pin: bool) -> Tensor:
+    tensor = torch.tensor(numbers, dtype=torch.float32)
+    return tensor.pin_memory() if pin else tensor
+
+
+@functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     # the interpreter runs programs one by one: a few of them exercise the persistent loop
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -5,6 +5,8 @@ The operator is opaque to torch.compile, so that every length gives one graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ def search_words(
     scorer: str,
     sliding_window: int,
     soft_cap: float,
+    log2_alphas: Sequence[float],
     implementation: str,
     starts: Tensor | None = None,
     ends: Tensor | None = None,
@@ -48,7 +51,8 @@ def search_words(
         others: a Rule's, and the implementation's name.
     """
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
-    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, sliding_window, soft_cap)
+    more = sliding_window, soft_cap, tuple(log2_alphas)
+    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, *more)
     if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
         if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:

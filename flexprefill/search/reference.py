@@ -167,7 +167,12 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
     finite = L.isfinite()
     comparable = torch.where(finite, L, -torch.inf)
     best = comparable.amax(-1, keepdim=True)
-    keep = scored & (~finite | (L >= best + rule.log2_alpha))
+    log2_alpha = rule.log2_alpha
+    if rule.log2_alphas:
+        # heads that share a mask have one alpha
+        own = rule.log2_alphas[::group] if rule.kv_masks else rule.log2_alphas
+        log2_alpha = torch.tensor(own, device=L.device)[:, None, None]
+    keep = scored & (~finite | (L >= best + log2_alpha))
     if rule.min_blocks:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])

@@ -11,7 +11,7 @@ class Rule(NamedTuple):
     """A PrefillConfig with its threshold in log2 and all that depends on the call resolved. Numbers and names only."""
 
     scale: float
-    log2_alpha: float
+    log2_alpha: float  # the least one, where heads have their own
     block_size: int
     sink_blocks: int
     window_blocks: int
@@ -22,6 +22,7 @@ class Rule(NamedTuple):
     scorer: str
     sliding_window: int = 0  # keys that a row sees, its own the last; 0: all before it
     soft_cap: float = 0.0  # on the scaled products; 0: none
+    log2_alphas: tuple[float, ...] = ()  # one for each query head; none: all have log2_alpha
 
     @classmethod
     def of(
@@ -29,7 +30,7 @@ class Rule(NamedTuple):
     ) -> Rule:
         return cls(
             scale,
-            config.log2_alpha,
+            min(config.log2_alphas),
             config.block_size,
             config.sink_blocks,
             config.window_blocks,
@@ -40,4 +41,5 @@ class Rule(NamedTuple):
             config.scorer,
             sliding_window,
             soft_cap,
+            config.log2_alphas if isinstance(config.alpha, tuple) else (),
         )

@@ -341,6 +341,7 @@ def search_kernel(
     cap,
     slopes_ptr,
     log2_shares_ptr,
+    log2_alphas_ptr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -354,6 +355,7 @@ def search_kernel(
     SEQUENCES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    ALPHAS: tl.constexpr,
 ):
     """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, mask): scores into scratch rows of the
     program, then the bits. MEMBERS query heads share a mask: each has scratch rows of its own, added as they are read.
@@ -364,7 +366,8 @@ def search_kernel(
     relative to each block's own maximum. Query blocks go from the last, which see most, to the first.
 
     CUT: rows see their own sequence (SEQUENCES) in a sliding window. Scores then begin with the tile of the first block
-    that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1.
+    that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. ALPHAS: each query head has
+    a threshold of its own.
     """
     program = tl.program_id(0)
     offset = kv_len - q_len
@@ -450,6 +453,9 @@ def search_kernel(
             best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
             batch_base = query_ptr + (batch_head // HEADS) * stride_b
             head = batch_head % HEADS
+            own_log2_alpha = log2_alpha
+            if ALPHAS:
+                own_log2_alpha = tl.load(log2_alphas_ptr + head)
             means_base = means_ptr + (batch_head // GROUP) * means_rows * D
             own_base = means_base + (2 * columns + offset).to(tl.int64) * D
             alone = row < 0
@@ -464,7 +470,7 @@ def search_kernel(
             if D_STEP == D_PAD:
                 # also for the second pass: loaded once more there, it would cost the hot loop registers
                 q_t = _load_queries(batch_base + head * stride_h, stride_s, stride_d, row, q_len, D, D_PAD)
-                logs = (min_blocks > 0) | (log2_alpha < SMALLEST_LOG2_ALPHA)
+                logs = (min_blocks > 0) | (own_log2_alpha < SMALLEST_LOG2_ALPHA)
                 if not logs:
                     shift = tl.zeros([QUERY_BLOCKS], tl.float32)
                     doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
@@ -526,7 +532,7 @@ def search_kernel(
                         )  # fmt: skip
                         tl.debug_barrier()  # scores that are taken again overwrite those that others may still read
                     logs = tl.max(doubtful.to(tl.int32)) != 0
-                    threshold = tl.max(best, 0) * tl.exp2(log2_alpha)
+                    threshold = tl.max(best, 0) * tl.exp2(own_log2_alpha)
             if logs:
                 best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
                 for member in range(0, MEMBERS):
@@ -554,7 +560,7 @@ def search_kernel(
                         scratch_base, scratch_stride, member_stride, first_tile, most, scored[None, :], tile_seen,
                         True, TILE, MEMBERS, BLOCK, FIRST_KEY, CUT,
                     )  # fmt: skip
-                threshold = tl.max(best, 0) + log2_alpha
+                threshold = tl.max(best, 0) + own_log2_alpha
             # the scores were written by other threads of this program
             tl.debug_barrier()
 

@@ -1,0 +1,180 @@
+"""The comparison: every task, length and method on one model, kept in a file from which an interrupted run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from flexprefill.bench.report import describe_machine, versions
+from flexprefill.errors import FlexPrefillError
+from flexprefill.evaluation.methods import Attender, Method
+from flexprefill.evaluation.model import Decoder
+from flexprefill.evaluation.scoring import Share, ask, text_loss
+from flexprefill.evaluation.tasks import TASKS, Samples
+from flexprefill.evaluation.text import passages
+from flexprefill.progress import Advance
+from flexprefill.store.whole_file import whole_file, write_at
+
+TEXT = "text"  # next-token loss, beside the tasks
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method did at one task and length.
+
+    Attributes:
+        right, samples: how many samples were answered exactly, of how many; ``right`` is None for text.
+        loss: nats a byte of text; None for tasks.
+        density, recall, lowest_recall: of one sample's causal blocks and exact attention mass, averaged over layers
+            and heads, and the least of them; 1 for dense attention.
+        seconds: of a prompt through the whole model, averaged, without the first.
+    """
+
+    length: int
+    task: str
+    method: str
+    right: int | None
+    samples: int
+    loss: float | None
+    density: float
+    recall: float
+    lowest_recall: float
+    seconds: float
+
+    @property
+    def share(self) -> Share | None:
+        return None if self.right is None else Share(self.right, self.samples)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared.
+
+    Attributes:
+        tasks: names in TASKS, or "text".
+        samples: prompts of each task and length, the same for every method; at least 2.
+        seed: of the prompts.
+    """
+
+    lengths: Sequence[int]
+    tasks: Sequence[str]
+    methods: Sequence[Method]
+    samples: int
+    seed: int
+
+    @property
+    def cells(self) -> list[tuple[int, str, Method]]:
+        return [(length, task, method) for length in self.lengths for task in self.tasks for method in self.methods]
+
+
+def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: Path, advance: Advance) -> list[Cell]:
+    """Fills the file with the cells that the plan asks for and it does not have yet, and returns all of the plan's.
+
+    Args:
+        model_digest: a checksum of the model's file.
+        text: uint8 [bytes] on the CPU, held out from the model's training.
+        path: a JSON file, written whole after each cell.
+        advance: called with 1 after each cell.
+
+    Raises:
+        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples.
+        OSError: the file cannot be read or written.
+    """
+    identity = {
+        "model": f"{model_digest:08x}",
+        "text": f"{zlib.crc32(text.numpy()):08x}",
+        "seed": plan.seed,
+        "samples": plan.samples,
+        "device": next(model.parameters()).device.type,
+    }
+    cells = _read(path, identity)
+    machine = describe_machine(next(model.parameters()).device)
+    for length, task, method in plan.cells:
+        if (length, task, method.name) not in cells:
+            cell = measure(model, text, plan, length, task, method)
+            cells[length, task, method.name] = cell
+            record = {"identity": identity, "machine": machine, "versions": versions()}
+            _write(path, {**record, "cells": [dataclasses.asdict(cell) for cell in cells.values()]})
+        advance(1)
+    return [cells[length, task, method.name] for length, task, method in plan.cells]
+
+
+def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, method: Method) -> Cell:
+    """One cell: a first prompt, of which density and recall are taken, then all of them."""
+    device = next(model.parameters()).device
+    attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(len(model.layers))]
+    right, losses, seconds = Share(0, 0), [], 0.0
+    for number in range(-1, plan.samples):
+        # a prompt depends on its own number alone, so that every method gets the same ones
+        prompt = make_prompt(text, plan.seed, length, task, max(number, 0), device)
+        start = _now(device)
+        if isinstance(prompt, Samples):
+            share, loss = ask(model, prompt, attenders), None
+        else:
+            share, loss = None, text_loss(model, prompt, attenders).mean().item()
+        if number < 0:
+            for attender in attenders:
+                attender.watch = False
+            continue
+        seconds += _now(device) - start
+        right = right + share if share else right
+        losses += [] if loss is None else [loss]
+    dense = method.config is None
+    densities = torch.ones(1) if dense else torch.cat([attender.densities[0] for attender in attenders])
+    recalls = torch.ones(1) if dense else torch.cat([attender.recalls[0] for attender in attenders])
+    return Cell(
+        length,
+        task,
+        method.name,
+        None if task == TEXT else right.right,
+        plan.samples,
+        sum(losses) / len(losses) if losses else None,
+        densities.mean().item(),
+        recalls.mean().item(),
+        recalls.min().item(),
+        seconds / plan.samples,
+    )
+
+
+def make_prompt(text: Tensor, seed: int, length: int, task: str, number: int, device: torch.device) -> Samples | Tensor:
+    """The prompt of this number: a task's, or of text int64 [1, length]; the same on every device."""
+    generator = Generator().manual_seed(zlib.crc32(f"{seed} {length} {task} {number}".encode()))
+    if task == TEXT:
+        return passages(text, generator, 1, length).to(device)
+    return TASKS[task](generator, text, 1, length).to(device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _read(path: Path, identity: dict[str, Any]) -> dict[tuple[int, str, str], Cell]:
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        found = record["identity"]
+        cells = [Cell(**cell) for cell in record["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FlexPrefillError(f"{path} is no file of this comparison: {error!r}") from None
+    if changed := [name for name in identity if found.get(name) != identity[name]]:
+        raise FlexPrefillError(
+            f"{path} was made with another {' and '.join(changed)}; give another folder, or delete the file"
+        )
+    return {(cell.length, cell.task, cell.method): cell for cell in cells}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)

@@ -1,0 +1,73 @@
+"""What the comparison hands over: tables to read and points to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexprefill.evaluation.comparison import Cell
+from flexprefill.evaluation.scoring import Share
+from flexprefill.plotting import AccuracyPoint
+
+ABSENT = "–"
+
+
+def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """The cells of one length as a header and a row for each method.
+
+    Shares of exact answers are in per cent with their 95 % confidence interval; the average is over tasks.
+    """
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    header = ["method", "density", "mass", "average", *tasks, "ms"]
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        own = {cell.task: cell for cell in cells if cell.method == method}
+        rows.append(
+            [
+                method,
+                _percent(_mean([cell.density for cell in own.values()])),
+                _percent(_mean([cell.recall for cell in own.values()])),
+                _percent(average(list(own.values()))),
+                *(_result(own.get(task)) for task in tasks),
+                f"{1000 * _mean([cell.seconds for cell in own.values()]):.1f}",
+            ]
+        )
+    return header, rows
+
+
+def average(cells: Sequence[Cell]) -> float | None:
+    """The mean over tasks of the share of exact answers; None if there is no task but text."""
+    shares = [cell.share.value for cell in cells if cell.share is not None]
+    return _mean(shares) if shares else None
+
+
+def accuracy_points(cells: Sequence[Cell]) -> list[AccuracyPoint]:
+    """For each length and method its average accuracy and density, and how sure the accuracy is.
+
+    The interval is Wilson's of all samples of the tasks together.
+    """
+    points = []
+    for length, method in dict.fromkeys((cell.length, cell.method) for cell in cells):
+        own = [c for c in cells if (c.length, c.method) == (length, method) and c.share is not None]
+        if own:
+            together = sum((cell.share for cell in own if cell.share), Share(0, 0))
+            kind = method.split(" ")[0]
+            density = _mean([cell.density for cell in own])
+            points.append(AccuracyPoint(length, kind, density, together.value, together.interval))
+    return points
+
+
+def _result(cell: Cell | None) -> str:
+    if cell is None:
+        return ABSENT
+    if cell.share is None:
+        return f"{cell.loss:.3f}"
+    low, high = cell.share.interval
+    return f"{100 * cell.share.value:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,104 @@
+"""Pictures of accuracy against density."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexprefill.plotting.canvas import DROPPED, KEPT, add_axes, check_picture_path, new_figure, token_label
+
+# pixels: of a panel, and around it
+PANEL_WIDTH, PANEL_HEIGHT = 640, 640
+LEFT, RIGHT, TOP, BOTTOM, GAP = 170, 60, 150, 260, 60
+LOOKS = {  # of methods by name: colour and marker
+    "flashprefill": (KEPT, "o"),
+    "mean-correction": ("#1b9e77", "s"),
+    "exact": ("#2b2b2b", "^"),
+    "xattention": ("#d95f02", "D"),
+    "random": ("#7570b3", "v"),
+}
+OTHERS = ("#a6761d", "P")
+
+
+@dataclass(frozen=True)
+class AccuracyPoint:
+    """One method at one density.
+
+    Attributes:
+        length: of the prompts in tokens.
+        method: "dense" is drawn as a line.
+        density, accuracy: shares in 0 … 1.
+        interval: the accuracy's confidence interval.
+    """
+
+    length: int
+    method: str
+    density: float
+    accuracy: float
+    interval: tuple[float, float]
+
+
+def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws accuracy against density into a file: a panel for each length, a line for each method.
+
+    Args:
+        points: at least one.
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        FlexPrefillError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    check_picture_path(path)
+    if not points:
+        raise ValueError("points must be at least one, got none")
+    lengths = sorted({point.length for point in points})
+    methods = list(dict.fromkeys(point.method for point in points))
+    width = LEFT + len(lengths) * PANEL_WIDTH + (len(lengths) - 1) * GAP + RIGHT
+    figure = new_figure(width, TOP + PANEL_HEIGHT + BOTTOM)
+    handles = {}
+    for panel, length in enumerate(lengths):
+        axes = add_axes(figure, LEFT + panel * (PANEL_WIDTH + GAP), BOTTOM, PANEL_WIDTH, PANEL_HEIGHT)
+        for method in methods:
+            own = sorted(
+                (point for point in points if (point.length, point.method) == (length, method)),
+                key=lambda point: point.density,
+            )
+            if not own:
+                continue
+            if method == "dense":
+                low, high = own[0].interval
+                axes.axhspan(100 * low, 100 * high, color=DROPPED, zorder=0)
+                handles[method] = axes.axhline(100 * own[0].accuracy, color="#565656", linestyle="--", linewidth=1.3)
+                continue
+            colour, marker = LOOKS.get(method, OTHERS)
+            middle = [100 * point.accuracy for point in own]
+            around = [
+                [m - 100 * point.interval[0] for m, point in zip(middle, own, strict=True)],
+                [100 * point.interval[1] - m for m, point in zip(middle, own, strict=True)],
+            ]
+            shares = [100 * point.density for point in own]
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5, "elinewidth": 0.7}
+            handles[method] = axes.errorbar(shares, middle, yerr=around, capsize=2, **style)
+        axes.set_title(f"{token_label(length)} tokens", fontsize=10, loc="left")
+        axes.set_xlabel("% of the causal blocks kept", fontsize=10)
+        axes.set_xlim(0, 103)
+        axes.set_ylim(-3, 103)
+        axes.grid(True, color=DROPPED, linewidth=0.8)
+        axes.tick_params(labelsize=9, length=0, pad=5, labelleft=panel == 0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#9aa3af")
+        if panel == 0:
+            axes.set_ylabel("% exact answers, mean of the tasks", fontsize=10)
+    figure.suptitle(title, fontsize=11, x=LEFT / width, y=0.98, ha="left")
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="lower center",
+        ncols=min(len(handles), 3 * len(lengths)),
+        frameon=False,
+        fontsize=9,
+    )
+    figure.savefig(path, facecolor="white")

@@ -1,0 +1,47 @@
+"""The model that the repository ships, at 4,096 tokens on any device: dense attention against sparse."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from flexprefill import PrefillConfig
+from flexprefill.evaluation import TASKS, Share, ask, babble, load_model
+from flexprefill.evaluation.methods import Attender, Method
+
+MODEL = Path(__file__).parent.parent / "examples" / "needle_model" / "model.safetensors"
+LENGTH = 4096
+QUESTIONS = {"single": 3, "scattered": 4}  # prompts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL, DEVICE)
+
+
+def share_of(model, method, task):
+    """Of all prompts of a task, and the mean density of the maps."""
+    text, right, densities = babble(100_000), Share(0, 0), []
+    for number in range(QUESTIONS[task]):
+        samples = TASKS[task](torch.Generator().manual_seed(number), text, 1, LENGTH).to(DEVICE)
+        attenders = [Attender(method, watch=True, rows=LENGTH) for _ in model.layers]
+        right += ask(model, samples, attenders)
+        densities += [density for attender in attenders for density in attender.densities]
+    return right, torch.cat(densities).mean().item() if densities else 1.0
+
+
+@pytest.mark.parametrize("task", QUESTIONS)
+def test_the_shipped_model_finds_the_needle_sparse_as_dense(model, task):
+    everything = QUESTIONS[task]
+    assert share_of(model, Method("dense", None), task)[0] == Share(everything, everything)
+    sparse = Method("sparse", PrefillConfig(alpha=0.2, dense_below=0))
+    right, density = share_of(model, sparse, task)
+    assert right == Share(everything, everything) and density < 0.9
+
+
+def test_a_selection_that_is_broken_would_show(model):
+    """The same prompts with blocks that know nothing of the question: sink, window and last blocks alone."""
+    rule = {"alpha": 1.0, "sink_blocks": 1, "window_blocks": 1, "last_full_blocks": 0, "dense_below": 0}
+    blind = Method("blind", PrefillConfig(**rule), "random")
+    assert share_of(model, blind, "scattered")[0].value < 0.5
