@@ -325,6 +325,7 @@ def default_compile():
         yield
 
 
+@pytest.mark.eager_flex
 @pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
@@ -376,6 +377,7 @@ def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded)
         assert relative_error(torch.cat(logits), expected) <= 1e-5
 
 
+@pytest.mark.eager_flex
 @pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("arguments", "message"),
