@@ -6,7 +6,7 @@ from flexprefill.backends import BackendChoice
 from flexprefill.blockmap import BlockMap
 from flexprefill.cache import CachedPrompt, CacheStats, MaskCache
 from flexprefill.config import PrefillConfig
-from flexprefill.errors import FlexPrefillError, MaskFileError
+from flexprefill.errors import FlexPrefillError, MaskFileError, NotEnoughMemoryError
 from flexprefill.flex import create_prefill_block_mask
 from flexprefill.guard import GuardReport, guard_blocks
 from flexprefill.inspection import attention_recall
@@ -29,6 +29,7 @@ __all__ = [
     "MaskCache",
     "MaskFileError",
     "MaskFileInfo",
+    "NotEnoughMemoryError",
     "PrefillConfig",
     "Recording",
     "Scorer",

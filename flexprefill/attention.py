@@ -6,13 +6,21 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from flexprefill.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_attention_inputs, check_block_map, check_config, check_last_chunk, resolve_scale
+from flexprefill.checks import (
+    MASK_MOD_ARGUMENTS,
+    SCORE_MOD_ARGUMENTS,
+    check_attention_inputs,
+    check_block_map,
+    check_config,
+    check_last_chunk,
+    check_mod,
+    resolve_scale,
+)
 from flexprefill.compiled import flex_over
 from flexprefill.config import PrefillConfig
 from flexprefill.dense import DENSE_KERNELS, dense_attention
@@ -21,6 +29,7 @@ from flexprefill.lists import ListBuffers
 from flexprefill.log_sum_exp import add_sinks, log_sum_exp_over
 from flexprefill.lse import flash_lse_factor
 from flexprefill.mean_correction import add_dropped_blocks
+from flexprefill.not_finite import mark_rows_not_finite
 from flexprefill.recording import is_recording, note
 from flexprefill.score_mods import ScoreMod, alibi_mod, soft_cap_mod
 from flexprefill.search import KeyMeans, search_checked
@@ -29,6 +38,7 @@ from flexprefill.search.scorers import find_scorer
 from flexprefill.sequences import Sequences
 from flexprefill.tail import TAIL_SPLIT_FROM, flex_in_parts, parts_for
 from flexprefill.terms import Terms, check_per_head
+from flexprefill.tracing import is_tracing
 
 logger = logging.getLogger("flexprefill")
 
@@ -102,6 +112,7 @@ def prefill_attention(
         FlexPrefillError: the backend cannot run here; no C++ compiler is found, which the CPU needs; or
             torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
             would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
+        NotEnoughMemoryError: the search or its index lists do not fit into the device's memory.
     """
     call = _Call.checked(
         *(query, key, value, config, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux),
@@ -109,7 +120,7 @@ def prefill_attention(
     )
     check_means(means)
     choice = _choose(call)
-    if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+    if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=call.scale, kernel=choice.name)
@@ -129,6 +140,9 @@ def prefill_attention(
     factor = flash_lse_factor(query.device) if choice.name == "flash" and (lse or choice.tail_parts > 1) else 1.0
     settings = {"scale": call.scale, "kernel_options": choice.kernel_options, "return_aux": aux_request}
     score_mods = call.score_mods(block_map)
+    # what hides and changes logits, as far as there are names for it, and the caller's own
+    terms = cut.first, call.terms.soft_cap, call.terms.alibi_slopes
+    own = cut.mask_mods if cut.first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
     if choice.tail_parts > 1:
         split = {"rows": config.last_full_blocks, "parts": choice.tail_parts, "lse_factor": factor}
         result = flex_in_parts(query, key, value, block_map, buffers=buffers, **split, **settings)
@@ -136,14 +150,14 @@ def prefill_attention(
         blocks = lists_of(block_map, cut, buffers), query_offset(block_map)
         mods = {"mask_mods": cut.mask_mods, "score_mods": score_mods}
         result = flex_over(query, key, value, *blocks, block_size=block_map.block_size, **mods, **settings)
+        if choice.name == "cpp":
+            mark_rows_not_finite(query, key, block_map, result, call.scale, *terms, *own)
     output, aux = (result, None) if aux_request is None else result
     sums = None if aux is None or aux.lse is None else aux.lse * factor if factor != 1 else aux.lse
     if correct:
         output, sums = add_dropped_blocks(query, key, value, block_map, output, sums, scale=call.scale)
     if sinks is not None:
         if sums is None:
-            terms = cut.first, call.terms.soft_cap, call.terms.alibi_slopes
-            own = cut.mask_mods if cut.first is None else cut.mask_mods[1:], () if score_mod is None else (score_mod,)
             sums = log_sum_exp_over(query, key, block_map, call.scale, *terms, *own)
         output = add_sinks(output, sums, sinks)
     if return_aux is None:
@@ -228,9 +242,11 @@ class _Call(NamedTuple):
         check_attention_inputs(query, key, value)
         check_config(config)
         check_last_chunk(last_chunk)
-        for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod)):
-            if not (function is None or callable(function) or (name == "mask_mod" and isinstance(function, BlockMask))):
-                raise TypeError(f"{name} must be a function of FlexAttention's kind, got {type(function).__name__}")
+        if not isinstance(mask_mod, BlockMask):
+            check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
+        check_mod("score_mod", score_mod, SCORE_MOD_ARGUMENTS)
+        if not (return_aux is None or isinstance(return_aux, AuxRequest)):
+            raise TypeError(f"return_aux must be an AuxRequest or None, got {type(return_aux).__name__}")
         find_scorer(config.scorer)
         terms = Terms.checked(query, key, sequences, sliding_window, soft_cap, alibi_slopes)
         if sinks is not None:

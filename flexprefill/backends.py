@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexprefill.blockmap import ceil_div
 from flexprefill.errors import FlexPrefillError
+from flexprefill.tracing import is_tracing
 
 Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a constant
 BACKENDS = ("auto", "triton", "flash")
@@ -96,7 +97,7 @@ class Request(NamedTuple):
         kv_len = key.shape[2]
         aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
-        compiling = torch.compiler.is_compiling()
+        compiling = is_tracing()
         # lengths are symbols while compiling: each fact asked of them costs a compilation
         whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
         small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
@@ -149,6 +150,11 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
                 f"return_aux is not supported by FlexAttention on {request.device}: pass tensors on a CUDA device"
             )
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
+    if request.block_size < 16 or request.block_size & (request.block_size - 1):
+        raise FlexPrefillError(
+            f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have "
+            f"such tiles, got block_size={request.block_size}"
+        )
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
     against = next(against_flash(request, named=backend == "flash"), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
+
+from flexprefill.devices import check_device
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -28,9 +30,10 @@ def visible_blocks(q_len: int, kv_len: int, block_size: int, device: torch.devic
 
     Queries are the last ``q_len`` of ``kv_len`` positions.
     """
-    row_end = torch.arange(1, ceil_div(q_len, block_size) + 1, device=device, dtype=torch.int32) * block_size
+    # in int64: the end of the last row may be past 2**31
+    row_end = torch.arange(1, ceil_div(q_len, block_size) + 1, device=device) * block_size
     last_position = row_end.clamp(max=q_len) + (kv_len - q_len) - 1
-    return last_position // block_size + 1
+    return (last_position // block_size + 1).to(torch.int32)
 
 
 def causal_blocks(q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Tensor:
@@ -94,7 +97,7 @@ class BlockMap:
 
     def __post_init__(self) -> None:
         check_sizes(self.q_len, self.kv_len, self.block_size)
-        if not isinstance(self.words, Tensor) or self.words.dtype != torch.int32:
+        if not _is_plain(self.words, torch.int32):
             raise TypeError(f"words must be an int32 tensor, got {_kind(self.words)}")
         rows = ceil_div(self.q_len, self.block_size)
         width = ceil_div(ceil_div(self.kv_len, self.block_size), WORD_BITS)
@@ -113,7 +116,7 @@ class BlockMap:
             ValueError: its shape does not fit the lengths.
         """
         check_sizes(q_len, kv_len, block_size)
-        if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.layout != torch.strided:
+        if not _is_plain(dense, torch.bool):
             raise TypeError(f"dense must be a bool tensor, got {_kind(dense)}")
         rows, columns = ceil_div(q_len, block_size), ceil_div(kv_len, block_size)
         if dense.dim() != 4 or dense.shape[2] != rows or dense.shape[3] != columns:
@@ -132,11 +135,11 @@ class BlockMap:
         check_sizes(q_len, kv_len, block_size)
         for name, size in (("batch", batch), ("heads", heads)):
             _check_size(name, size)
-        words = pack_bits(causal_blocks(q_len, kv_len, block_size, device))
+        words = pack_bits(causal_blocks(q_len, kv_len, block_size, check_device(device)))
         return cls(words.expand(batch, heads, -1, -1).contiguous(), q_len, kv_len, block_size)
 
     @classmethod
-    def from_chunks(cls, chunks: Sequence[BlockMap]) -> BlockMap:
+    def from_chunks(cls, chunks: Iterable[BlockMap]) -> BlockMap:
         """Joins the maps of query chunks that follow each other into the map of all their queries.
 
         Raises:
@@ -144,6 +147,8 @@ class BlockMap:
             ValueError: there are none; a chunk does not start where the one before ends, or not on a block's
                 edge; or batch, heads, block size or device differ.
         """
+        if not isinstance(chunks, Iterable):
+            raise TypeError(f"chunks must be a list of BlockMaps, got {type(chunks).__name__}")
         chunks = list(chunks)
         if not chunks:
             raise ValueError("chunks must hold at least one BlockMap, got none")
@@ -200,6 +205,7 @@ class BlockMap:
 
         Raises:
             TypeError: mask_mod is no function, or buffers no ListBuffers.
+            NotEnoughMemoryError: the lists do not fit into the device's memory.
         """
         from flexprefill import flex
 
@@ -221,8 +227,12 @@ class BlockMap:
         return self.words.device
 
     def to(self, device: torch.device | str) -> BlockMap:
-        """This map on another device; itself if it is there already."""
-        words = self.words.to(device)
+        """This map on another device; itself if it is there already.
+
+        Raises:
+            TypeError, ValueError: ``device`` is none, or not here.
+        """
+        words = self.words.to(check_device(device))
         return self if words is self.words else self._with(words)
 
     def to_dense(self) -> Tensor:
@@ -284,12 +294,14 @@ class BlockMap:
         """Whether both maps keep the same blocks of the same lengths. Waits for the device.
 
         Raises:
-            ValueError: the maps are of one geometry but on different devices.
+            ValueError: the maps are of one geometry but on different devices, or on the device meta.
         """
         if not isinstance(other, BlockMap):
             return NotImplemented
         if self._geometry() != other._geometry():
             return False
+        if self.device.type == other.device.type == "meta":
+            raise ValueError("== needs maps with bits, got two on the device meta, which has none")
         return torch.equal(self.words, self._words_of(other, "=="))
 
     __hash__ = None  # compared by content, and a tensor's content can change
@@ -345,6 +357,10 @@ def _check_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
 
 
+def _is_plain(thing: Any, dtype: torch.dtype) -> bool:
+    return isinstance(thing, Tensor) and thing.dtype == dtype and thing.layout == torch.strided and not thing.is_nested
+
+
 def _is_block_mask(thing: Any) -> bool:
     if isinstance(thing, BlockMap):  # the usual case imports nothing
         return False
@@ -354,7 +370,9 @@ def _is_block_mask(thing: Any) -> bool:
 
 
 def _kind(thing: Any) -> str:
-    return f"{thing.dtype}, {thing.layout}" if isinstance(thing, Tensor) else type(thing).__name__
+    if not isinstance(thing, Tensor):
+        return type(thing).__name__
+    return f"{thing.dtype}, {'nested' if thing.is_nested else thing.layout}"
 
 
 def _unflatten(children: Any, sizes: Any) -> BlockMap:

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap, ceil_div
 from flexprefill.checks import check_attention_inputs, check_config, check_last_chunk, resolve_scale, token_tensor
 from flexprefill.config import PrefillConfig
+from flexprefill.devices import check_device
 from flexprefill.search import pool_checked, search_checked
 from flexprefill.search.rule import Rule
 
@@ -79,6 +80,25 @@ class _Entry:
     identity: _Identity
     block_map: BlockMap
     last_chunk: bool
+    stream: torch.cuda.Stream | None = None  # that the map was made on, on CUDA
+    made: torch.cuda.Event | None = None  # there
+
+    @classmethod
+    def of(cls, identity: _Identity, block_map: BlockMap, last_chunk: bool) -> _Entry:
+        """With what another stream has to wait for."""
+        if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
+            return cls(identity, block_map, last_chunk)
+        stream = torch.cuda.current_stream(block_map.device)
+        return cls(identity, block_map, last_chunk, stream, stream.record_event())
+
+    def ready(self) -> BlockMap:
+        """The map, for work on the current stream."""
+        if self.made is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.block_map.device)
+            if stream != self.stream:
+                stream.wait_event(self.made)
+                self.block_map.words.record_stream(stream)
+        return self.block_map
 
 
 class MaskCache:
@@ -86,7 +106,7 @@ class MaskCache:
 
     Only query blocks that no cached map answers are searched: a row of blocks depends on the tokens up to its end
     alone. The map equals the one that a search of the whole prompt gives; rows that were the last of the shorter
-    prompt, and so kept everything, are searched again. Safe to use from several threads.
+    prompt, and so kept everything, are searched again. Safe to use from several threads, and on several CUDA streams.
 
     Args:
         max_bytes: of the maps together, wherever they are, and of their prompts' tokens; the least recently used
@@ -94,7 +114,7 @@ class MaskCache:
         device: where maps are kept; None leaves each on the device that it was made on.
 
     Raises:
-        TypeError, ValueError: ``max_bytes`` is no positive int.
+        TypeError, ValueError: ``max_bytes`` is no positive int, or ``device`` not here.
     """
 
     def __init__(self, max_bytes: int = 2**30, *, device: torch.device | str | None = None) -> None:
@@ -103,7 +123,9 @@ class MaskCache:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.max_bytes = max_bytes
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else check_device(device)
+        if self.device is not None and self.device.type == "meta":
+            raise ValueError("device must be one that can hold maps, got meta")
         self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()  # the most recently used last
         self._stats = CacheStats()
         self._lock = threading.RLock()
@@ -148,7 +170,7 @@ class MaskCache:
         with self._lock:
             for place, entry in reversed(self._entries.items()):
                 if place[0] == layer:
-                    return entry.block_map
+                    return entry.ready()
         raise KeyError(f"layer {layer!r} has no map in the cache, which holds layers {self.layers()}")
 
     def layers(self) -> list[int]:
@@ -180,7 +202,7 @@ class MaskCache:
             if entry is None:
                 return None
             self._entries.move_to_end(place)
-            return entry.block_map
+            return entry.ready()
 
     def _best(
         self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
@@ -206,7 +228,7 @@ class MaskCache:
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found].block_map, best
+            return self._entries[found].ready(), best
 
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
@@ -259,7 +281,8 @@ class CachedPrompt:
                 all keys of the prompt so far, and query the last of them or all.
 
         Raises:
-            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key.
+            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key, or
+                another batch size.
         """
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer must be an int, got {layer!r}")
@@ -272,8 +295,11 @@ class CachedPrompt:
                 f"{config.guard}: call flexprefill.guard_blocks on the map"
             )
         q_len, kv_len, block = query.shape[2], key.shape[2], config.block_size
-        if self.identity.key is None and self.identity.length < kv_len:
-            raise ValueError(f"key must have at most the prompt's {self.identity.length} tokens, got S_kv={kv_len}")
+        if self.identity.key is None:
+            if self.identity.length < kv_len:
+                raise ValueError(f"key must have at most the prompt's {self.identity.length} tokens, got S_kv={kv_len}")
+            if self.identity.batch != query.shape[0]:
+                raise ValueError(f"query must have the prompt's batch size {self.identity.batch}, got {query.shape[0]}")
         rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
         everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
         kind = (layer, everywhere, implementation, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)
@@ -304,7 +330,7 @@ class CachedPrompt:
         counts = {"extensions": 1} if row > first else {"misses": 1}
         self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, _Entry(self.identity, kept, last_chunk))
+        self.cache._keep(place, _Entry.of(self.identity, kept, last_chunk))
         return block_map
 
 

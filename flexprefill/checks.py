@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.config import PrefillConfig
+from flexprefill.tracing import is_tracing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 8)
+LARGEST_SCALE = 1e38  # times log2(e) it still is a float32
+MASK_MOD_ARGUMENTS = ("b", "h", "q_idx", "kv_idx")
+SCORE_MOD_ARGUMENTS = ("score", *MASK_MOD_ARGUMENTS)
 
 
 def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
@@ -30,6 +35,8 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
         _check_head_dim(name, tensor)
     for name in list(named)[1:]:
         _check_against_query(name, named[name], query)
+    if value and query.device.type == "meta":
+        raise ValueError("query must be on a device that computes, got meta")
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query must have a multiple of key's heads, got query {list(query.shape)} and key {list(key.shape)}"
@@ -51,8 +58,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
 
 def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
     """Raises unless a map is of query's batch size, heads, lengths and device."""
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    check_is_map("block_map", block_map)
     if (block_map.q_len, block_map.kv_len) != (query.shape[2], key.shape[2]):
         raise ValueError(
             f"block_map must be of q_len={query.shape[2]} and kv_len={key.shape[2]}, "
@@ -64,6 +70,38 @@ def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
         )
     if block_map.device != query.device:
         raise ValueError(f"block_map must be on query's device {query.device}, got {block_map.device}")
+
+
+def check_is_map(name: str, block_map: object) -> None:
+    """Raises TypeError unless it is a BlockMap."""
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"{name} must be a BlockMap, got {type(block_map).__name__}")
+
+
+def check_has_bits(name: str, block_map: object) -> None:
+    """Raises unless it is a BlockMap whose bits can be read."""
+    check_is_map(name, block_map)
+    if block_map.device.type == "meta":
+        raise ValueError(f"{name} must have bits, got a map on the device meta, which has none")
+
+
+def check_mod(name: str, mod: object, arguments: Sequence[str]) -> None:
+    """Raises TypeError unless it is None or a function that can be called with these."""
+    if mod is None:
+        return
+    listed = ", ".join(arguments)
+    if not callable(mod):
+        raise TypeError(f"{name} must be a function of ({listed}), got {type(mod).__name__}")
+    if is_tracing():
+        return
+    try:
+        signature = inspect.signature(mod)
+    except (TypeError, ValueError):  # of a builtin, which says nothing
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a function of ({listed}), got one of {signature}") from error
 
 
 def check_config(config: PrefillConfig) -> None:
@@ -100,20 +138,24 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(operator.index(head_dim))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not abs(scale) < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not abs(scale) <= LARGEST_SCALE:  # false for NaN as well
+        raise ValueError(f"scale must be finite in float32, at most {LARGEST_SCALE:g}, got {scale}")
     return float(scale)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [B, H, S, D], got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a strided tensor, got {kind}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if tensor.dim() != 4 or 0 in tensor.shape:
         raise ValueError(f"{name} must be [B, H, S, D] with no size of 0, got {list(tensor.shape)}")
+    # a sign that is only noted, as of the imaginary part of a conjugate: kernels read the memory as it is
+    if not is_tracing() and tensor.is_neg():
+        raise ValueError(f"{name} must hold its own values, got a negated view: pass {name}.resolve_neg()")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires grad, and a prefill has no backward pass: call under torch.no_grad() or pass "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from flexprefill.errors import FlexPrefillError
 from flexprefill.flex import MaskMod, block_mask_of
 from flexprefill.lists import Lists
 from flexprefill.score_mods import ScoreMod
+from flexprefill.tracing import is_tracing
 
 Attend = Callable[..., "Tensor | tuple[Tensor, Any]"]
+Layout = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 def flex_over(
@@ -46,14 +49,17 @@ def flex_over(
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    inputs = (query, key, value, lists, offset, mask_mods, score_mods)
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if is_tracing():
+            inputs = (query, key, value, lists, offset, mask_mods, score_mods)
             return _attend(*inputs, block_size, scale, kernel_options, return_aux)
+        query, key, value = map(_of_a_common_kind, (query, key, value))
+        inputs = (query, key, value, lists, offset, mask_mods, score_mods)
         signature = Signature(
             query.device.type,
             query.dtype,
+            (_layout(query), _layout(key), _layout(value)),
             query.shape[1],
             key.shape[1],
             query.shape[3],
@@ -67,12 +73,14 @@ def flex_over(
             return_aux,
         )
         try:
-            return _call(signature, inputs)
+            # threads that call one function while it is compiled would each compile it, up to the recompile limit
+            with _turns.setdefault(signature, threading.Lock()):
+                return _call(signature, inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise FlexPrefillError(
                 "torch.compile's recompile limit is hit: this attention was compiled for more than "
-                f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, or numbers that a mod "
-                "closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
+                f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, strides, or numbers that a "
+                "mod closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
                 'TORCH_LOGS="recompiles" shows what differed.'
             ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -85,10 +93,11 @@ def flex_over(
 
 
 class Signature(NamedTuple):
-    """What flex_attention compiles statically; lengths and batch sizes become dynamic."""
+    """What flex_attention compiles statically; lengths, batch sizes and the other strides become dynamic."""
 
     device_type: str
     dtype: torch.dtype
+    layouts: tuple[Layout, Layout, Layout]  # of query, key and value
     heads: int
     kv_heads: int
     head_dim: int
@@ -102,8 +111,22 @@ class Signature(NamedTuple):
     return_aux: AuxRequest | None
 
 
+def _of_a_common_kind(tensor: Tensor) -> Tensor:
+    """A plain tensor whose last stride is 1: every other kind would be compiled for once more."""
+    if tensor.requires_grad or type(tensor) is not Tensor:
+        tensor = tensor.detach()
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _layout(tensor: Tensor) -> Layout:
+    """The dimensions by their strides, and which of them have none."""
+    strides = tensor.stride()
+    return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
+
+
 NAMES = 8  # that inputs get in turn, where torch mixes sizes up
 _name_of: dict[Signature, int] = {}  # the one that compiled, if not the first
+_turns: dict[Signature, threading.Lock] = {}
 
 
 def _call(signature: Signature, inputs: tuple[Any, ...]) -> Tensor | tuple[Tensor, Any]:
@@ -166,7 +189,7 @@ def _attend(
     kernel_options: Options,
     return_aux: AuxRequest | None,
 ) -> Tensor | tuple[Tensor, Any]:
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         # reached when torch.compile is off (its environment variable, a stance): eager flex is dense
         raise FlexPrefillError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "

@@ -82,7 +82,7 @@ class PrefillConfig:
     def __post_init__(self) -> None:
         if isinstance(self.alpha, list):  # as JSON has it
             object.__setattr__(self, "alpha", tuple(self.alpha))
-        if self.alpha == ():
+        if isinstance(self.alpha, tuple) and not self.alpha:
             raise ValueError("alpha must be a number in (0, 1], or one for each query head, got ()")
         for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):

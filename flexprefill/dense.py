@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from flexprefill.tracing import is_tracing
+
+_ordering = threading.Lock()
 
 DENSE_KERNELS = ("dense-flash", "dense-sdpa")
 
@@ -46,6 +52,11 @@ def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return output.transpose(1, 2)
 
 
+def _order_alone() -> AbstractContextManager[object]:
+    """For one thread at a time: the order is the process's, and each puts back the one that it found."""
+    return contextlib.nullcontext() if is_tracing() else _ordering
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q_len, kv_len = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
@@ -57,10 +68,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if q_len == 1:
         return scaled_dot_product_attention(query, key, value, **arguments)
     if q_len == kv_len:
-        in_order = sdpa_kernel(SDPA_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext()
-        with in_order:
+        if not query.is_cuda:
             return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
-    if torch.compiler.is_compiling():
+        with _order_alone(), sdpa_kernel(SDPA_ORDER, set_priority=True):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
+    if is_tracing():
         # the tensor subclass that causal_lower_right returns does not trace
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
         visible = torch.arange(kv_len, device=query.device) <= rows

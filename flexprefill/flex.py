@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexprefill.blockmap import BlockMap, ceil_div, pack_bits
-from flexprefill.checks import check_config
+from flexprefill.checks import MASK_MOD_ARGUMENTS, check_config, check_mod
 from flexprefill.config import PrefillConfig
 from flexprefill.lists import ListBuffers, Lists, make_lists
 from flexprefill.masks import MaskedBlocks, MaskMod, classify_blocks
@@ -143,8 +143,9 @@ def to_block_mask(
 
 def with_mask(block_map: BlockMap, mask_mod: MaskMod) -> BlockMask:
     """See BlockMap.with_mask."""
-    if not callable(mask_mod):
-        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    if mask_mod is None:
+        raise TypeError("mask_mod must be a function of (b, h, q_idx, kv_idx), got NoneType")
+    check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
     blocks = classify_blocks(mask_mod, block_map)
     return _listed(_without(block_map, blocks), Cut((mask_mod,), blocks.whole))
 
@@ -177,10 +178,10 @@ def cut_by(
         sliding_window: 0 is none.
 
     Raises:
-        TypeError: mask_mod is neither a function nor a BlockMask.
+        TypeError: mask_mod is neither such a function nor a BlockMask.
     """
-    if not (mask_mod is None or callable(mask_mod) or isinstance(mask_mod, BlockMask)):
-        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+    if not isinstance(mask_mod, BlockMask):
+        check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
     mask_mods, known = [], []
     starts = None if sequences is None else sequences.starts
     first = first_keys(starts, sliding_window, block_map.q_len, block_map.kv_len, block_map.device)
@@ -286,6 +287,7 @@ def from_block_mask(block_mask: BlockMask) -> BlockMap:
 
 def _to_dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    listed &= (indices >= 0) & (indices < columns)  # there are no other blocks
     # entries behind the count may hold anything: they go to a column that is cut off
     targets = torch.where(listed, indices, columns).to(torch.int64)
     dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import ceil_div, unpack_bits
+from flexprefill.blockmap import causal_blocks, ceil_div, unpack_bits
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.operators import operator
+from flexprefill.tracing import is_tracing
+
+CPU_BYTES_A_BLOCK = 22  # at the peak, by the process's memory
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
@@ -26,25 +34,33 @@ class ListBuffers:
     At 256K tokens and 32 heads the lists take 1 GiB, most of it zeros behind the entries. With buffers, the layers
     of a model share that memory, and only what the last mask listed is cleared instead of all of it.
 
-    A BlockMask made with buffers is overwritten by the next one made with them: use it, on the same stream, before
-    making another. Memory is allocated at the first use and whenever the shape changes.
+    A BlockMask made with buffers is overwritten by the next one made with them, in the same thread on the same stream:
+    use it before making another. Each thread and each stream has memory of its own. Memory is allocated at the first
+    use and whenever the shape changes.
     """
 
     def __init__(self) -> None:
-        self._lists: Lists | None = None
+        self._held: dict[tuple[int, int | None], Lists] = {}  # by thread and stream
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._lists or ())
+        """Bytes held, for all threads and streams."""
+        return sum(tensor.nbytes for lists in tuple(self._held.values()) for tensor in lists)
 
     def lists_of(self, words: Tensor, columns: int) -> Lists:
         """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
-        held = self._lists
+        stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
+        place = threading.get_ident(), stream
+        held = self._held.get(place)
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
-            self._lists = None  # before the new ones: both at once may not fit
-            self._lists = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
-        return self._lists
+            held = None  # before the new ones: both at once may not fit
+            alive = {thread.ident for thread in threading.enumerate()}
+            for other in tuple(self._held):
+                if other == place or other[0] not in alive:
+                    self._held.pop(other, None)
+            with _room_for(words, columns):
+                held = self._held[place] = tuple(words.new_zeros(shape) for shape in _shapes(words, columns))
+        return held
 
 
 def make_lists(
@@ -61,7 +77,7 @@ def make_lists(
         return index_lists(words, q_len, kv_len, block_size, all_partial, uncut)
     if not isinstance(buffers, ListBuffers):
         raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
-    if torch.compiler.is_compiling():
+    if is_tracing():
         raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
     lists = buffers.lists_of(words, ceil_div(kv_len, block_size))
     _fill(words, q_len, kv_len, block_size, all_partial, uncut, lists, reused=True)
@@ -82,7 +98,9 @@ def index_lists(
     Returns:
         partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
     """
-    lists = tuple(words.new_empty(shape) for shape in _shapes(words, ceil_div(kv_len, block_size)))
+    columns = ceil_div(kv_len, block_size)
+    with _room_for(words, columns):
+        lists = tuple(words.new_empty(shape) for shape in _shapes(words, columns))
     _fill(words, q_len, kv_len, block_size, all_partial, uncut, lists, reused=False)
     return lists
 
@@ -91,6 +109,13 @@ def _shapes(words: Tensor, columns: int) -> tuple[tuple[int, ...], ...]:
     """Of partial counts, partial indices, full counts and full indices for words [B, H, M, W]."""
     counts = tuple(words.shape[:3])
     return (counts, (*counts, columns)) * 2
+
+
+def _room_for(words: Tensor, columns: int) -> AbstractContextManager[None]:
+    """For the lists themselves, and on the CPU for what sorting them takes."""
+    blocks = math.prod(words.shape[:3]) * columns
+    needed = blocks * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
+    return room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}")
 
 
 def _fill(
@@ -112,7 +137,8 @@ def _fill(
             lists_kernel.fill_lists(words, q_len, kv_len, block_size, all_partial, lists, reused, uncut)
         return
     columns = ceil_div(kv_len, block_size)
-    kept = unpack_bits(words, columns)
+    # a map's words have no bits in the causal future; of words that do, these are left out
+    kept = unpack_bits(words, columns) & causal_blocks(q_len, kv_len, block_size, words.device)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)
     whole = J < full_blocks(q_len, kv_len, block_size, words.device)[:, None]
     if all_partial:

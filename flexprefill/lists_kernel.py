@@ -52,7 +52,7 @@ def _zero_tails(list_rows, starts, ends, CHUNK: tl.constexpr):
         tl.store(list_rows + j, 0, mask=(j >= aligned) & (j < ends))
 
 
-@triton.jit(do_not_specialize=["total", "rows", "width", "offset"])
+@triton.jit(do_not_specialize=["total", "rows", "width", "offset", "q_len"])
 def lists_kernel(
     words_ptr,
     uncut_ptr,
@@ -65,6 +65,7 @@ def lists_kernel(
     columns,
     width,
     offset,
+    q_len,
     heads,
     uncut_stride_b,
     uncut_stride_h,
@@ -84,7 +85,10 @@ def lists_kernel(
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < total
-    whole = (offset + (row % rows).to(tl.int32) * BLOCK + 1) // BLOCK
+    first_row = (row % rows).to(tl.int32) * BLOCK
+    whole = (offset + first_row + 1) // BLOCK
+    # a map's words have no other bits; of words that do, no entry may be written past a row's end
+    visible = (offset + tl.minimum(first_row + BLOCK, q_len) - 1) // BLOCK + 1
     if ALL_PARTIAL:
         whole = tl.zeros_like(whole)
     end_full = tl.where(inside, columns, 0)
@@ -102,7 +106,7 @@ def lists_kernel(
     n_partial = tl.zeros([ROWS, 1], tl.int32)
     for w0 in range(0, width, WORDS):
         w = w0 + tl.arange(0, WORDS)[None, :]
-        words = tl.load(words_ptr + row * width + w, mask=inside & (w < width), other=0)
+        words = tl.load(words_ptr + row * width + w, mask=inside & (w < width), other=0) & bits_below(visible, w)
         is_whole = bits_below(whole, w)
         if UNCUT:
             is_whole &= tl.load(uncut_rows + w * uncut_stride_w, mask=inside & (w < width), other=0)
@@ -139,6 +143,7 @@ def fill_lists(
         columns,
         words.shape[3],
         kv_len - q_len,
+        q_len,
         words.shape[1],
         *of_mask.stride(),
         BLOCK=block_size,

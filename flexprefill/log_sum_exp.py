@@ -14,6 +14,7 @@ from flexprefill.masks import MaskMod
 from flexprefill.operators import operator
 from flexprefill.score_mods import ScoreMod
 from flexprefill.search.reference import soft_capped
+from flexprefill.tracing import is_tracing
 
 
 def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def log_sum_exp_over(
     )
     if not mask_mods and not score_mods:
         return kept_log_sum_exp(*arguments)
-    if torch.compiler.is_compiling():
+    if is_tracing():
         raise FlexPrefillError(
             f"sinks with a mask_mod or score_mod cannot be compiled for {query.device}, where FlexAttention gives no "
             "log-sum-exp: call prefill_attention outside of torch.compile, or on a CUDA device"

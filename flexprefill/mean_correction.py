@@ -115,8 +115,8 @@ def merge_in_pieces(
             shift = torch.where(total == -torch.inf, 0, total)  # a row with nothing at all stays zero
             share = (of_kept - shift).exp()[:, None]
             of_means = (logits - shift[:, None]).exp() @ value_means[b, h // group].float()
-            # a row that keeps nothing may come as anything
-            of_output = torch.where(share > 0, share * output[b, h, rows].float(), 0)
+            # a row that keeps nothing may come as anything; a share that is NaN stays one
+            of_output = torch.where(share == 0, 0, share * output[b, h, rows].float())
             merged[b, h, rows] = (of_output + of_means).to(output.dtype)
             sums[b, h, rows] = total
     return merged, sums

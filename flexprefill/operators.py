@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexprefill.tracing import is_tracing
 
-def operator(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Makes a function that mutates nothing the operator ``namespace::name`` on every device; it has no gradient.
+
+def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Makes a function the operator ``namespace::name`` on every device; it has no gradient.
 
     As torch.library.custom_op, but dispatched in 6 µs instead of 13, because nothing is looked up in Python.
     A fake implementation is added with torch.library.register_fake.
+
+    Args:
+        mutates: the tensors among the arguments that it writes into.
     """
 
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         # what it calls must not be traced where it runs between a caller's compiled graphs
         torch.library.impl(name, "default", torch._disable_dynamo(function))
@@ -43,4 +48,4 @@ def to_capture(tensor: Tensor) -> Tensor:
     FlexAttention's lowering for the CPU takes only tensors that are in memory, and raises NoValidChoicesError for one
     that is computed where it is read (torch 2.13).
     """
-    return _in_memory(tensor) if torch.compiler.is_compiling() and tensor.device.type == "cpu" else tensor
+    return _in_memory(tensor) if is_tracing() and tensor.device.type == "cpu" else tensor

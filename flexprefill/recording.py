@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from flexprefill.blockmap import BlockMap
 from flexprefill.errors import FlexPrefillError
+from flexprefill.tracing import is_tracing
 
 if TYPE_CHECKING:
     from flexprefill.guard import GuardReport
@@ -117,7 +117,7 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
 
 def is_recording() -> bool:
     """Whether anyone records the maps that are used."""
-    return bool(_active) and not torch.compiler.is_compiling()
+    return bool(_active) and not is_tracing()
 
 
 def note(block_map: BlockMap) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.operators import to_capture
+from flexprefill.tracing import is_tracing
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -25,7 +26,7 @@ def soft_cap_mod(query: Tensor, cap: float) -> ScoreMod:
 
 def _of_heads(tensor: Tensor) -> Tensor:
     """[Hq], whose length is not to become a symbol once other calls have other heads: each number compiles anew."""
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         torch._dynamo.mark_static(tensor, 0)
     return to_capture(tensor)
 

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 
@@ -20,6 +21,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def nothing_silent(request):
+    """Every test fails where FlexAttention runs eagerly, unless it is marked for that, or gets other lists."""
+    from watch import eager_flex_raises, lists_are_contiguous
+
+    with contextlib.ExitStack() as watches:
+        watches.enter_context(lists_are_contiguous())
+        watches.enter_context(torch.enable_grad())  # an error inside a compiled function leaves its grad mode behind
+        if "eager_flex" not in request.keywords:
+            watches.enter_context(eager_flex_raises())
+        yield
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Lets a test say which GPU and whether flash-attn-4 is there."""
@@ -38,6 +52,15 @@ def flash():
     pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
     if torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
+
+
+@pytest.fixture(scope="module")
+def one_core():
+    """For sizes so small that a CPU's threads would wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

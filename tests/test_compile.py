@@ -15,6 +15,7 @@ CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_bloc
 LENGTHS = (700, 512, 1024, 333, 129, 900, 640, 1111, 256, 515)
 
 
+@pytest.mark.eager_flex
 def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
     graphs = []
 
@@ -29,6 +30,7 @@ def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
     assert len(graphs) <= 2
 
 
+@pytest.mark.eager_flex
 def test_prefill_attention_is_compiled_at_most_twice_for_ten_lengths_and_twice_for_chunks(monkeypatch):
     # what is counted is traced alike, and faster to come by, without code for a device
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -41,6 +43,7 @@ def test_prefill_attention_is_compiled_at_most_twice_for_ten_lengths_and_twice_f
             prefill_attention(*tensors, CONFIG, last_chunk=False)
 
 
+@pytest.mark.eager_flex
 def test_a_caller_may_make_every_size_a_symbol():
     def attend(*tensors):
         return prefill_attention(*tensors, CONFIG)
@@ -135,6 +138,7 @@ def test_chunks_replay_as_one_cuda_graph():
     assert torch.equal(output, prefill())
 
 
+@pytest.mark.eager_flex
 @pytest.mark.parametrize(
     "message, tries", [("‘cur_kvSplitSize1’ was not declared in this scope", 2), ("something else", 1)]
 )

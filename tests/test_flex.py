@@ -79,6 +79,29 @@ def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, expected, strict=True))
 
 
+@pytest.mark.parametrize("q_len, kv_len, block_size", [(300, 300, 16), (33, 700, 16), (640, 640, 32), (1, 513, 16)])
+@pytest.mark.parametrize("reused", [False, True])
+def test_bits_that_no_map_has_write_no_entry(q_len, kv_len, block_size, reused):
+    """In the causal future and past the last column: a list with them would reach over its row's end."""
+    from flexprefill import lists_kernel
+
+    sizes = {"q_len": q_len, "kv_len": kv_len, "block_size": block_size}
+    everything = BlockMap.causal(1, 2, **sizes, device=DEVICE)
+    words = torch.full_like(everything.words, -1)
+    expected = index_lists(everything.words.cpu(), *sizes.values(), False)
+    assert all(
+        torch.equal(*pair) for pair in zip(index_lists(words.cpu(), *sizes.values(), False), expected, strict=True)
+    )
+    # each list in the middle of other memory
+    around = [torch.full((tensor.numel() + 512,), 7, dtype=torch.int32, device=DEVICE) for tensor in expected]
+    lists = [memory[256:-256].view(t.shape) for memory, t in zip(around, expected, strict=True)]
+    for tensor in lists if reused else ():
+        tensor.zero_()
+    lists_kernel.fill_lists(words, *sizes.values(), False, lists, reused)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(lists, expected, strict=True))
+    assert all((memory[:256] == 7).all() and (memory[-256:] == 7).all() for memory in around)
+
+
 def sizes_of(block_map):
     return {"q_len": block_map.q_len, "kv_len": block_map.kv_len, "block_size": block_map.block_size}
 

@@ -315,6 +315,7 @@ def without_code(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
+@pytest.mark.eager_flex
 @pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_step_of_decoding_is_dense_under_its_terms(window):
@@ -328,6 +329,7 @@ def test_a_step_of_decoding_is_dense_under_its_terms(window):
     assert relative_error(prefill_attention(query, key, value, LEAN, **terms), expected) <= TOLERANCE
 
 
+@pytest.mark.eager_flex
 def test_terms_trace_into_one_graph_for_all_lengths():
     graphs = []
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, popcount
+from flexprefill.checks import check_has_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +108,7 @@ def head_similarity(first: BlockMap, second: BlockMap | None = None) -> Tensor:
 
 def _check_maps(first: BlockMap, second: BlockMap) -> None:
     for name, block_map in (("first", first), ("second", second)):
-        if not isinstance(block_map, BlockMap):
-            raise TypeError(f"{name} must be a BlockMap, got {type(block_map).__name__}")
+        check_has_bits(name, block_map)
 
 
 def _totals(words: Tensor) -> Tensor:

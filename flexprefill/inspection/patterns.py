@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, unpack_bits, visible_blocks
-from flexprefill.checks import check_config, check_index
+from flexprefill.checks import check_config, check_has_bits, check_index
 from flexprefill.config import PrefillConfig
 
 PATTERNS = ("sink", "window", "last", "vertical", "slash", "scattered")  # of the codes 1 … 6
@@ -45,8 +45,7 @@ def block_patterns(block_map: BlockMap, head: int, *, batch: int = 0, config: Pr
         TypeError: ``block_map`` or ``config`` is of another kind, ``head`` or ``batch`` no int.
         ValueError: the map has no such head or batch entry.
     """
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    check_has_bits("block_map", block_map)
     for name, index, size in (("batch", batch, block_map.shape[0]), ("head", head, block_map.shape[1])):
         check_index(name, index, size)
     if config is None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap, visible_blocks
+from flexprefill.checks import check_has_bits
 from flexprefill.config import PrefillConfig
 from flexprefill.inspection.patterns import PATTERNS, block_patterns
 
@@ -70,8 +71,7 @@ def summarize_heads(block_map: BlockMap, *, config: PrefillConfig | None = None)
     Raises:
         TypeError: ``block_map`` or ``config`` is of another kind.
     """
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    check_has_bits("block_map", block_map)
     visible = int(visible_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, "cpu").sum())
     counts = block_map.counts().cpu()
     summaries = []

@@ -28,6 +28,7 @@ from flexprefill.errors import FlexPrefillError
 from flexprefill.integrations.layer import Layer, attend_layer
 from flexprefill.integrations.plain import attend_rows
 from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, attend_each, bounds_of, spans_of
+from flexprefill.tracing import is_tracing
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -154,7 +155,7 @@ def prompt_mask(
         )
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         raise FlexPrefillError(f"layers that attend in chunks (attention_chunk_size={local_size}) are not supported")
-    if torch.compiler.is_compiling() and isinstance(q_offset, Tensor):
+    if is_tracing() and isinstance(q_offset, Tensor):
         raise FlexPrefillError(
             "past_key_values must be no filled static cache for a prompt inside torch.compile, because its length is "
             "on the device: compile the steps of decoding alone, as generate() does"
@@ -174,7 +175,7 @@ def prompt_mask(
         real = attention_mask[:, kv_offset : kv_offset + used]
         # slots that the padding mask does not reach are padding
         real = nn.functional.pad(real, (0, used - real.shape[1]))
-        if torch.compiler.is_compiling():
+        if is_tracing():
             spans, whole = bounds_of(real)
             _require(whole, PADDING_BETWEEN)
             if offset > 0:
@@ -266,7 +267,7 @@ def _is_causal(
 
 def _require(condition: bool | Tensor, message: str) -> None:
     """Raises FlexPrefillError unless it holds; inside torch.compile RuntimeError, when the graph runs."""
-    if torch.compiler.is_compiling() and isinstance(condition, Tensor):
+    if is_tracing() and isinstance(condition, Tensor):
         torch._assert_async(condition, message)
     elif not condition:
         raise FlexPrefillError(message)

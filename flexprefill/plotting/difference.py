@@ -66,6 +66,8 @@ def plot_difference(
     check_picture_path(path)
     check_index("batch", batch, first.shape[0])
     titles = check_titles(titles, first.shape[1])
+    if not isinstance(names, (tuple, list)) or len(names) != 2:
+        raise TypeError(f"names must be two names, got {names!r}")
 
     factor = cell_factor(first, panel_pixels(first.shape[1]))
     figure, panels = panel_grid(first, factor)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_index
+from flexprefill.checks import check_has_bits, check_index
 from flexprefill.plotting.canvas import (
     DPI,
     DROPPED,
@@ -49,8 +49,7 @@ def plot_heads(
         FlexPrefillError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    if not isinstance(block_map, BlockMap):
-        raise TypeError(f"block_map must be a BlockMap, got {type(block_map).__name__}")
+    check_has_bits("block_map", block_map)
     check_picture_path(path)
     check_index("batch", batch, block_map.shape[0])
     titles = check_titles(titles, block_map.shape[1])

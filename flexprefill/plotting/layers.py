@@ -52,6 +52,8 @@ def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, l
     if not values:
         raise ValueError("values must hold at least one layer, got none")
     for layer, shares in values.items():
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"values must have layer numbers as keys, got {layer!r}")
         if not isinstance(shares, Tensor) or not shares.is_floating_point() or shares.dim() != 1 or not shares.numel():
             found = f"{shares.dtype} {list(shares.shape)}" if isinstance(shares, Tensor) else type(shares).__name__
             raise TypeError(f"values[{layer}] must be a float tensor [H], got {found}")

@@ -66,6 +66,7 @@ def search_blocks(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        NotEnoughMemoryError: it does not fit into the device's memory; nothing was begun.
     """
     check_attention_inputs(query, key)
     check_config(config)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.search.pooling_kernels import pool_kernel, pool_sequences_kernel
 from flexprefill.search.rule import Rule
 from flexprefill.search.scoring_kernel import SMALLEST_LOG2_ALPHA, search_kernel
@@ -79,7 +80,9 @@ def pool_keys(key: Tensor, block_size: int, starts: Tensor | None = None, ends: 
     # the interpreter truncates to bfloat16 instead of rounding: there, round outside
     dtype = key.dtype if key.is_cuda else torch.float32
     rows = columns if starts is None else 2 * columns + kv_len
-    means = torch.empty(batch, heads, rows, head_dim, dtype=dtype, device=key.device)
+    needed = batch * heads * rows * head_dim * dtype.itemsize
+    with room_for("the search's block means", needed, key.device, "take fewer sequences at a time"):
+        means = torch.empty(batch, heads, rows, head_dim, dtype=dtype, device=key.device)
     arguments = key, means, *key.stride(), kv_len, columns, heads
     sizes = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "BLOCK": block_size}
     if starts is None:
@@ -127,8 +130,10 @@ def score_words(
     tiles = batch * heads // members * ceil_div(rows, query_blocks)
     programs = min(tiles, launch.programs * multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
-    words = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=query.device)
-    scratch = torch.empty(programs, members, query_blocks, scratch_stride, dtype=torch.float32, device=query.device)
+    shapes = (batch, heads, rows, width), (programs, members, query_blocks, scratch_stride)
+    with room_for("the search", 4 * sum(map(math.prod, shapes)), query.device, IN_CHUNKS):
+        words = torch.empty(shapes[0], dtype=torch.int32, device=query.device)
+        scratch = torch.empty(shapes[1], dtype=torch.float32, device=query.device)
     # not 0, which times a hidden product's -inf would be NaN
     qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
     blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks

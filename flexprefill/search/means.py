@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.search import op
+from flexprefill.tracing import is_tracing
 
 
 class _Kind(NamedTuple):
@@ -18,6 +19,12 @@ class _Kind(NamedTuple):
     device: torch.device
     block_size: int
     implementation: str
+
+
+class _Held(NamedTuple):
+    kind: _Kind
+    means: Tensor
+    kv_len: int
 
 
 class KeyMeans:
@@ -38,19 +45,17 @@ class KeyMeans:
     """
 
     def __init__(self) -> None:
-        self._kind: _Kind | None = None
-        self._means: Tensor | None = None
-        self._kv_len = 0
+        self._held: _Held | None = None  # replaced as a whole, so that no thread sees half of it
 
     @property
     def kv_len(self) -> int:
         """How many keys the means are of."""
-        return self._kv_len
+        return 0 if self._held is None else self._held.kv_len
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self._means is None else self._means.nbytes
+        return 0 if self._held is None else self._held.means.nbytes
 
     def extend(self, key: Tensor, block_size: int, implementation: str) -> Tensor:
         """The means of all blocks of ``key`` [B, Hkv, S_kv, D]: [B, Hkv, N, D], pooled where they are not known.
@@ -58,28 +63,29 @@ class KeyMeans:
         Raises:
             ValueError: key has fewer tokens than before, or other heads, dimensions, dtype, device or block size.
         """
-        if torch.compiler.is_compiling():
+        if is_tracing():
             raise ValueError("means cannot be used inside torch.compile, whose graphs keep no state: pass None there")
         kind = _Kind(key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device, block_size, implementation)
-        if self._kind is not None:
-            for name, held, got in zip(_Kind._fields, self._kind, kind, strict=True):
-                if got != held:
+        held, kv_len, known = self._held, key.shape[2], 0
+        if held is not None:
+            for name, ours, got in zip(_Kind._fields, held.kind, kind, strict=True):
+                if got != ours:
                     raise ValueError(
-                        f"means is of keys with {name} {held}, got {got}: it belongs to one layer and prompt"
+                        f"means is of keys with {name} {ours}, got {got}: it belongs to one layer and prompt"
                     )
-        kv_len = key.shape[2]
-        if kv_len < self._kv_len:
-            raise ValueError(
-                f"key must have all {self._kv_len} tokens that means is of, got S_kv={kv_len}: "
-                "a new prompt needs a new KeyMeans"
-            )
-        known = self._kv_len // block_size
-        if known * block_size < kv_len:
-            means = op.pool_keys(key[:, :, known * block_size :], block_size, implementation)
-            if known:
-                means = torch.cat([self._means[:, :, :known], means], 2)
-            self._kind, self._means, self._kv_len = kind, means, kv_len
-        return self._means
+            if kv_len < held.kv_len:
+                raise ValueError(
+                    f"key must have all {held.kv_len} tokens that means is of, got S_kv={kv_len}: "
+                    "a new prompt needs a new KeyMeans"
+                )
+            known = held.kv_len // block_size
+            if known * block_size == kv_len:
+                return held.means
+        means = op.pool_keys(key[:, :, known * block_size :], block_size, implementation)
+        if known:
+            means = torch.cat([held.means[:, :, :known], means], 2)
+        self._held = _Held(kind, means, kv_len)
+        return means
 
 
 def check_means(means: KeyMeans | None) -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import WORD_BITS, ceil_div, pack_bits
+from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.operators import operator
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+
+BYTES_A_PAIR = 8  # of blocks, that the reference takes at the least
 
 
 @operator("flexprefill::search_words")
@@ -52,6 +55,9 @@ def search_words(
     rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, *more)
     if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
+        if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
+            found = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"scorer {scorer!r} must pool keys to {list(key.shape[:2])} and more, got {found}")
     else:
         pooled = pool_keys(key, block_size, implementation, starts, ends)
     return score_words(query, pooled, key.shape[2], rule, implementation, starts, ends, alibi_slopes)
@@ -106,9 +112,24 @@ def score_words(
         lengths = query.shape[2], kv_len, rule.block_size
         cut = rule.sliding_window, starts, ends
         grid = Grid(*lengths, rule.scale, first_key, *cut, rule.soft_cap, alibi_slopes)
-        scores = scorer.log_scores(query, pooled, grid)
-        return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
+        needed = BYTES_A_PAIR * query.shape[0] * query.shape[1] * grid.rows * grid.columns
+        with room_for("the search by the reference", needed, query.device, IN_CHUNKS):
+            scores = scorer.log_scores(query, pooled, grid)
+            _check_scores(scores, rule.scorer, query, grid)
+            return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search import kernels  # imports triton
 
     with torch.cuda.device_of(query):
         return kernels.score_words(query, pooled, kv_len, rule, starts, ends, alibi_slopes)
+
+
+def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:
+    """Raises ValueError unless a scorer, which may be a caller's own, gave what Scorer.log_scores has to."""
+    shape = *query.shape[:2], grid.rows, grid.columns
+    if not isinstance(scores, Tensor):
+        found = type(scores).__name__
+    elif scores.shape == shape and scores.dtype == torch.float32 and scores.device == query.device:
+        return
+    else:
+        found = f"{scores.dtype} {list(scores.shape)} on {scores.device}"
+    raise ValueError(f"scorer {scorer!r} must give scores float32 {list(shape)} on {query.device}, got {found}")

@@ -62,11 +62,13 @@ def register_scorer(name: str, scorer: Scorer) -> None:
         raise TypeError(f"name must be a string such as 'exact', got {name!r}")
     if not isinstance(scorer, Scorer):
         raise TypeError(f"scorer must be a Scorer, got {type(scorer).__name__}")
+    for part in ("pool", "log_scores"):
+        if not callable(getattr(scorer, part)):
+            raise TypeError(f"scorer.{part} must be a function, got {type(getattr(scorer, part)).__name__}")
     if scorer.score_rows not in (None, *SCORE_ROWS):
         raise ValueError(f"scorer.score_rows must be None or one of {SCORE_ROWS}, got {scorer.score_rows!r}")
-    if name in _SCORERS:
+    if name in _SCORERS or _SCORERS.setdefault(name, scorer) is not scorer:
         raise ValueError(f"name {name!r} is taken; registered are {list(_SCORERS)}")
-    _SCORERS[name] = scorer
 
 
 def find_scorer(name: str) -> Scorer:

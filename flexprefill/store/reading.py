@@ -20,7 +20,9 @@ from torch import Tensor
 from flexprefill.blockmap import BlockMap
 from flexprefill.checks import check_config
 from flexprefill.config import PrefillConfig
+from flexprefill.devices import check_device
 from flexprefill.errors import MaskFileError
+from flexprefill.memory import check_room
 from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import Container, Source, opened, read_container
@@ -34,10 +36,18 @@ from flexprefill.store.contents import (
     read_description,
     tensor_name,
 )
-from flexprefill.store.heads import PlainUnpacking, TriangleUnpacking, as_stream_words, even_step, words_shape
+from flexprefill.store.heads import (
+    PlainUnpacking,
+    TriangleUnpacking,
+    as_stream_words,
+    even_step,
+    triangle_bytes,
+    words_shape,
+)
 
 THREADS = 2  # more wait for each other and for the memory
 HUGE_PAGE = 2**21  # bytes
+BYTES_A_HEAD = 150  # of its density and checksum, as Python numbers
 UNPACKING = {1: PlainUnpacking, 2: TriangleUnpacking}  # by format version
 
 
@@ -81,9 +91,10 @@ def load_masks(
             format, or was not saved with this ``config``, ``model`` or ``token_ids``.
         TypeError: an argument is not of its kind.
         ValueError: the file has no such layer or head.
+        NotEnoughMemoryError: the maps do not fit into memory; nothing was read.
     """
     layers, heads = _number_list("layers", layers), _number_list("heads", heads)
-    device = torch.device(device)
+    device = check_device(device)
     expected = _expectations(config, model, token_ids)
     with opened(path) as source:
         file = _read_mask_file(source)
@@ -100,6 +111,8 @@ def load_masks(
             count = info.layers[layer]["shape"][1]
             if heads is not None and not all(0 <= head < count for head in heads):
                 raise ValueError(f"heads must be some of 0 … {count - 1} for layer {layer} of {path}, got {heads}")
+        needed = _memory_for(info, chosen, heads)
+        check_room(f"the masks of {path}", needed, torch.device("cpu"), "load fewer layers or heads at a time")
         masks = {}
         parts = ahead(functools.partial(_read_part, file), _parts(info, chosen, heads), threads=THREADS)
         with asked_stage(progress, "reading masks", len(chosen)) as advance, contextlib.closing(parts) as read:
@@ -132,6 +145,10 @@ def _read_mask_file(source: Source) -> _MaskFile:
     if info.format_version == 1:
         return _MaskFile(source, container, info, {})
 
+    # a file's sizes are those of its bytes, but bytes that were never written take no room on a disk
+    stored = sum(math.prod(sizes["shape"]) for sizes in info.layers.values())
+    what = f"what {source.path} says of {stored:,} heads"
+    check_room(what, stored * BYTES_A_HEAD, torch.device("cpu"), "a real file holds fewer")
     tables = {name: source.read(*container.place(name)) for name in TABLES}
     header_sum, table_sum = struct.unpack("<2I", tables["checksums"])
     if zlib.crc32(container.head) != header_sum:
@@ -151,6 +168,20 @@ def _read_mask_file(source: Source) -> _MaskFile:
         replace(info, density=density),
         {layer: tuple(islice(checksums, batch * heads)) for layer, (batch, heads) in by_layer.items()},
     )
+
+
+def _memory_for(info: MaskFileInfo, layers: Sequence[int], heads: Sequence[int] | None) -> int:
+    """Bytes that the maps of these layers and heads take, and what it takes to unpack them."""
+    maps, unpacking = 0, 0
+    for layer in layers:
+        sizes = info.layers[layer]
+        lengths = [sizes[name] for name in SIZES]
+        batch, in_file = sizes["shape"]
+        words = math.prod(words_shape(*lengths))
+        maps += 4 * words * batch * (in_file if heads is None else len(heads))
+        # the triangle's tables, or the causal future's bits one by one
+        unpacking = max(unpacking, 8 * triangle_bytes(*lengths) if info.format_version > 1 else 9 * 32 * words)
+    return maps + unpacking
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_path
+from flexprefill.checks import check_has_bits, check_path
 from flexprefill.config import PrefillConfig
 from flexprefill.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
@@ -106,8 +106,7 @@ def _packed(
     packing_for = functools.lru_cache(maxsize=1)(TrianglePacking)
 
     def pack_layer(layer: int, block_map: BlockMap) -> Iterator[_Packed]:
-        if not isinstance(block_map, BlockMap):
-            raise TypeError(f"masks[{layer}] must be a BlockMap, got {type(block_map).__name__}")
+        check_has_bits(f"masks[{layer}]", block_map)
         lengths = {name: int(getattr(block_map, name)) for name in SIZES}
         layers[layer] = lengths | {"shape": block_map.shape[:2]}
         packing = packing_for(**lengths)
