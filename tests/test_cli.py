@@ -393,7 +393,8 @@ def test_every_command_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {module.NAME} " in printed for module in cli.COMMANDS)
+    first_words = [line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line.strip()]
+    assert {module.NAME for module in cli.COMMANDS} <= set(first_words)
     with pytest.raises(SystemExit) as raised:
         cli.main([])
     assert raised.value.code == 2
