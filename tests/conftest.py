@@ -28,7 +28,8 @@ def nothing_silent(request):
 
     with contextlib.ExitStack() as watches:
         watches.enter_context(lists_are_contiguous())
-        watches.enter_context(torch.enable_grad())  # an error inside a compiled function leaves its grad mode behind
+        # an error inside a compiled function leaves its grad mode behind
+        watches.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         if "eager_flex" not in request.keywords:
             watches.enter_context(eager_flex_raises())
         yield
