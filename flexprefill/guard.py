@@ -19,7 +19,8 @@ from flexprefill.config import PrefillConfig
 from flexprefill.operators import operator
 from flexprefill.recording import note_guard
 
-ROWS = 64  # sampled of each head
+ROWS, LONG_ROWS = 32, 64  # sampled of each head; from LONG keys on more cost less than a twentieth of the attention
+LONG = 2**16
 MARGIN = 1.0  # standard errors of the mean that are taken off it
 
 
@@ -136,12 +137,13 @@ def guard_words(
     """
     # an empty sample would say nothing: of a prompt whose rows all keep everything the last rows are taken
     rows = min(query.shape[2], max(words.shape[2] - full_blocks, 1) * block_size)
+    samples = LONG_ROWS if key.shape[2] >= LONG else ROWS
     if implementation == "reference":
-        return _guard_words(query, key, words, block_size, rows, kv_masks, guard, scale)
+        return _guard_words(query, key, words, block_size, rows, kv_masks, guard, scale, samples)
     from flexprefill import guard_kernel  # imports triton
 
     with torch.cuda.device_of(query):
-        return guard_kernel.guard_words(query, key, words, block_size, rows, kv_masks, guard, MARGIN, scale, ROWS)
+        return guard_kernel.guard_words(query, key, words, block_size, rows, kv_masks, guard, MARGIN, scale, samples)
 
 
 @torch.library.register_fake("flexprefill::guard_words")
@@ -150,9 +152,9 @@ def _(query, key, words, *_):
     return torch.empty_like(words), of_heads, torch.empty_like(of_heads), torch.empty_like(of_heads, dtype=torch.bool)
 
 
-def sampled_rows(rows: int) -> Tensor:
-    """The sampled of so many query rows, evenly spread: int64 [ROWS]; fewer rows than that come more than once."""
-    return (2 * torch.arange(ROWS) + 1) * rows // (2 * ROWS)
+def sampled_rows(rows: int, samples: int = ROWS) -> Tensor:
+    """The sampled of so many query rows, evenly spread: int64 [samples]; fewer rows than that come more than once."""
+    return (2 * torch.arange(samples) + 1) * rows // (2 * samples)
 
 
 def _guard_words(
@@ -164,21 +166,22 @@ def _guard_words(
     kv_masks: bool,
     guard: float,
     scale: float,
+    samples: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     group, columns, device = heads // kv_heads, ceil_div(kv_len, block_size), query.device
-    row = sampled_rows(rows).to(device)
+    row = sampled_rows(rows, samples).to(device)
     visible = torch.arange(kv_len, device=device) <= (row + kv_len - q_len)[:, None]
-    shares = torch.empty(batch, heads, ROWS, device=device)
+    shares = torch.empty(batch, heads, samples, device=device)
     for b in range(batch):
         for head in range(kv_heads):  # one key head at a time bounds the memory
             own = slice(head * group, (head + 1) * group)
             logits = scale * (query[b, own][:, row].float() @ key[b, head].float().T)
-            weights = logits.masked_fill(~visible, -math.inf).softmax(-1)  # [g, ROWS, S_kv]
+            weights = logits.masked_fill(~visible, -math.inf).softmax(-1)  # [g, samples, S_kv]
             kept = unpack_bits(words[b, own][:, row // block_size], columns)
             shares[b, own] = (weights * kept.repeat_interleave(block_size, -1)[..., :kv_len]).sum(-1)
     recall = shares.mean(-1)
-    error = ((shares - recall[..., None]).square().mean(-1) / ROWS).sqrt()
+    error = ((shares - recall[..., None]).square().mean(-1) / samples).sqrt()
     widened = ~(recall - MARGIN * error >= guard)  # also where a share is NaN
     if kv_masks:
         widened = widened.unflatten(1, (kv_heads, group)).any(2).repeat_interleave(group, 1)

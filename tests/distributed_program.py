@@ -193,7 +193,8 @@ def main():
         check_tensor_parallel(machine, mesh)
     if settings.models:
         for family in ("llama", "qwen3"):
-            check_model(machine, mesh, family)
+            # in float32: in 16 bits other roundings keep other blocks, and logits differ by more than rounding
+            check_model(machine._replace(dtype=torch.float32), mesh, family)
     dist.barrier()
     print(f"process {dist.get_rank()} of {ranks} is right", flush=True)
     dist.destroy_process_group()

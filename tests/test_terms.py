@@ -74,6 +74,20 @@ def test_the_kernel_follows_the_rule_with_every_term(case, chosen, with_sequence
     assert_follows(search_blocks(query, key, **call), keep, close)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"alibi_slopes": (0.01, 0.3)}, {"soft_cap": 2.0}, {"sliding_window": 2200, "alibi_slopes": (0.01, 0.0)}],
+)
+def test_the_kernel_takes_tiles_that_every_row_sees_whole(more):
+    query, key, _ = make_qkv(64, 2300, heads=2, kv_heads=1, head_dim=16, device=DEVICE)
+    if "alibi_slopes" in more:
+        more = more | {"alibi_slopes": torch.tensor(more["alibi_slopes"], device=DEVICE)}
+    reference, kernel = (
+        search_blocks(query, key, LEAN, **more, implementation=name) for name in ("reference", "triton")
+    )
+    assert reference == kernel and 0.05 < kernel.density().mean() < 0.98
+
+
 def logits_of(query, key, scale, chosen, starts=None):
     """Scores and what is allowed, in float64: [B, Hq, S_q, S_kv]."""
     q_len, kv_len = query.shape[2], key.shape[2]
