@@ -14,7 +14,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "combinations"
 BACKENDS = {"cpu": "CPU", "triton": "TRITON", "flash": "FLASH"}
-PARTS = 4  # of a backend's calls
+PARTS = 8  # of a backend's calls
 
 # names of features; those of one group exclude each other
 GROUPS = (

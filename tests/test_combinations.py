@@ -154,30 +154,23 @@ def refusals(backend):
     return base, found
 
 
-def run(backend, calls):
-    """Which calls are right, and what keeps the others from it."""
-    right, failed = [], {}
-    for call in calls:
+def show(backend, name, part):
+    """Runs a part of all calls, and keeps what each shows, as soon as it does, where it is asked for."""
+    base, refused = refusals(name)
+    device = platform.machine() if DEVICE == "cpu" else torch.cuda.get_device_name()
+    result = {"where": f"{device}, torch {torch.__version__}", "calls": [], "failed": {}}
+    result["refused"] = {" + ".join(features): message for features, message in refused.items()}
+    for call in covering_calls(set(refused), base)[part::PARTS]:
         try:
-            check(call, backend)
-            right.append(call)
+            check(call, name)
+            result["calls"].append(call)
         except Exception as error:  # whatever a compiler comes up with is written down
             if not EVERYTHING:
                 raise
-            failed[" + ".join(call)] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    return right, failed
-
-
-def show(backend, name, part):
-    """Runs a part of all calls, and keeps what they show where it is asked for."""
-    base, refused = refusals(name)
-    right, failed = run(name, covering_calls(set(refused), base)[part::PARTS])
-    if EVERYTHING:
-        device = platform.machine() if DEVICE == "cpu" else torch.cuda.get_device_name()
-        result = {"where": f"{device}, torch {torch.__version__}", "calls": right, "failed": failed}
-        result["refused"] = {" + ".join(features): message for features, message in refused.items()}
-        write(Path(os.environ["FLEXPREFILL_COMBINATIONS"], f"{backend}-{part}.json"), result)
-    assert not failed
+            result["failed"][" + ".join(call)] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        if EVERYTHING:
+            write(Path(os.environ["FLEXPREFILL_COMBINATIONS"], f"{backend}-{part}.json"), result)
+    assert not result["failed"]
 
 
 parts = pytest.mark.parametrize("part", range(PARTS))
