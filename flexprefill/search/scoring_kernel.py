@@ -68,29 +68,14 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _modified(
-    products,
-    j,
-    rows_own,
-    modifiers,
-    BLOCK: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _modified(products, j, rows_own, modifiers, BLOCK: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr):
     """Log2 scores of products [J, rows]: as reference.log_scores has them with a soft cap and ALiBi."""
     inner, cap, slope, log2_share = modifiers
     s = products * inner
     if SOFT_CAP:
         # tanh; exact to float32's rounding of 1, as scores relative to the cap need
         s = cap * (1 - 2 / (tl.exp2(s * (2 * LOG2_E)) + 1))
-    if ALIBI and not MASKED:
-        # every row sees the whole block: a constant and a line
-        position = rows_own[0][None, :]
-        ratio = tl.log2(tl.abs(_one_minus_exp(slope * BLOCK))) - log2_share - tl.log2(BLOCK * 1.0)
-        nearest = (position - (j + 1) * BLOCK + 1).to(tl.float32)
-        s += tl.where(slope == 0, 0.0, ratio) - (slope * LOG2_E) * nearest
-    elif ALIBI:
+    if ALIBI:
         position, start, end, sliding_window, _ = rows_own
         position = position[None, :]
         seen_first = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
@@ -190,7 +175,7 @@ def _tile_products(
         start, end = start[None, :], end[None, :]
     if SOFT_CAP or ALIBI:
         own_rows = (position, start, end, sliding_window, offset)
-        products = _modified(products, j[:, None], own_rows, modifiers, BLOCK, SOFT_CAP, ALIBI, MASKED)
+        products = _modified(products, j[:, None], own_rows, modifiers, BLOCK, SOFT_CAP, ALIBI)
     if MASKED:
         if CUT:
             sees = _gives_score(j[:, None], position[None, :], start, end, sliding_window, BLOCK, FIRST_KEY)
@@ -482,23 +467,22 @@ def search_kernel(
             own = tl.zeros([QUERY_BLOCKS * BLOCK], tl.float32)
             modifiers = (inner_scale, cap, 0.0, 0.0)
             q_t = 0.0
-            unmasked = 0
             if D_STEP == D_PAD:
                 # also for the second pass: loaded once more there, it would cost the hot loop registers
                 q_t = _load_queries(batch_base + head * stride_h, stride_s, stride_d, row, q_len, D, D_PAD)
-                # blocks in tiles that every row sees whole
-                unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
-                if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
-                    unmasked = 0
-                if CUT:
-                    # all rows of one sequence, and the far edges of their windows in the first tile
-                    farthest = tl.maximum(tl.max(start, 0), offset + (I0 + QUERY_BLOCKS) * BLOCK - sliding_window)
-                    if (tl.min(start, 0) != tl.max(start, 0)) | (farthest > (first_tile + TILE) * BLOCK):
-                        unmasked = 0
                 logs = (min_blocks > 0) | (own_log2_alpha < SMALLEST_LOG2_ALPHA)
                 if not logs:
                     shift = tl.zeros([QUERY_BLOCKS], tl.float32)
                     doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
+                    # blocks in tiles that every row sees whole
+                    unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
+                    if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
+                        unmasked = 0
+                    if CUT:
+                        # all rows of one sequence, and the far edges of their windows in the first tile
+                        farthest = tl.maximum(tl.max(start, 0), offset + (I0 + QUERY_BLOCKS) * BLOCK - sliding_window)
+                        if (tl.min(start, 0) != tl.max(start, 0)) | (farthest > (first_tile + TILE) * BLOCK):
+                            unmasked = 0
                     for member in range(0, MEMBERS):
                         scratch = scratch_base + member * member_stride
                         query_base = batch_base + (head + member) * stride_h
@@ -563,38 +547,13 @@ def search_kernel(
                     if ALIBI:
                         slope = tl.load(slopes_ptr + head + member)
                         modifiers = (inner_scale, cap, slope, tl.load(log2_shares_ptr + head + member))
-                    if ALIBI:
-                        # where distances outweigh products no tile is near all others: rows come here as a rule
-                        open_from = tl.minimum(first_tile + TILE, most)
-                        for j0 in range(first_tile, open_from, TILE):
-                            products = _tile_products(
-                                means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
-                                D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
-                            )  # fmt: skip
-                            j = j0 + tl.arange(0, TILE)
-                            best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
-                        for j0 in range(open_from, unmasked, TILE):
-                            products = _tile_products(
-                                means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
-                                D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, False, CUT, SEQUENCES, SOFT_CAP, ALIBI,
-                            )  # fmt: skip
-                            j = j0 + tl.arange(0, TILE)
-                            best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
-                        for j0 in range(tl.maximum(unmasked, open_from), most, TILE):
-                            products = _tile_products(
-                                means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
-                                D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
-                            )  # fmt: skip
-                            j = j0 + tl.arange(0, TILE)
-                            best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
-                    else:
-                        for j0 in range(first_tile, most, TILE):
-                            products = _tile_products(
-                                means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
-                                D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
-                            )  # fmt: skip
-                            j = j0 + tl.arange(0, TILE)
-                            best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
+                    for j0 in range(first_tile, most, TILE):
+                        products = _tile_products(
+                            means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
+                            D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
+                        )  # fmt: skip
+                        j = j0 + tl.arange(0, TILE)
+                        best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
                 if MEMBERS > 1:
                     tl.debug_barrier()
                     best, _ = _best_of_group(
