@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# sizes are so small that threads would wait for each other more than they work, and tests run in several processes
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
@@ -53,15 +55,6 @@ def flash():
     pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
     if torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
-
-
-@pytest.fixture(scope="module")
-def one_core():
-    """For sizes so small that a CPU's threads would wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

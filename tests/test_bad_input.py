@@ -37,8 +37,6 @@ from flexprefill.checks import HEAD_DIMS
 from flexprefill.inspection import block_patterns, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_difference, plot_heads, plot_layers
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 CONFIG = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 GUARDED = dataclasses.replace(CONFIG, guard=0.9)
 LENGTH, HEADS, KV_HEADS, DIM = 96, 2, 1, 16

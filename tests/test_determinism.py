@@ -15,8 +15,6 @@ from inputs import make_qkv
 
 from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 CONFIG = PrefillConfig(alpha=0.5, window_blocks=1, last_full_blocks=1, dense_below=0)
 
 IN_A_PROCESS = """

@@ -12,8 +12,6 @@ from torch._dynamo.utils import counters
 
 from flexprefill import ListBuffers, MaskCache, PrefillConfig, prefill_attention, search_blocks
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 MIB = 2**20
 
 

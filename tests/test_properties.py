@@ -31,9 +31,6 @@ SEEDS = st.integers(0, 2**31)
 SHARES = st.sampled_from([0.1, 0.5, 0.9])
 
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
-
 def examples(count):
     return settings(deadline=None, max_examples=count, database=None)
 

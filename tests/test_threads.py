@@ -28,8 +28,6 @@ from flexprefill import (
 )
 from flexprefill.search import op, reference
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 CONFIG = PrefillConfig(block_size=16, alpha=0.9, window_blocks=1, dense_below=0)
 THREADS = 8
 

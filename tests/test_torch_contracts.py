@@ -22,8 +22,6 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from flexprefill import BlockMap, PrefillConfig, flex, search_blocks
 from flexprefill.flex import causal_mask, causal_mask_at, lists_of
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 NEWEST_SEEN = (2, 15)
 BLOCK = 16 if DEVICE == "cpu" else 128  # what FlexAttention's kernel takes without options
