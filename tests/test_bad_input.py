@@ -36,6 +36,7 @@ from flexprefill import (
 from flexprefill.checks import HEAD_DIMS
 from flexprefill.inspection import block_patterns, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_difference, plot_heads, plot_layers
+from flexprefill.search import scorers
 
 CONFIG = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 GUARDED = dataclasses.replace(CONFIG, guard=0.9)
@@ -442,6 +443,13 @@ BAD_SCORES = {
 }
 
 
+@pytest.fixture
+def own_scorers(monkeypatch):
+    """Scorers that a test registers are gone after it."""
+    monkeypatch.setattr(scorers, "_SCORERS", dict(scorers._SCORERS))
+
+
+@pytest.mark.usefixtures("own_scorers")
 @pytest.mark.parametrize("kind", BAD_SCORES)
 def test_a_scorer_that_gives_something_else_is_named(kind):
     register_scorer(f"bad: {kind}", Scorer(lambda key, size: key, BAD_SCORES[kind], "a test"))
@@ -450,6 +458,7 @@ def test_a_scorer_that_gives_something_else_is_named(kind):
         search_blocks(query, key, PrefillConfig(block_size=16, scorer=f"bad: {kind}"))
 
 
+@pytest.mark.usefixtures("own_scorers")
 def test_a_scorer_that_pools_to_nothing_or_has_no_functions_is_named():
     register_scorer("bad pool", Scorer(lambda key, size: None, BAD_SCORES["a number"], "a test"))
     with pytest.raises(ValueError, match=r"scorer 'bad pool' must pool keys to \[1, 1\] and more, got NoneType"):
