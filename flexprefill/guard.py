@@ -135,7 +135,7 @@ def guard_words(
         full_blocks: query blocks at the end that keep everything.
         kv_masks: widens the query heads of a key head together.
     """
-    # an empty sample would say nothing: of a prompt whose rows all keep everything the last rows are taken
+    # an empty sample would say nothing: of queries that all keep everything the first block's rows are taken
     rows = min(query.shape[2], max(words.shape[2] - full_blocks, 1) * block_size)
     samples = LONG_ROWS if key.shape[2] >= LONG else ROWS
     if implementation == "reference":

@@ -15,6 +15,7 @@ from flexprefill import (
     MaskCache,
     PrefillConfig,
     attention_recall,
+    guard,
     guard_blocks,
     prefill_attention,
     record_masks,
@@ -25,15 +26,15 @@ from flexprefill.guard import MARGIN, ROWS, sampled_rows
 LEAN = PrefillConfig(alpha=0.9, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
 
-def shares_of(query, key, block_map, rows, scale):
-    """The kept share of the exact mass of the sampled rows, in float64: [B, Hq, ROWS]."""
+def shares_of(query, key, block_map, rows, scale, samples=ROWS):
+    """The kept share of the exact mass of the sampled rows, in float64: [B, Hq, samples]."""
     q_len, kv_len, size = query.shape[2], key.shape[2], block_map.block_size
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = scale * query.double() @ keys.mT
     position = torch.arange(kv_len - q_len, kv_len, device=query.device)[:, None]
     weights = logits.masked_fill(torch.arange(kv_len, device=query.device) > position, -torch.inf).softmax(-1)
     kept = block_map.to_dense().repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :q_len, :kv_len]
-    return (weights * kept).sum(-1)[:, :, sampled_rows(rows).to(query.device)]
+    return (weights * kept).sum(-1)[:, :, sampled_rows(rows, samples).to(query.device)]
 
 
 @st.composite
@@ -90,6 +91,17 @@ def test_heads_whose_sampled_mass_is_too_little_keep_everything(implementation):
 
 def sizes_of(block_map):
     return {"q_len": block_map.q_len, "kv_len": block_map.kv_len, "block_size": block_map.block_size}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_of_long_prompts_more_rows_are_sampled(implementation, monkeypatch):
+    monkeypatch.setattr(guard, "LONG", 300)
+    query, key, _ = make_qkv(200, 300, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
+    config = replace(LEAN, guard=0.5)
+    found = search_blocks(query, key, replace(config, guard=None))
+    report = guard_blocks(query, key, found, config, implementation=implementation)[1]
+    shares = shares_of(query, key, found, 192, 0.25, samples=guard.LONG_ROWS)
+    torch.testing.assert_close(report.recall.double(), shares.mean(-1), rtol=0, atol=1e-4)
 
 
 def two_heads(length=2000, dtype=torch.float32):
