@@ -166,14 +166,14 @@ def test_recordings_hold_the_reports():
 
 def test_guard_is_checked():
     query, key, _ = make_qkv(100, heads=2, kv_heads=1, head_dim=16, device=DEVICE)
-    for guard, error, message in (
+    for asked, error, message in (
         (1, ValueError, r"guard must be in \(0, 1\), got 1"),
         (float("nan"), ValueError, r"guard must be in \(0, 1\), got nan"),
         ("0.9", TypeError, r"guard must be a number in \(0, 1\) or None, got '0.9'"),
         (True, TypeError, r"guard must be a number in \(0, 1\) or None, got True"),
     ):
         with pytest.raises(error, match=message):
-            PrefillConfig(guard=guard)
+            PrefillConfig(guard=asked)
     config = replace(LEAN, guard=0.9)
     found = search_blocks(query, key, LEAN)
     with pytest.raises(ValueError, match="config.guard must be the recall to keep"):
