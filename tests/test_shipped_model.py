@@ -12,7 +12,7 @@ from flexprefill.evaluation.methods import Attender, Method
 
 MODEL = Path(__file__).parent.parent / "examples" / "needle_model" / "model.safetensors"
 LENGTH = 4096
-QUESTIONS = {"single": 3, "scattered": 4}  # prompts
+QUESTIONS = {"single": 2, "scattered": 4}  # prompts
 
 
 @pytest.fixture(scope="module")
