@@ -21,7 +21,7 @@ from flexprefill.recording import note_guard
 
 ROWS, LONG_ROWS = 32, 64  # sampled of each head; from LONG keys on more cost less than a twentieth of the attention
 LONG = 2**16
-MARGIN = 1.0  # standard errors of the mean that are taken off it
+MARGIN = 2.0  # standard errors of the mean that are taken off it
 
 
 @dataclass(frozen=True, eq=False)
