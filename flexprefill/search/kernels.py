@@ -13,7 +13,7 @@ from torch import Tensor
 from flexprefill.blockmap import WORD_BITS, ceil_div
 from flexprefill.memory import IN_CHUNKS, room_for
 from flexprefill.search.pooling_kernels import pool_kernel, pool_sequences_kernel
-from flexprefill.search.rule import Rule
+from flexprefill.search.rule import Rule, log2_alphas_on
 from flexprefill.search.scoring_kernel import SMALLEST_LOG2_ALPHA, search_kernel
 
 LOG2_E = math.log2(math.e)
@@ -137,10 +137,7 @@ def score_words(
     # not 0, which times a hidden product's -inf would be NaN
     qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
     blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks
-    log2_alphas = words
-    if rule.log2_alphas:
-        # from pinned memory that stays: nothing waits, and a captured copy can be replayed
-        log2_alphas = _pinned(rule.log2_alphas, query.is_cuda).to(query.device, non_blocking=True)
+    log2_alphas = log2_alphas_on(query.device, rule) if rule.log2_alphas else words
     if launch.hopper:
         from flexprefill.search import hopper
 
@@ -190,12 +187,6 @@ def score_words(
         maxnreg=launch.registers,
     )
     return words
-
-
-@functools.cache
-def _pinned(numbers: tuple[float, ...], pin: bool) -> Tensor:
-    tensor = torch.tensor(numbers, dtype=torch.float32)
-    return tensor.pin_memory() if pin else tensor
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from flexprefill.blockmap import causal_blocks, ceil_div
 from flexprefill.search.grid import Grid, View
-from flexprefill.search.rule import Rule
+from flexprefill.search.rule import Rule, log2_alphas_on
 
 LOG2_E = math.log2(math.e)
 
@@ -170,8 +170,7 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
     log2_alpha = rule.log2_alpha
     if rule.log2_alphas:
         # heads that share a mask have one alpha
-        own = rule.log2_alphas[::group] if rule.kv_masks else rule.log2_alphas
-        log2_alpha = torch.tensor(own, device=L.device)[:, None, None]
+        log2_alpha = log2_alphas_on(L.device, rule)[:: group if rule.kv_masks else 1, None, None]
     keep = scored & (~finite | (L >= best + log2_alpha))
     if rule.min_blocks:
         k = min(rule.min_blocks, L.shape[-1])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from flexprefill.config import PrefillConfig
 
@@ -43,3 +47,14 @@ class Rule(NamedTuple):
             soft_cap,
             config.log2_alphas if isinstance(config.alpha, tuple) else (),
         )
+
+
+def log2_alphas_on(device: torch.device, rule: Rule) -> Tensor:
+    """A rule's log2_alphas as float32 [Hq] on a device. Nothing waits, and a captured CUDA graph copies them anew."""
+    return _log2_alphas(rule.log2_alphas, device.type == "cuda").to(device, non_blocking=True)
+
+
+@functools.cache
+def _log2_alphas(numbers: tuple[float, ...], pinned: bool) -> Tensor:
+    # whatever the caller's default dtype and device are
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=pinned)
