@@ -154,8 +154,11 @@ class PrefillConfig:
             record = json.loads(Path(path).read_text("utf-8"))
             if record["format"] != LAYERS_FORMAT:
                 raise ValueError(f"its format is {record['format']!r}")
-            return {layer: cls.from_dict(settings) for layer, settings in enumerate(record["layers"])}
-        except (ValueError, KeyError, TypeError) as error:
+            layers = record["layers"]
+            if not isinstance(layers, list) or not layers:
+                raise ValueError(f"its layers must be a list of settings for one layer or more, got {layers!r:.40}")
+            return {layer: cls.from_dict(settings) for layer, settings in enumerate(layers)}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FlexPrefillError(f"{path} is no file of {LAYERS_FORMAT!r}: {error}") from None
 
     @classmethod
@@ -189,7 +192,10 @@ def save_layers(path: str | os.PathLike[str], configs: Sequence[PrefillConfig], 
         notes: whatever else the file is to say, for JSON.
 
     Raises:
+        ValueError: there are no configs.
         OSError: the file cannot be written.
     """
+    if not configs:
+        raise ValueError("configs must be of one layer or more, got none")
     record = {"format": LAYERS_FORMAT, **notes, "layers": [config.to_dict() for config in configs]}
     Path(path).write_text(json.dumps(record, indent=1) + "\n", "utf-8")

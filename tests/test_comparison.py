@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,21 @@ def test_an_interrupted_comparison_goes_on(model, tmp_path, monkeypatch):
     path.write_text("{}")
     with pytest.raises(FlexPrefillError, match="is no file of this comparison"):
         compare(model, 7, TEXT, plan, path, steps.append)
+
+
+def test_figures_of_other_calibrated_configs_are_not_taken(model, tmp_path):
+    def run(name, alpha):
+        configs = dict.fromkeys(range(2), replace(RULE, alpha=alpha))
+        plan = Plan([300], ["single"], make_methods([], ["dense"], calibrated={name: configs}), 2, 0)
+        return compare(model, 7, TEXT, plan, tmp_path / "eval.json", lambda steps: None)
+
+    first = run("mine", (0.9, 0.8))
+    assert run("mine", (0.9, 0.8)) == first
+    with pytest.raises(FlexPrefillError, match="has figures of calibrated mine from other configs"):
+        run("mine", (0.9, 0.01))
+    assert run("yours", (0.9, 0.01))[0] == first[0]
+    # what another run added is known to be its own still
+    assert run("mine", (0.9, 0.8)) == first
 
 
 def test_an_attender_gives_the_methods_attention(model):

@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", default="./calibrated.json", help="(default: %(default)s)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default="./calibrated.json",
+        help="its folder is made if missing (default: %(default)s)",
     )
 
 
@@ -60,6 +64,7 @@ def execute(arguments: argparse.Namespace) -> int:
     text = read_text(TEXT_BYTES, held_out=True) if arguments.text is None else _read(arguments.text)
     if text.numel() < arguments.length:
         raise FlexPrefillError(f"the text must have at least {arguments.length} bytes, got {text.numel()}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     generator = Generator().manual_seed(arguments.seed)
     tokens = passages(text, generator, arguments.texts, arguments.length).to(arguments.device)
     with stage("calibrating", steps_of(len(model.layers))) as advance:

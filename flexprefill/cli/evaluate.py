@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from flexprefill.checks import check_alphas
 from flexprefill.cli.table import print_table
 from flexprefill.cli.values import list_of, parse_device, parse_share, whole
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
-from flexprefill.evaluation import TASKS, load_model, read_text
+from flexprefill.evaluation import TASKS, ModelSizes, load_model, read_text
 from flexprefill.evaluation.comparison import TEXT, Cell, Plan, compare
 from flexprefill.evaluation.methods import DENSE, KINDS, make_methods
 from flexprefill.evaluation.report import accuracy_points, table
@@ -79,14 +81,15 @@ def execute(arguments: argparse.Namespace) -> int:
     known = (*TASKS, TEXT)
     if unknown := [name for name in arguments.tasks if name not in known]:
         arguments.parser.error(f"argument --tasks: must be of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    calibrated = {path.stem: PrefillConfig.load_layers(path) for path in arguments.config}
+    calibrated = _load_configs(arguments.config)
     try:
         methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig(), calibrated)
     except ValueError as error:
         arguments.parser.error(f"argument --methods: {error}")
+    model = load_model(arguments.model, arguments.device)
+    _check_fit(calibrated, model.sizes)
     arguments.output.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments.lengths, arguments.tasks, methods, arguments.samples, arguments.seed)
-    model = load_model(arguments.model, arguments.device)
     text = read_text(TEXT_BYTES, held_out=True)
     figures, picture = arguments.output / "eval.json", arguments.output / "eval.png"
     with stage("asking", len(plan.cells)) as advance:
@@ -99,6 +102,28 @@ def execute(arguments: argparse.Namespace) -> int:
         drawn = f"skipped: {error}"
     print(f"figures  {figures}\npicture  {drawn}")
     return 0
+
+
+def _load_configs(paths: Sequence[Path]) -> dict[str, dict[int, PrefillConfig]]:
+    """What files of flexprefill calibrate hold, by their names, which stand in the table."""
+    found: dict[str, dict[int, PrefillConfig]] = {}
+    for path in paths:
+        if path.stem in found:
+            raise FlexPrefillError(f"{path} must have another name, {path.stem!r} is that of an earlier --config")
+        found[path.stem] = PrefillConfig.load_layers(path)
+    return found
+
+
+def _check_fit(calibrated: dict[str, dict[int, PrefillConfig]], sizes: ModelSizes) -> None:
+    """Raises FlexPrefillError unless all configs are for each of the model's layers and heads."""
+    for name, layers in calibrated.items():
+        if len(layers) != sizes.layers:
+            raise FlexPrefillError(f"--config {name} must be of the model's {sizes.layers} layers, got {len(layers)}")
+        for layer, config in layers.items():
+            try:
+                check_alphas(config, sizes.heads, sizes.kv_heads)
+            except ValueError as error:
+                raise FlexPrefillError(f"--config {name} does not fit the model's layer {layer}: {error}") from None
 
 
 def _print(cells: list[Cell], plan: Plan) -> None:

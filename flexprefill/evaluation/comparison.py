@@ -86,7 +86,8 @@ def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: P
         advance: called with 1 after each cell.
 
     Raises:
-        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples.
+        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples, or with
+            other configs of a calibrated method's name.
         OSError: the file cannot be read or written.
     """
     identity = {
@@ -96,13 +97,15 @@ def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: P
         "samples": plan.samples,
         "device": next(model.parameters()).device.type,
     }
-    cells = _read(path, identity)
+    digests = {method.name: _digest(method) for method in plan.methods if method.layers}
+    cells, digests_before = _read(path, identity, digests)
     machine = describe_machine(next(model.parameters()).device)
     for length, task, method in plan.cells:
         if (length, task, method.name) not in cells:
             cell = measure(model, text, plan, length, task, method)
             cells[length, task, method.name] = cell
-            record = {"identity": identity, "machine": machine, "versions": versions()}
+            record = {"identity": identity, "configs": digests_before | digests}
+            record |= {"machine": machine, "versions": versions()}
             _write(path, {**record, "cells": [dataclasses.asdict(cell) for cell in cells.values()]})
         advance(1)
     return [cells[length, task, method.name] for length, task, method in plan.cells]
@@ -159,20 +162,35 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _read(path: Path, identity: dict[str, Any]) -> dict[tuple[int, str, str], Cell]:
+def _digest(method: Method) -> str:
+    """A checksum of a calibrated method's configs."""
+    settings = [(layer, config.to_dict()) for layer, config in sorted(method.layers.items())]
+    return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
+
+
+def _read(
+    path: Path, identity: dict[str, Any], digests: dict[str, str]
+) -> tuple[dict[tuple[int, str, str], Cell], dict[str, str]]:
+    """A file's cells, and the digests of its calibrated methods by their names."""
     if not path.exists():
-        return {}
+        return {}, {}
     try:
         record = json.loads(path.read_text("utf-8"))
         found = record["identity"]
         cells = [Cell(**cell) for cell in record["cells"]]
+        before = dict(record.get("configs", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise FlexPrefillError(f"{path} is no file of this comparison: {error!r}") from None
     if changed := [name for name in identity if found.get(name) != identity[name]]:
         raise FlexPrefillError(
             f"{path} was made with another {' and '.join(changed)}; give another folder, or delete the file"
         )
-    return {(cell.length, cell.task, cell.method): cell for cell in cells}
+    measured = {cell.method for cell in cells}
+    if stale := [name for name in digests if name in measured and before.get(name) != digests[name]]:
+        raise FlexPrefillError(
+            f"{path} has figures of {', '.join(stale)} from other configs; give another folder, or rename the config"
+        )
+    return {(cell.length, cell.task, cell.method): cell for cell in cells}, before
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
