@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexprefill import load_masks, read_mask_info
+from flexprefill import PrefillConfig, load_masks, read_mask_info
 from flexprefill.evaluation import TASKS, load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,6 +30,7 @@ def test_every_example_is_tested():
         "prefill_in_chunks.py",
         "read_masks_with_numpy.py",
         "transformers_generate.py",
+        "calibrate_transformers.py",
         "record_and_inspect.py",
         "train_needle_model.py",
     }
@@ -69,6 +70,14 @@ def test_prefill_in_chunks():
 def test_transformers_generate():
     printed = run(EXAMPLES / "transformers_generate.py", "--length", 600)
     assert re.findall(r"^(\d+) tokens → \[(?:\d+, ){15}\d+\]$", printed, re.MULTILINE) == ["600", "450"]
+
+
+def test_calibrate_transformers(tmp_path):
+    file = tmp_path / "calibrated.json"
+    printed = run(EXAMPLES / "calibrate_transformers.py", file)
+    assert "next-token logits (1, 1, 512) with sparse attention" in printed
+    configs = PrefillConfig.load_layers(file)
+    assert len(configs) == 2 and all(len(config.alpha) == 4 and min(config.alpha) < 1 for config in configs.values())
 
 
 def test_record_and_inspect(tmp_path):
