@@ -46,6 +46,13 @@ def test_each_head_is_searched_with_its_own_alpha(implementation):
     check()
 
 
+def test_a_search_with_alphas_is_traced():
+    query, key, _ = make_qkv(200, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
+    config = replace(LEAN, alpha=ALPHAS)
+    compiled = torch.compile(lambda *tensors: search_blocks(*tensors, config).words, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, key), search_blocks(query, key, config).words)
+
+
 def test_heads_that_share_a_mask_share_an_alpha():
     query, key, _ = make_qkv(200, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
     config = replace(LEAN, alpha=(0.9, 0.9, 0.05, 0.05), mask_heads="kv")
