@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -208,3 +209,71 @@ def test_other_lengths_compile_nothing_anew():
         expected = search_blocks(query, key, LEAN, sequences=Sequences.from_lengths(lengths, 200))
         assert torch.equal(search(query, key, lengths), expected.words)
     assert len(graphs) == 1
+
+
+def scores_of(monkeypatch, query, key, config, **call):
+    """A search's map, and the scores that its kernel compared: {(batch entry, head, query block): [blocks]}."""
+    arrays = []
+
+    def empty(*size, make=torch.empty, **options):
+        array = make(*size, **options)
+        arrays.append(array.fill_(torch.nan) if array.is_floating_point() else array)
+        return array
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        found = search_blocks(query, key, config, implementation="triton", **call)
+    scratch = arrays[-1]  # [programs, heads of a mask, query blocks of a program, blocks]
+    programs, members, neighbours, _ = scratch.shape
+    batch, heads, rows, columns = found.shape
+    groups = -(-rows // neighbours)
+    assert programs == groups * batch * heads // members, "each program has to have one tile"
+    scores = {}
+    for n, head, row in itertools.product(range(batch), range(heads), range(rows)):
+        mask = (n * heads + head) // members
+        tile = (groups - 1 - row // neighbours) * (batch * heads // members) + mask
+        scores[n, head, row] = scratch[tile, head % members, row % neighbours, :columns]
+    return found, scores
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("modified", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "settings"),
+    [
+        (128, torch.bfloat16, {}),  # alone by the Hopper kernel where there is one
+        (64, torch.float16, {"score_rows": "visible"}),
+        (96, torch.bfloat16, {"block_size": 64, "mask_heads": "kv"}),
+        (128, torch.float32, {"min_blocks": 3}),
+        (192, torch.bfloat16, {}),
+    ],
+)
+def test_scores_are_equal_in_each_bit_alone_and_among_others(monkeypatch, head_dim, dtype, settings, modified):
+    config = PrefillConfig(**{"alpha": 0.3, "sink_blocks": 1, "window_blocks": 2, "last_full_blocks": 1} | settings)
+    b, kv_len = config.block_size, 8300 * config.block_size // 128
+    query, key, _ = make_qkv(kv_len, batch=2, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype, device="cuda")
+    # no power of two in common with a tile of 64 blocks, and one sequence over several tiles
+    bounds = torch.tensor([0, 3 * b, 16 * b, 17 * b, kv_len], device="cuda")
+    layouts = {
+        Sequences.from_lengths(torch.tensor([kv_len, kv_len // 2 + 77], device="cuda"), kv_len): [
+            (0, 0, kv_len),
+            (1, 0, kv_len // 2 + 77),
+        ],
+        Sequences.from_cu_seqlens(bounds, kv_len): [(n, *span) for n in range(2) for span in pairwise(bounds.tolist())],
+    }
+    terms = {"soft_cap": 20.0, "alibi_slopes": torch.tensor([0.5, 0.01], device="cuda")} if modified else {}
+    compared = 0
+    for sequences, spans in layouts.items():
+        found, scores = scores_of(monkeypatch, query, key, config, sequences=sequences, **terms)
+        dense = found.to_dense()
+        for n, start, end in spans:
+            part = slice(n, n + 1), slice(None), slice(start, end)
+            alone, own_scores = scores_of(monkeypatch, query[part], key[part], config, **terms)
+            first, (rows, columns) = start // b, alone.shape[2:]
+            assert torch.equal(dense[n, :, first : first + rows, first : first + columns], alone.to_dense()[0])
+            for (_, head, row), own in own_scores.items():
+                if config.window_blocks < row < rows - config.last_full_blocks:  # else all is kept, and none compared
+                    among = scores[n, head, first + row][first : first + row]
+                    assert torch.equal(own[:row], among) and own[:row].isfinite().all()
+                    compared += row
+    assert compared > 1000

@@ -253,7 +253,9 @@ def search_kernel(
                 if t >= unmasked:
                     products = _hide(products, t, I, scored, offset, q_len, kv_len, ACC, FIRST_KEY)
                 if t == 0:
-                    shift = gl.max(_share(maxima, gl.max(products, 1)), 0) * qk_scale
+                    of_tile = _share(maxima, gl.max(products, 1))
+                    first = gl.arange(0, TILE, IN_EACH_WARP) == 0
+                    shift = gl.max(gl.where(first, of_tile, float("-inf")), 0) * qk_scale
                     shift = gl.where(gl.abs(shift) < LARGE, shift, 0.0)
                 lowest, highest = _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC, True)
                 t += 1

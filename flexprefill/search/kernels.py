@@ -157,17 +157,14 @@ def score_words(
         return words
     head_pad = triton.next_power_of_2(head_dim)
     sequences = (words, words, 0) if starts is None else (starts, ends, _entry_stride(starts))
-    slopes = log2_shares = words
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.float().contiguous()
-        log2_shares = torch.expm1(-alibi_slopes.double()).abs().log2().float()
+    alibi = words if alibi_slopes is None else _alibi_of_heads(alibi_slopes, rule.block_size)
     inner_scale = rule.scale / rule.soft_cap if rule.soft_cap else rule.scale * LOG2_E
     search_kernel[(programs,)](
         *(query, means, words, scratch, *query.stride()[:3], scratch_stride),
         *(q_len, kv_len, rows, columns, width, tiles, heads, group),
         *(1.0 if modified else qk_scale, rule.log2_alpha, *blocks, rule.min_blocks, query.stride(3)),
         *(*sequences, min(rule.sliding_window or kv_len, kv_len)),
-        *(inner_scale, rule.soft_cap * LOG2_E, slopes, log2_shares, log2_alphas),
+        *(inner_scale, rule.soft_cap * LOG2_E, alibi, log2_alphas),
         D=head_dim,
         D_PAD=head_pad,
         BLOCK=rule.block_size,
@@ -187,6 +184,15 @@ def score_words(
         maxnreg=launch.registers,
     )
     return words
+
+
+def _alibi_of_heads(slopes: Tensor, block_size: int) -> Tensor:
+    """What search_kernel takes of ALiBi, float32 [3, Hq]: slopes, log2 of |1 - exp(-slope)|, log2 of a whole block's
+    mean share, its nearest key's being 1.
+    """
+    shares = [torch.expm1(-slopes.double() * keys).abs().log2() for keys in (1, block_size)]
+    whole_ratio = torch.where(slopes == 0, 0.0, shares[1] - shares[0] - math.log2(block_size))
+    return torch.stack([slopes, shares[0], whole_ratio]).float()
 
 
 @functools.cache

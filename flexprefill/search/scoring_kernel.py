@@ -68,23 +68,42 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _modified(products, j, rows_own, modifiers, BLOCK: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr):
+def _modified(
+    products,
+    j,
+    rows_own,
+    modifiers,
+    BLOCK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Log2 scores of products [J, rows]: as reference.log_scores has them with a soft cap and ALiBi."""
-    inner, cap, slope, log2_share = modifiers
-    s = products * inner
+    inner, cap, slope, log2_share, whole_ratio = modifiers
+    factor = inner
     if SOFT_CAP:
         # tanh; exact to float32's rounding of 1, as scores relative to the cap need
-        s = cap * (1 - 2 / (tl.exp2(s * (2 * LOG2_E)) + 1))
-    if ALIBI:
-        position, start, end, sliding_window, _ = rows_own
-        position = position[None, :]
-        seen_first = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
-        seen_end = tl.minimum(tl.minimum((j + 1) * BLOCK, end), position + 1)
+        products = 1 - 2 / (tl.exp2(products * inner * (2 * LOG2_E)) + 1)
+        factor = cap
+    if not ALIBI:
+        return products * factor
+    position, start, end, sliding_window, _ = rows_own
+    position = position[None, :]
+    seen_end = (j + 1) * BLOCK
+    ratio = whole_ratio
+    if MASKED:
+        seen_first = tl.maximum(j * BLOCK, start)
+        seen_end = tl.minimum(seen_end, end)
+        if FIRST_KEY:
+            seen_first = tl.maximum(seen_first, position - sliding_window + 1)
+            seen_end = tl.minimum(seen_end, position + 1)
         count = tl.maximum(seen_end - seen_first, 1).to(tl.float32)
         ratio = tl.log2(tl.abs(_one_minus_exp(slope * count))) - log2_share - tl.log2(count)
-        nearest = (position - seen_end + 1).to(tl.float32)
-        s += tl.where(slope == 0, 0.0, ratio) - (slope * LOG2_E) * nearest
-    return s
+        ratio = tl.where(count == BLOCK, whole_ratio, tl.where(slope == 0, 0.0, ratio))
+    nearest = (position - seen_end + 1).to(tl.float32)
+    # fused by name: whole blocks get the same bits in every tile, masked or not
+    return tl.fma(products, factor, tl.fma(nearest, slope * (-LOG2_E), ratio))
 
 
 @triton.jit
@@ -175,7 +194,7 @@ def _tile_products(
         start, end = start[None, :], end[None, :]
     if SOFT_CAP or ALIBI:
         own_rows = (position, start, end, sliding_window, offset)
-        products = _modified(products, j[:, None], own_rows, modifiers, BLOCK, SOFT_CAP, ALIBI)
+        products = _modified(products, j[:, None], own_rows, modifiers, BLOCK, FIRST_KEY, SOFT_CAP, ALIBI, MASKED)
     if MASKED:
         if CUT:
             sees = _gives_score(j[:, None], position[None, :], start, end, sliding_window, BLOCK, FIRST_KEY)
@@ -206,10 +225,9 @@ def _log_sums(products, qk_scale):
 
 
 @triton.jit
-def _store(scratch_base, scores, j, columns, stride, best):
-    """Stores block scores [J, query blocks] and returns the running maxima of the finite ones."""
+def _store(scratch_base, scores, j, inside, stride, best):
+    """Stores block scores [J, query blocks] inside, and returns the running maxima of the finite ones."""
     q = tl.arange(0, scores.shape[1])
-    inside = j[:, None] < columns
     tl.store(scratch_base + q[None, :] * stride + j[:, None], scores, mask=inside)
     return tl.maximum(best, tl.where((tl.abs(scores) < float("inf")) & inside, scores, float("-inf")))
 
@@ -225,16 +243,14 @@ def _load_queries(query_base, stride_s, stride_d, row, q_len, D: tl.constexpr, D
 
 @triton.jit
 def _load_scores(scratch_base, offsets, member_stride, mask, other, logs, MEMBERS: tl.constexpr):
-    """Block scores, of the query heads that share a mask together: sums, or log2 of sums."""
+    """Block scores, of the query heads that share a mask together: sums, or where logs is set log2 of sums."""
     scores = tl.load(scratch_base + offsets, mask=mask, other=other)
     for member in tl.static_range(1, MEMBERS):
         more = tl.load(scratch_base + member * member_stride + offsets, mask=mask, other=other)
-        if logs:
-            best = tl.maximum(scores, more)
-            shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
-            scores = shift + tl.log2(tl.exp2(scores - shift) + tl.exp2(more - shift))
-        else:
-            scores += more
+        best = tl.maximum(scores, more)
+        shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
+        log_sums = shift + tl.log2(tl.exp2(scores - shift) + tl.exp2(more - shift))
+        scores = tl.where(logs, log_sums, scores + more)
     return scores
 
 
@@ -269,6 +285,14 @@ def _best_of_group(
 
 
 @triton.jit
+def _shift_by(products, j0, base, qk_scale):
+    """The largest score of each query block's block base, 0 where the tile from j0 does not have it or it is huge."""
+    j = j0 + tl.arange(0, products.shape[0])
+    shift = tl.max(tl.where(j[:, None] == base[None, :], tl.max(products * qk_scale, 2), float("-inf")), 0)
+    return tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+
+
+@triton.jit
 def _add_sums(
     products,
     qk_scale,
@@ -288,7 +312,7 @@ def _add_sums(
     """Stores a tile's block scores relative to 2^shift; doubtful where that says too little."""
     j = j0 + tl.arange(0, products.shape[0])
     sums = _sums(products, qk_scale, shift)
-    best = _store(scratch_base, sums, j, columns, stride, best)
+    best = _store(scratch_base, sums, j, j[:, None] < columns, stride, best)
     is_scored = _is_scored(j[:, None], scored, rows_seen, BLOCK, FIRST_KEY, CUT)
     return best, doubtful | (is_scored & ((sums == 0) | (sums == float("inf"))))
 
@@ -339,8 +363,7 @@ def search_kernel(
     sliding_window,
     inner_scale,
     cap,
-    slopes_ptr,
-    log2_shares_ptr,
+    alibi_ptr,
     log2_alphas_ptr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -362,12 +385,14 @@ def search_kernel(
 
     The products are transposed, means × queries, so that the sums over the query rows run along each thread's own
     registers, and neighbouring query blocks share each tile of means. The sums are taken relative to the largest
-    score of the first tile; where that could overflow or hide a score that is not finite, the row is scored again
-    relative to each block's own maximum. Query blocks go from the last, which see most, to the first.
+    score of the query block's first block, wherever that is in a tile: a sequence gets the same bits alone and among
+    others. Where a sum could overflow or hide a score that is not finite, the query block is scored again relative to
+    each block's own maximum. Query blocks go from the last, which see most, to the first.
 
     CUT: rows see their own sequence (SEQUENCES) in a sliding window. Scores then begin with the tile of the first block
-    that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. ALPHAS: each query head has
-    a threshold of its own.
+    that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1; with ALIBI, whose distances
+    soon outweigh products, all are relative to each block's own maximum. ALPHAS: each query head has a threshold of its
+    own.
     """
     program = tl.program_id(0)
     offset = kv_len - q_len
@@ -408,7 +433,12 @@ def search_kernel(
             # blocks before that of the first row: its own sequence's rows alone see them
             low = first_row // BLOCK
             inside = first_start < first_end
-            lowest = tl.where(inside, tl.maximum(first_start, first_row - sliding_window + 1) // BLOCK, low)
+            far_edge = first_row - sliding_window + 1
+            lowest = tl.where(inside, tl.maximum(first_start, far_edge) // BLOCK, low)
+            # the first block that gets a score from the first row
+            base = lowest
+            if not FIRST_KEY:
+                base = tl.where(first_start < far_edge, (far_edge + BLOCK - 1) // BLOCK, first_start // BLOCK)
             own_visible = tl.where(inside, tl.minimum(last, first_end - 1) // BLOCK + 1, 0)
             sinks_end = first_start // BLOCK + sink
             last_rows = (tl.maximum(first_end - offset, 0) + BLOCK - 1) // BLOCK
@@ -445,10 +475,11 @@ def search_kernel(
                 seen = tl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
             scored = tl.where(compares, seen, 0)
             most = tl.max(scored, 0)
+            base = tl.zeros([QUERY_BLOCKS], tl.int32)
             tile_seen = 0
             word_seen = 0
         threshold = tl.zeros([QUERY_BLOCKS], tl.float32)
-        logs = most >= 0  # scores are in log2; else sums relative to 2^shift
+        logs = I >= 0  # where scores are in log2; else sums relative to 2^shift
         if most > 0:
             best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
             batch_base = query_ptr + (batch_head // HEADS) * stride_b
@@ -465,24 +496,24 @@ def search_kernel(
                 alone = (start > block_start) & (start < end) & (end < tl.minimum(block_start + BLOCK, kv_len))
                 some_alone = tl.max(alone.to(tl.int32), 0) > 0
             own = tl.zeros([QUERY_BLOCKS * BLOCK], tl.float32)
-            modifiers = (inner_scale, cap, 0.0, 0.0)
+            modifiers = (inner_scale, cap, 0.0, 0.0, 0.0)
+            # blocks in tiles that every row sees whole
+            unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
+            if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
+                unmasked = 0
+            if CUT:
+                # all rows of one sequence, and the far edges of their windows in the first tile
+                farthest = tl.maximum(tl.max(start, 0), offset + (I0 + QUERY_BLOCKS) * BLOCK - sliding_window)
+                if (tl.min(start, 0) != tl.max(start, 0)) | (farthest > (first_tile + TILE) * BLOCK):
+                    unmasked = 0
             q_t = 0.0
             if D_STEP == D_PAD:
                 # also for the second pass: loaded once more there, it would cost the hot loop registers
                 q_t = _load_queries(batch_base + head * stride_h, stride_s, stride_d, row, q_len, D, D_PAD)
-                logs = (min_blocks > 0) | (own_log2_alpha < SMALLEST_LOG2_ALPHA)
-                if not logs:
+            if (D_STEP == D_PAD) and not ALIBI:  # noqa: SIM102
+                if (min_blocks == 0) & (own_log2_alpha >= SMALLEST_LOG2_ALPHA):
                     shift = tl.zeros([QUERY_BLOCKS], tl.float32)
                     doubtful = tl.zeros([TILE, QUERY_BLOCKS], tl.int1)
-                    # blocks in tiles that every row sees whole
-                    unmasked = (offset + I0 * BLOCK + 1) // BLOCK // TILE * TILE
-                    if q_len < (I0 + QUERY_BLOCKS) * BLOCK:
-                        unmasked = 0
-                    if CUT:
-                        # all rows of one sequence, and the far edges of their windows in the first tile
-                        farthest = tl.maximum(tl.max(start, 0), offset + (I0 + QUERY_BLOCKS) * BLOCK - sliding_window)
-                        if (tl.min(start, 0) != tl.max(start, 0)) | (farthest > (first_tile + TILE) * BLOCK):
-                            unmasked = 0
                     for member in range(0, MEMBERS):
                         scratch = scratch_base + member * member_stride
                         query_base = batch_base + (head + member) * stride_h
@@ -492,16 +523,12 @@ def search_kernel(
                         if SEQUENCES:  # noqa: SIM102
                             if some_alone:
                                 own = _own_products(own_base, alone, inputs, D, D_PAD, D_STEP)
-                        if ALIBI:
-                            slope = tl.load(slopes_ptr + head + member)
-                            modifiers = (inner_scale, cap, slope, tl.load(log2_shares_ptr + head + member))
                         products = _tile_products(
                             means_base, first_tile, inputs, rows_own, own, modifiers, kv_len, hidden,
                             D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
                         )  # fmt: skip
                         if member == 0:
-                            shift = tl.max(tl.max(products * qk_scale, 2), 0)
-                            shift = tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+                            shift = _shift_by(products, first_tile, base, qk_scale)
                         best, doubtful = _add_sums(
                             products, qk_scale, shift, scratch, first_tile, columns, scratch_stride, scored[None, :],
                             tile_seen, best, doubtful, BLOCK, FIRST_KEY, CUT,
@@ -520,6 +547,10 @@ def search_kernel(
                                 means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
                                 D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
                             )  # fmt: skip
+                            if CUT and QUERY_BLOCKS > 1:
+                                # a later query block's first block may lie in a later tile
+                                starts_here = (base >= j0) & (base < j0 + TILE) & (member == 0)
+                                shift = tl.where(starts_here, _shift_by(products, j0, base, qk_scale), shift)
                             best, doubtful = _add_sums(
                                 products, qk_scale, shift, scratch, j0, columns, scratch_stride, scored[None, :],
                                 tile_seen, best, doubtful, BLOCK, FIRST_KEY, CUT,
@@ -531,9 +562,13 @@ def search_kernel(
                             False, TILE, MEMBERS, BLOCK, FIRST_KEY, CUT,
                         )  # fmt: skip
                         tl.debug_barrier()  # scores that are taken again overwrite those that others may still read
-                    logs = tl.max(doubtful.to(tl.int32)) != 0
+                    logs = tl.max(doubtful.to(tl.int32), 0) != 0
                     threshold = tl.max(best, 0) * tl.exp2(own_log2_alpha)
-            if logs:
+            if tl.max(logs.to(tl.int32), 0) != 0:
+                # ALiBi's arithmetic is much simpler in tiles that every row sees whole
+                done = 0
+                if ALIBI:
+                    done = tl.maximum(unmasked - first_tile - TILE, 0)
                 best = tl.full([TILE, QUERY_BLOCKS], float("-inf"), tl.float32)
                 for member in range(0, MEMBERS):
                     scratch = scratch_base + member * member_stride
@@ -545,22 +580,33 @@ def search_kernel(
                         if some_alone:
                             own = _own_products(own_base, alone, inputs, D, D_PAD, D_STEP)
                     if ALIBI:
-                        slope = tl.load(slopes_ptr + head + member)
-                        modifiers = (inner_scale, cap, slope, tl.load(log2_shares_ptr + head + member))
-                    for j0 in range(first_tile, most, TILE):
+                        of_head = alibi_ptr + head + member
+                        slope, share, whole = tl.load(of_head), tl.load(of_head + HEADS), tl.load(of_head + 2 * HEADS)
+                        modifiers = (inner_scale, cap, slope, share, whole)
+                        for j0 in range(first_tile + TILE, unmasked, TILE):
+                            products = _tile_products(
+                                means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
+                                D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, False, CUT, SEQUENCES, SOFT_CAP, ALIBI,
+                            )  # fmt: skip
+                            j = j0 + tl.arange(0, TILE)
+                            written = (j[:, None] < columns) & logs[None, :]
+                            best = _store(scratch, _log_sums(products, qk_scale), j, written, scratch_stride, best)
+                    for step in range(first_tile, most - done, TILE):
+                        j0 = step + tl.where(step > first_tile, done, 0)
                         products = _tile_products(
                             means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
                             D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
                         )  # fmt: skip
                         j = j0 + tl.arange(0, TILE)
-                        best = _store(scratch, _log_sums(products, qk_scale), j, columns, scratch_stride, best)
+                        written = (j[:, None] < columns) & logs[None, :]
+                        best = _store(scratch, _log_sums(products, qk_scale), j, written, scratch_stride, best)
                 if MEMBERS > 1:
                     tl.debug_barrier()
                     best, _ = _best_of_group(
                         scratch_base, scratch_stride, member_stride, first_tile, most, scored[None, :], tile_seen,
                         True, TILE, MEMBERS, BLOCK, FIRST_KEY, CUT,
                     )  # fmt: skip
-                threshold = tl.max(best, 0) + own_log2_alpha
+                threshold = tl.where(logs, tl.max(best, 0) + own_log2_alpha, threshold)
             # the scores were written by other threads of this program
             tl.debug_barrier()
 
@@ -596,7 +642,8 @@ def search_kernel(
             j = w[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
             scored_here = _is_scored(j, scored[:, None, None], word_seen, BLOCK, FIRST_KEY, CUT)
             offsets = q[:, None, None] * scratch_stride + j
-            L = _load_scores(scratch_base, offsets, member_stride, scored_here, float("-inf"), logs, MEMBERS)
+            in_logs = logs[:, None, None]
+            L = _load_scores(scratch_base, offsets, member_stride, scored_here, float("-inf"), in_logs, MEMBERS)
             chosen = scored_here & ((L >= threshold[:, None, None]) | ((tl.abs(L) < float("inf")) == 0))
             if CUT:
                 always = (j < sinks_end[:, None, None]) | (j >= window_start[:, None, None])
