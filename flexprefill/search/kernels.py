@@ -85,11 +85,12 @@ def pool_keys(key: Tensor, block_size: int, starts: Tensor | None = None, ends: 
         means = torch.empty(batch, heads, rows, head_dim, dtype=dtype, device=key.device)
     arguments = key, means, *key.stride(), kv_len, columns, heads
     sizes = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "BLOCK": block_size}
-    if starts is None:
-        pool_kernel[(columns, batch * heads)](*arguments, **sizes, num_warps=1)  # 4.2 TB/s on an H200; 4 make it 3.2
-    else:
-        sequences = starts, ends, _entry_stride(starts)
-        pool_sequences_kernel[(columns, batch * heads)](*arguments, *sequences, **sizes, num_warps=4)
+    own = starts is not None
+    # one warp reads at 4.2 TB/s on an H200, 4 at 3.2
+    ends_of = (ends, _entry_stride(ends)) if own else (means, 0)
+    pool_kernel[(columns, batch * heads)](*arguments, *ends_of, **sizes, SEQUENCES=own, num_warps=1)
+    if own:
+        pool_sequences_kernel[(columns, batch * heads)](*arguments, starts, *ends_of, **sizes, num_warps=4)
     return means.to(key.dtype)
 
 

@@ -17,20 +17,33 @@ def pool_kernel(
     kv_len,
     columns,
     HEADS,
+    ends_ptr,
+    sequence_stride,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):
-    """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous."""
+    """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous.
+
+    SEQUENCES: the mean of the keys of the block's first key's sequence, to the first N of N + N + S.
+    """
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     s = J * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D_PAD)
+    end = kv_len
+    rows = columns
+    if SEQUENCES:
+        end = tl.load(ends_ptr + (head // HEADS) * sequence_stride + J * BLOCK)
+        rows = 2 * columns + kv_len
     base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
     offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-    keys = tl.load(base + offsets, mask=(s[:, None] < kv_len) & (d[None, :] < D), other=0.0).to(tl.float32)
-    mean = tl.sum(keys, 0) / tl.minimum(kv_len - J * BLOCK, BLOCK).to(tl.float32)
-    tl.store(means_ptr + (head * columns + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
+    keys = tl.load(base + offsets, mask=(s[:, None] < end) & (d[None, :] < D), other=0.0).to(tl.float32)
+    # none where padding comes first
+    count = tl.maximum(tl.minimum(end - J * BLOCK, BLOCK), 1)
+    mean = tl.sum(keys, 0) / count.to(tl.float32)
+    tl.store(means_ptr + (head * rows + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -58,9 +71,10 @@ def pool_sequences_kernel(
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The means of one key block's sequences, as reference.pool_own_keys describes them.
+    """The means of the sequences that start inside one key block, as reference.pool_own_keys describes them.
 
-    Those of each position are written only where a sequence reaches neither end of the block: elsewhere none is read.
+    Only these are written: the block's last sequence's where it is one of them, and at the positions of those that end
+    in the block too. Elsewhere none is read but pool_kernel's.
     """
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -72,25 +86,22 @@ def pool_sequences_kernel(
     sequence_start = tl.load(starts + s, mask=s < kv_len, other=kv_len)
     sequence_end = tl.load(ends + s, mask=s < kv_len, other=0)
     member = sequence_start < sequence_end
-    base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
-    offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-    # padding is not read: it may hold NaN
-    keys = tl.load(base + offsets, mask=member[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
-    means = means_ptr + head * (2 * columns + kv_len) * D + d
-    end_of_first = tl.load(ends + J * BLOCK)
-    start_of_last = tl.load(starts + end - 1)
-    of_first = _mean_of(keys, member & (s < end_of_first))
-    of_last = _mean_of(keys, member & (s >= start_of_last))
-    tl.store(means + J * D, of_first.to(means_ptr.dtype.element_ty), mask=d < D)
-    tl.store(means + (columns + J) * D, of_last.to(means_ptr.dtype.element_ty), mask=d < D)
-    place = tl.maximum(J * BLOCK + 1, end_of_first)
-    while place < end:
-        own_start = tl.load(starts + place)
-        own_end = tl.load(ends + place)
-        if (own_start < own_end) & (own_end < end):
-            members = (s >= own_start) & (s < own_end)
-            mean = _mean_of(keys, members)
-            rows = means[None, :] + (2 * columns + s).to(tl.int64)[:, None] * D
-            values = tl.broadcast_to(mean[None, :], [BLOCK, D_PAD]).to(means_ptr.dtype.element_ty)
-            tl.store(rows, values, mask=members[:, None] & (d[None, :] < D))
-        place = tl.maximum(place + 1, own_end)
+    if tl.max((member & (sequence_start > J * BLOCK)).to(tl.int32), 0) > 0:
+        base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
+        offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+        # padding is not read: it may hold NaN
+        keys = tl.load(base + offsets, mask=member[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        means = means_ptr + head * (2 * columns + kv_len) * D + d
+        of_last = _mean_of(keys, member & (s >= tl.load(starts + end - 1)))
+        tl.store(means + (columns + J) * D, of_last.to(means_ptr.dtype.element_ty), mask=d < D)
+        place = tl.maximum(J * BLOCK + 1, tl.load(ends + J * BLOCK))
+        while place < end:
+            own_start = tl.load(starts + place)
+            own_end = tl.load(ends + place)
+            if (own_start < own_end) & (own_end < end):
+                members = (s >= own_start) & (s < own_end)
+                mean = _mean_of(keys, members)
+                rows = means[None, :] + (2 * columns + s).to(tl.int64)[:, None] * D
+                values = tl.broadcast_to(mean[None, :], [BLOCK, D_PAD]).to(means_ptr.dtype.element_ty)
+                tl.store(rows, values, mask=members[:, None] & (d[None, :] < D))
+            place = tl.maximum(place + 1, own_end)
