@@ -430,6 +430,7 @@ def test_terms_wait_for_nothing():
         (128, torch.bfloat16, "packed", None, True, {"block_size": 64, "min_blocks": 4}),
         (192, torch.bfloat16, "packed", None, False, {"score_rows": "visible"}),
         (128, torch.float32, "left", 4096, False, {"mask_heads": "kv"}),
+        (192, torch.float32, "left", None, False, {"mask_heads": "kv", "score_rows": "visible", "min_blocks": 2}),
         (64, torch.float32, "packed", None, True, {"block_size": 64}),
     ],
 )

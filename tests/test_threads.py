@@ -140,9 +140,7 @@ def test_means_that_threads_share_are_of_one_of_them():
             end = 100 * number + 100
             assert found is None or found == search_blocks(query[:, :, :end], key[:, :, :end], CONFIG)
         blocks = means.kv_len // 16
-        assert torch.equal(
-            means.extend(key, 16, "auto" if DEVICE == "cuda" else "reference")[:, :, :blocks], whole[:, :, :blocks]
-        )
+        assert torch.equal(means.extend(key, 16, implementation)[:, :, :blocks], whole[:, :, :blocks])
 
 
 def test_one_of_many_threads_registers_a_name():

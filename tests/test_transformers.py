@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import AuxOutput
 from conftest import DEVICE
 from oracle import relative_error
 
@@ -150,6 +151,11 @@ def seen():
     unregister()
 
 
+def attend_nothing(query, *_, return_aux=None, **__):
+    output = torch.zeros_like(query)
+    return output if return_aux is None else (output, AuxOutput(lse=output[..., 0].float()))
+
+
 @pytest.mark.parametrize(
     ("family", "alpha"),
     [
@@ -166,7 +172,7 @@ def seen():
 )
 def test_recorded_masks_are_those_of_the_search(family, alpha, seen, monkeypatch):
     # the maps are what this looks at; whatever follows a layer is searched as it is
-    monkeypatch.setattr(flexprefill.attention, "flex_over", lambda query, *_, **__: torch.zeros_like(query))
+    monkeypatch.setattr(flexprefill.attention, "flex_over", attend_nothing)
     # a window that is no shorter than the prompt is no window
     sizes = {"sliding_window": 4096} if family == "mistral" else {}
     model = make_model(family, "flexprefill", **sizes).to(DEVICE)

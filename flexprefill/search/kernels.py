@@ -90,7 +90,7 @@ def pool_keys(key: Tensor, block_size: int, starts: Tensor | None = None, ends: 
     ends_of = (ends, _entry_stride(ends)) if own else (means, 0)
     pool_kernel[(columns, batch * heads)](*arguments, *ends_of, **sizes, SEQUENCES=own, num_warps=1)
     if own:
-        pool_sequences_kernel[(columns, batch * heads)](*arguments, starts, *ends_of, **sizes, num_warps=4)
+        pool_sequences_kernel[(columns, batch * heads)](*arguments, starts, *ends_of, **sizes, num_warps=8)
     return means.to(key.dtype)
 
 

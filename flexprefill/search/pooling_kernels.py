@@ -47,10 +47,11 @@ def pool_kernel(
 
 
 @triton.jit
-def _mean_of(keys, members):
-    """The mean of the keys [BLOCK, D] that are members [BLOCK]; zeros if none is."""
-    count = tl.maximum(tl.sum(members.to(tl.int32), 0), 1)
-    return tl.sum(tl.where(members[:, None], keys, 0.0), 0) / count.to(tl.float32)
+def _mean_of(keys, members, inside):
+    """The mean of the keys at pointers [BLOCK, D] that are members [BLOCK]; zeros if none is."""
+    # read for each mean, not held for all: a block of float32 takes more registers than there are
+    own = tl.load(keys, mask=members[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    return tl.sum(own, 0) / tl.maximum(tl.sum(members.to(tl.int32), 0), 1).to(tl.float32)
 
 
 @triton.jit
@@ -89,10 +90,9 @@ def pool_sequences_kernel(
     if tl.max((member & (sequence_start > J * BLOCK)).to(tl.int32), 0) > 0:
         base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
         offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-        # padding is not read: it may hold NaN
-        keys = tl.load(base + offsets, mask=member[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        keys = base + offsets
         means = means_ptr + head * (2 * columns + kv_len) * D + d
-        of_last = _mean_of(keys, member & (s >= tl.load(starts + end - 1)))
+        of_last = _mean_of(keys, member & (s >= tl.load(starts + end - 1)), d < D)
         tl.store(means + (columns + J) * D, of_last.to(means_ptr.dtype.element_ty), mask=d < D)
         place = tl.maximum(J * BLOCK + 1, tl.load(ends + J * BLOCK))
         while place < end:
@@ -100,7 +100,7 @@ def pool_sequences_kernel(
             own_end = tl.load(ends + place)
             if (own_start < own_end) & (own_end < end):
                 members = (s >= own_start) & (s < own_end)
-                mean = _mean_of(keys, members)
+                mean = _mean_of(keys, members, d < D)
                 rows = means[None, :] + (2 * columns + s).to(tl.int64)[:, None] * D
                 values = tl.broadcast_to(mean[None, :], [BLOCK, D_PAD]).to(means_ptr.dtype.element_ty)
                 tl.store(rows, values, mask=members[:, None] & (d[None, :] < D))
