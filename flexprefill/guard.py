@@ -19,8 +19,8 @@ from flexprefill.config import PrefillConfig
 from flexprefill.operators import operator
 from flexprefill.recording import note_guard
 
-ROWS, LONG_ROWS = 32, 64  # sampled of each head; from LONG keys on more cost less than a twentieth of the attention
-LONG = 2**16
+ROWS, FEWER_ROWS = 64, 32  # sampled of each head
+FEWER = range(2**15, 2**16)  # keys with which 64 would cost more than a twentieth of the attention
 MARGIN = 2.0  # standard errors of the mean that are taken off it
 
 
@@ -137,7 +137,7 @@ def guard_words(
     """
     # an empty sample would say nothing: of queries that all keep everything the first block's rows are taken
     rows = min(query.shape[2], max(words.shape[2] - full_blocks, 1) * block_size)
-    samples = LONG_ROWS if key.shape[2] >= LONG else ROWS
+    samples = FEWER_ROWS if key.shape[2] in FEWER else ROWS
     if implementation == "reference":
         return _guard_words(query, key, words, block_size, rows, kv_masks, guard, scale, samples)
     from flexprefill import guard_kernel  # imports triton

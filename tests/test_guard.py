@@ -94,13 +94,13 @@ def sizes_of(block_map):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_of_long_prompts_more_rows_are_sampled(implementation, monkeypatch):
-    monkeypatch.setattr(guard, "LONG", 300)
+def test_fewer_rows_are_sampled_where_all_would_cost_too_much(implementation, monkeypatch):
+    monkeypatch.setattr(guard, "FEWER", range(300, 301))
     query, key, _ = make_qkv(200, 300, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
     config = replace(LEAN, guard=0.5)
     found = search_blocks(query, key, replace(config, guard=None))
     report = guard_blocks(query, key, found, config, implementation=implementation)[1]
-    shares = shares_of(query, key, found, 192, 0.25, samples=guard.LONG_ROWS)
+    shares = shares_of(query, key, found, 192, 0.25, samples=guard.FEWER_ROWS)
     torch.testing.assert_close(report.recall.double(), shares.mean(-1), rtol=0, atol=1e-4)
 
 
