@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import AuxOutput
 from conftest import DEVICE
 from oracle import relative_error
+from torch.nn.attention.flex_attention import AuxOutput
 
 hf = pytest.importorskip("transformers")
 
