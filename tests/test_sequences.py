@@ -1,6 +1,5 @@
-import itertools
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -229,7 +228,7 @@ def scores_of(monkeypatch, query, key, config, **call):
     groups = -(-rows // neighbours)
     assert programs == groups * batch * heads // members, "each program has to have one tile"
     scores = {}
-    for n, head, row in itertools.product(range(batch), range(heads), range(rows)):
+    for n, head, row in product(range(batch), range(heads), range(rows)):
         mask = (n * heads + head) // members
         tile = (groups - 1 - row // neighbours) * (batch * heads // members) + mask
         scores[n, head, row] = scratch[tile, head % members, row % neighbours, :columns]

@@ -191,7 +191,8 @@ def _alibi_of_heads(slopes: Tensor, block_size: int) -> Tensor:
     """What search_kernel takes of ALiBi, float32 [3, Hq]: slopes, log2 of |1 - exp(-slope)|, log2 of a whole block's
     mean share, its nearest key's being 1.
     """
-    shares = [torch.expm1(-slopes.double() * keys).abs().log2() for keys in (1, block_size)]
+    falling = -slopes.double()
+    shares = [torch.expm1(falling * keys).abs().log2() for keys in (1, block_size)]
     whole_ratio = torch.where(slopes == 0, 0.0, shares[1] - shares[0] - math.log2(block_size))
     return torch.stack([slopes, shares[0], whole_ratio]).float()
 

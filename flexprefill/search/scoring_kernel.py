@@ -317,6 +317,14 @@ def _add_sums(
     return best, doubtful | (is_scored & ((sums == 0) | (sums == float("inf"))))
 
 
+@triton.jit
+def _add_log_sums(products, qk_scale, scratch_base, j0, columns, stride, logs, best):
+    """Stores log2 of a tile's block scores, of the query blocks where logs is set."""
+    j = j0 + tl.arange(0, products.shape[0])
+    inside = (j[:, None] < columns) & logs[None, :]
+    return _store(scratch_base, _log_sums(products, qk_scale), j, inside, stride, best)
+
+
 @triton.jit(
     do_not_specialize=[
         "q_len",
@@ -588,18 +596,14 @@ def search_kernel(
                                 means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
                                 D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, False, CUT, SEQUENCES, SOFT_CAP, ALIBI,
                             )  # fmt: skip
-                            j = j0 + tl.arange(0, TILE)
-                            written = (j[:, None] < columns) & logs[None, :]
-                            best = _store(scratch, _log_sums(products, qk_scale), j, written, scratch_stride, best)
+                            best = _add_log_sums(products, qk_scale, scratch, j0, columns, scratch_stride, logs, best)
                     for step in range(first_tile, most - done, TILE):
                         j0 = step + tl.where(step > first_tile, done, 0)
                         products = _tile_products(
                             means_base, j0, inputs, rows_own, own, modifiers, kv_len, hidden,
                             D, D_PAD, D_STEP, TILE, BLOCK, FIRST_KEY, True, CUT, SEQUENCES, SOFT_CAP, ALIBI,
                         )  # fmt: skip
-                        j = j0 + tl.arange(0, TILE)
-                        written = (j[:, None] < columns) & logs[None, :]
-                        best = _store(scratch, _log_sums(products, qk_scale), j, written, scratch_stride, best)
+                        best = _add_log_sums(products, qk_scale, scratch, j0, columns, scratch_stride, logs, best)
                 if MEMBERS > 1:
                     tl.debug_barrier()
                     best, _ = _best_of_group(
