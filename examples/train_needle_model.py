@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from flexprefill.bench.report import describe_machine, versions
 from flexprefill.evaluation import TASKS, Decoder, ModelSizes, Share, ask, babble, passages, read_text, save_model
 from flexprefill.evaluation import text_loss as mean_text_loss
 from flexprefill.evaluation.scoring import precision, states_at
 from flexprefill.evaluation.tasks import common_words, needles, repeats, variables
+from flexprefill.runtime.machine import describe_machine, versions
 
 STAGES = "256:0.25,1024:0.2,4096:0.2,8192:0.25,16384:0.1"
 SHORTER = 0.25  # of a stage's steps repeat a shorter stage's length

@@ -1,23 +1,24 @@
 """FlashPrefill block search for long prompts, as BlockMasks for PyTorch's FlexAttention."""
 
 from flexprefill._version import __version__
-from flexprefill.attention import explain_backend, prefill_attention
-from flexprefill.backends import BackendChoice
-from flexprefill.blockmap import BlockMap
-from flexprefill.cache import CachedPrompt, CacheStats, MaskCache
+from flexprefill.attention.backends import BackendChoice
+from flexprefill.attention.prefill import create_prefill_block_mask, explain_backend, prefill_attention
+from flexprefill.blockmap.index_lists import ListBuffers
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError, MaskFileError, NotEnoughMemoryError
-from flexprefill.flex import create_prefill_block_mask
-from flexprefill.guard import GuardReport, guard_blocks
 from flexprefill.inspection import attention_recall
-from flexprefill.lists import ListBuffers
-from flexprefill.recording import Recording, record_masks
-from flexprefill.search import KeyMeans, search_blocks
+from flexprefill.search import KeyMeans
+from flexprefill.search.blocks import search_blocks
+from flexprefill.search.guard import GuardReport, guard_blocks
 from flexprefill.search.scorers import Scorer, register_scorer
-from flexprefill.sequences import Sequences
 from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
+from flexprefill.store.cache import CachedPrompt, CacheStats, MaskCache
+from flexprefill.store.recording import Recording, record_masks
+from flexprefill.variant import AttentionVariant, Sequences
 
 __all__ = [
+    "AttentionVariant",
     "BackendChoice",
     "BlockMap",
     "CacheStats",

@@ -199,3 +199,27 @@ def save_layers(path: str | os.PathLike[str], configs: Sequence[PrefillConfig], 
         raise ValueError("configs must be of one layer or more, got none")
     record = {"format": LAYERS_FORMAT, **notes, "layers": [config.to_dict() for config in configs]}
     Path(path).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def check_config(config: PrefillConfig) -> None:
+    """Raises TypeError unless config is a PrefillConfig."""
+    if not isinstance(config, PrefillConfig):
+        raise TypeError(f"config must be a PrefillConfig, got {type(config).__name__}")
+
+
+def check_alphas(config: PrefillConfig, heads: int, kv_heads: int) -> None:
+    """Raises ValueError where alphas by head are not one for each, or differ among heads that share a mask."""
+    if not isinstance(config.alpha, tuple):
+        return
+    if len(config.alpha) != heads:
+        raise ValueError(
+            f"config.alpha must be a number or one for each of the Hq={heads} query heads, got {len(config.alpha)}"
+        )
+    group = heads // kv_heads
+    if config.mask_heads == "kv" and any(
+        len(set(config.alpha[first : first + group])) > 1 for first in range(0, heads, group)
+    ):
+        raise ValueError(
+            f'config.alpha must be the same for the {group} query heads that share a mask with mask_heads="kv", got '
+            f"{config.alpha}"
+        )

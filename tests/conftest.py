@@ -9,7 +9,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # sizes are so small that threads would wait for each other more than they work, and tests run in several processes
 torch.set_num_threads(1)
 
@@ -26,7 +25,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def nothing_silent(request):
     """Every test fails where FlexAttention runs eagerly, unless it is marked for that, or gets other lists."""
-    from watch import eager_flex_raises, lists_are_contiguous
+    from support.watch import eager_flex_raises, lists_are_contiguous
 
     with contextlib.ExitStack() as watches:
         watches.enter_context(lists_are_contiguous())
@@ -40,7 +39,7 @@ def nothing_silent(request):
 @pytest.fixture
 def machine(monkeypatch):
     """Lets a test say which GPU and whether flash-attn-4 is there."""
-    from machines import forget_choices, pretend
+    from support.machines import forget_choices, pretend
 
     yield functools.partial(pretend, monkeypatch)
     monkeypatch.undo()
@@ -50,7 +49,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def flash():
     """Skips a test where FlashAttention-4 cannot be used."""
-    from flexprefill.backends import HOPPER
+    from flexprefill.attention.backends import HOPPER
 
     pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
     if torch.cuda.get_device_capability() != HOPPER:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from flexprefill import BlockMap, load_masks, read_mask_info, save_masks
-from flexprefill.bench.report import describe_machine, versions
+from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--length", type=int, default=131_072, help="tokens (default: %(default)s)")

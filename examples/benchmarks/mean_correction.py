@@ -21,10 +21,10 @@ import torch
 
 from flexprefill import PrefillConfig, prefill_attention, search_blocks
 from flexprefill.bench.inputs import make_case, make_qkv
-from flexprefill.bench.report import describe_machine, versions
 from flexprefill.bench.timing import make_watch, repeats_within_budget, take_turns
-from flexprefill.demo import HEADS, Prompt, build_prompt, read_tokens
-from flexprefill.search.op import pool_keys
+from flexprefill.evaluation.built_heads import HEADS, Prompt, build_prompt, read_tokens
+from flexprefill.runtime.machine import describe_machine, versions
+from flexprefill.search.operator import pool_keys
 
 ALPHAS = (0.02, 0.1, 0.5, 0.9)
 DENSITIES = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}

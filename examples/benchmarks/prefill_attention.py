@@ -5,7 +5,7 @@ python examples/benchmarks/prefill_attention.py --crossover
 
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
-sparse call with dense attention from 1K to 16K tokens: `flexprefill.backends.DENSE_BELOW` holds what it finds. Both
+sparse call with dense attention from 1K to 16K tokens: `flexprefill.attention.backends.DENSE_BELOW` holds what it finds. Both
 write one JSON file with every repeat.
 """
 

@@ -16,8 +16,8 @@ import torch
 
 from flexprefill import PrefillConfig, attention_recall, search_blocks
 from flexprefill.bench.inputs import make_case
-from flexprefill.bench.report import describe_machine, versions
-from flexprefill.demo import HEADS, build_prompt, read_tokens
+from flexprefill.evaluation.built_heads import HEADS, build_prompt, read_tokens
+from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

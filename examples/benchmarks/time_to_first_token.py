@@ -24,8 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.masking_utils import sdpa_mask
 
 from flexprefill import PrefillConfig, record_masks
-from flexprefill.bench.report import describe_machine, versions
 from flexprefill.integrations.transformers import register
+from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from flexprefill import PrefillConfig, Sequences, prefill_attention, search_blocks
-from flexprefill.bench.report import describe_machine, versions
 from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

@@ -11,13 +11,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexprefill.attention import prefill_attention
+from flexprefill.attention.prefill import prefill_attention
 from flexprefill.bench import floors
 from flexprefill.bench.inputs import Case
 from flexprefill.bench.timing import reason
+from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.errors import FlexPrefillError
-from flexprefill.lists import ListBuffers
-from flexprefill.search import search_blocks
+from flexprefill.search.blocks import search_blocks
 from flexprefill.search.rule import Rule
 
 PART, WHOLE, DENSE = "part", "whole", "dense"
@@ -67,17 +67,17 @@ def _sdpa_reasons(error: Exception, said: list[warnings.WarningMessage]) -> list
 
 
 def _pooling(case: Case) -> Callable[[], Any]:
-    from flexprefill.search import kernels  # imports triton
+    from flexprefill.search.kernels import launch  # imports triton
 
-    return lambda: kernels.pool_keys(case.key, case.config.block_size)
+    return lambda: launch.pool_keys(case.key, case.config.block_size)
 
 
 def _scoring(case: Case) -> Callable[[], Any]:
-    from flexprefill.search import kernels  # imports triton
+    from flexprefill.search.kernels import launch  # imports triton
 
     rule = Rule.of(case.config, scale=case.query.shape[3] ** -0.5, last_chunk=True)
-    means = kernels.pool_keys(case.key, case.config.block_size)
-    return lambda: kernels.score_words(case.query, means, case.length, rule)
+    means = launch.pool_keys(case.key, case.config.block_size)
+    return lambda: launch.score_words(case.query, means, case.length, rule)
 
 
 def _search(case: Case) -> Callable[[], Any]:

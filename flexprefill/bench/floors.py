@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flexprefill.bench.inputs import Case
-from flexprefill.blockmap import causal_blocks, visible_blocks
+from flexprefill.blockmap.geometry import causal_blocks, visible_blocks
 from flexprefill.errors import FlexPrefillError
 from flexprefill.search import reference
 from flexprefill.search.rule import Rule
@@ -112,11 +112,12 @@ def scoring_work(case: Case) -> Work:
 
     Rows of which all is kept anyway need no scores. A block counts whole, also on the diagonal.
     """
-    _, heads, length, head_dim = case.query.shape
+    _, heads, _, head_dim = case.query.shape
     block = case.config.block_size
     rule = Rule.of(case.config, scale=head_dim**-0.5, last_chunk=True)
-    causal = causal_blocks(length, length, block, "cpu")
-    to_choose = (reference.always_kept(length, length, rule, "cpu") != causal).any(-1)
+    geometry = case.block_map.geometry
+    causal = causal_blocks(geometry, "cpu")
+    to_choose = (reference.always_kept(geometry, rule, "cpu") != causal).any(-1)
     pairs = heads * int(causal[to_choose].sum())
     query_bytes = _bytes(case.query) * to_choose.float().mean().item()
     return Work(
@@ -140,7 +141,7 @@ def sparse_attention_work(case: Case) -> Work:
 
 def dense_attention_work(case: Case) -> Work:
     """Attention over all causal blocks."""
-    visible = visible_blocks(case.length, case.length, case.config.block_size, "cpu")
+    visible = visible_blocks(case.block_map.geometry, "cpu")
     return _attention_work(case, case.query.shape[1] * int(visible.sum()))
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
-from flexprefill.search import search_blocks
+from flexprefill.search.blocks import search_blocks
 
 STRETCH = 500  # keys that share a direction
 MAX_SEARCHES = 20

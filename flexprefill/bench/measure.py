@@ -13,7 +13,7 @@ from flexprefill.bench.inputs import Case, make_case, make_qkv
 from flexprefill.bench.settings import Settings
 from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, take_turns
 from flexprefill.errors import FlexPrefillError
-from flexprefill.progress import stage
+from flexprefill.runtime.progress import stage
 
 LONGEST_GRAPH = 16_384  # tokens; beyond, launches are short against the work
 

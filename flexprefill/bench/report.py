@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flexprefill._version import __version__
 from flexprefill.bench.contestants import DENSE, WHOLE
 from flexprefill.bench.measure import Result, Run
 from flexprefill.bench.settings import Settings
 from flexprefill.plotting import TimeLine, token_label
-from flexprefill.store.whole_file import whole_file, write_at
+from flexprefill.runtime.files import whole_file, write_at
 
 WIDTH = 118
 NAME_WIDTH, CELL_WIDTH = 23, 13
 BOUNDS = {"matrix": "mat", "exponentials": "exp", "bytes": "mem"}
 ABSENT = "–"
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Names of the machine that measures, ready for JSON; what it does not tell is None."""
-    if device.type != "cuda":
-        name = f"CPU, {platform.processor() or platform.machine()}"
-        return {"name": name, "threads": torch.get_num_threads(), "driver": None}
-    return {"name": torch.cuda.get_device_name(device), "threads": torch.get_num_threads(), "driver": _driver()}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what takes part; None for a package that is not installed."""
-    found: dict[str, str | None] = {
-        "flexprefill": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for package in ("triton", "flash-attn-4"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def describe_settings(settings: Settings) -> dict[str, Any]:
@@ -212,12 +183,3 @@ def _by_text(runs: Sequence[Run], names: Mapping[str, str], text_of: Callable[[R
             where = "" if len(lengths) == len(runs) else f" ({', '.join(map(token_label, lengths))})"
             lines.append(textwrap.fill(f"{name}{where}: {text}", WIDTH, initial_indent="  ", subsequent_indent="    "))
     return lines
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.split("\n", 1)[0].strip() or None

@@ -13,9 +13,9 @@ from flexprefill.bench.contestants import CONTESTANTS
 from flexprefill.bench.measure import LONGEST_GRAPH
 from flexprefill.bench.settings import DEFAULTS, DENSITIES, Settings, default_density
 from flexprefill.bench.timing import GRAPH_CALLS, MIN_REPEATS
-from flexprefill.checks import DTYPES, HEAD_DIMS
 from flexprefill.cli.values import list_of, parse_device, parse_integer, parse_share, whole
 from flexprefill.config import PrefillConfig
+from flexprefill.variant.inputs import DTYPES, HEAD_DIMS
 
 NAME = "bench"
 SUMMARY = "time every part, and dense attention beside it"

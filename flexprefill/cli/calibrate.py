@@ -14,7 +14,7 @@ from flexprefill.config import PrefillConfig, save_layers
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import load_model, passages, read_text
 from flexprefill.evaluation.calibration import calibrate_decoder, steps_of
-from flexprefill.progress import stage
+from flexprefill.runtime.progress import stage
 
 NAME = "calibrate"
 SUMMARY = "find alphas by layer and head that keep a share of the attention mass"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flexprefill import demo
+from flexprefill.cli import demo_run as demo
 from flexprefill.cli.values import parse_device, parse_integer, parse_share
 from flexprefill.config import PrefillConfig
 

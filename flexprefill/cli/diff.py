@@ -11,19 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from flexprefill.cli.masks import (
-    add_choice_arguments,
-    as_panels,
-    check_choice,
-    describe_geometry,
-    read_layer,
-    row_name,
-)
+from flexprefill.cli.masks import add_choice_arguments, as_panels, check_choice, describe_geometry, read_layer, row_name
 from flexprefill.cli.table import print_table, printable
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import MapDifference, compare_maps
 from flexprefill.plotting import plot_difference, plot_layers
-from flexprefill.progress import terminal_stage
+from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo, read_mask_info
 
 NAME = "diff"

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from flexprefill.checks import check_alphas
 from flexprefill.cli.table import print_table
 from flexprefill.cli.values import list_of, parse_device, parse_share, whole
-from flexprefill.config import PrefillConfig
+from flexprefill.config import PrefillConfig, check_alphas
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import TASKS, ModelSizes, load_model, read_text
 from flexprefill.evaluation.comparison import TEXT, Cell, Plan, compare
 from flexprefill.evaluation.methods import DENSE, KINDS, make_methods
 from flexprefill.evaluation.report import accuracy_points, table
 from flexprefill.plotting import plot_accuracy
-from flexprefill.progress import stage
+from flexprefill.runtime.progress import stage
 
 NAME = "eval"
 SUMMARY = "ask a small model long questions, dense and sparse"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, visible_blocks
+from flexprefill.blockmap.geometry import Geometry, visible_blocks
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.cli.masks import (
     add_choice_arguments,
     as_panels,
@@ -28,7 +29,7 @@ from flexprefill.cli.table import print_table, printable
 from flexprefill.config import PrefillConfig
 from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_heads, plot_layers, token_label
-from flexprefill.progress import terminal_stage
+from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo, read_mask_info
 
 NAME = "inspect"
@@ -220,7 +221,7 @@ def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None
     """How many blocks query blocks keep along the prompt, each line an equal number of them."""
     sizes = info.layers[layer]
     q_len, kv_len, block_size = geometry(sizes)
-    visible = visible_blocks(q_len, kv_len, block_size, "cpu")
+    visible = visible_blocks(Geometry(q_len, kv_len, block_size), "cpu")
     rows = summary.counts.shape[0]
     step = -(-rows // PROFILE_LINES)
     means = [float(part.float().mean()) for part in summary.counts.split(step)]

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.cli.values import whole
 from flexprefill.errors import FlexPrefillError
-from flexprefill.progress import terminal_stage
+from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo, load_masks
 
 

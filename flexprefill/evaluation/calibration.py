@@ -11,8 +11,8 @@ from torch import Tensor
 from flexprefill.config import PrefillConfig
 from flexprefill.evaluation.model import Decoder, causal_sdpa
 from flexprefill.inspection import attention_recall
-from flexprefill.progress import Advance
-from flexprefill.search import search_blocks
+from flexprefill.runtime.progress import Advance
+from flexprefill.search.blocks import search_blocks
 
 LEAST_LOG2 = -24  # of alphas that are tried
 STEPS = 10  # of the bisection between it and 0

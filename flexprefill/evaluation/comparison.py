@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flexprefill.bench.report import describe_machine, versions
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation.methods import Attender, Method
 from flexprefill.evaluation.model import Decoder
 from flexprefill.evaluation.scoring import Share, ask, text_loss
 from flexprefill.evaluation.tasks import TASKS, Samples
 from flexprefill.evaluation.text import passages
-from flexprefill.progress import Advance
-from flexprefill.store.whole_file import whole_file, write_at
+from flexprefill.runtime.files import whole_file, write_at
+from flexprefill.runtime.machine import describe_machine, versions
+from flexprefill.runtime.progress import Advance
 
 TEXT = "text"  # next-token loss, beside the tasks
 

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flexprefill.attention import prefill_attention
-from flexprefill.blockmap import BlockMap, causal_blocks
-from flexprefill.checks import resolve_scale
+from flexprefill.attention.prefill import prefill_attention
+from flexprefill.blockmap.geometry import Geometry, causal_blocks
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
 from flexprefill.evaluation.model import causal_sdpa
 from flexprefill.inspection import attention_recall
-from flexprefill.search import search_blocks
+from flexprefill.search.blocks import search_blocks
 from flexprefill.search.grid import Grid
 from flexprefill.search.reference import always_kept
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import find_scorer
+from flexprefill.variant.inputs import resolve_scale
 
 RANDOM = "random"
 EXACT = "exact"
@@ -137,20 +138,22 @@ def choose_as_many(query: Tensor, key: Tensor, block_map: BlockMap, config: Pref
         query: [B, Hq, S, D]; key: [B, Hkv, S, D].
         block_map: [B, Hq, M, N], which keeps at least the config's sinks, window and last blocks.
     """
-    device, sizes = query.device, (query.shape[2], key.shape[2])
+    device, geometry = query.device, Geometry(query.shape[2], key.shape[2], config.block_size)
     scale = resolve_scale(None, query.shape[3])
     if chosen_by == RANDOM:
         # the same draw wherever the lengths are the same: a map depends on nothing that the model computes
-        scores = torch.rand(block_map.shape, generator=Generator().manual_seed(sum(sizes))).to(device)
+        scores = torch.rand(block_map.shape, generator=Generator().manual_seed(geometry.q_len + geometry.kv_len)).to(
+            device
+        )
     else:
         scorer = find_scorer(chosen_by)
         first_key = (scorer.score_rows or config.score_rows) == "visible"
-        grid = Grid(*sizes, config.block_size, scale, first_key)
+        grid = Grid(geometry, scale, first_key)
         scores = scorer.log_scores(query, scorer.pool(key, config.block_size), grid)
     if chosen_by != EXACT:
-        always = always_kept(*sizes, Rule.of(config, scale=scale, last_chunk=True), device)
+        always = always_kept(geometry, Rule.of(config, scale=scale, last_chunk=True), device)
         scores = scores.masked_fill(always, torch.inf)
-    scores = scores.masked_fill(~causal_blocks(*sizes, config.block_size, device), -torch.inf)
+    scores = scores.masked_fill(~causal_blocks(geometry, device), -torch.inf)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     keep = rank < block_map.counts()[..., None]
-    return BlockMap.from_dense(keep, q_len=sizes[0], kv_len=sizes[1], block_size=config.block_size)
+    return BlockMap.from_dense(keep, **geometry._asdict())

@@ -14,17 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from flexprefill.evaluation.text import passages
-from flexprefill.evaluation.vocabulary import (
-    ASK,
-    BEGIN,
-    COMMON,
-    FIRST_WORD,
-    NEEDLE,
-    REPEAT,
-    SET,
-    TRACE,
-    WORDS,
-)
+from flexprefill.evaluation.vocabulary import ASK, BEGIN, COMMON, FIRST_WORD, NEEDLE, REPEAT, SET, TRACE, WORDS
 
 STATEMENT = 4  # tokens of a needle: mark, two of a key, value
 QUESTION = 3  # mark, two of a key

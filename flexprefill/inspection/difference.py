@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, popcount
-from flexprefill.checks import check_has_bits
+from flexprefill.blockmap.bits import popcount
+from flexprefill.blockmap.map import BlockMap, check_has_bits
 
 
 @dataclass(frozen=True, eq=False)

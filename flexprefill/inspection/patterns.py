@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, unpack_bits, visible_blocks
-from flexprefill.checks import check_config, check_has_bits, check_index
-from flexprefill.config import PrefillConfig
+from flexprefill.blockmap.bits import unpack_bits
+from flexprefill.blockmap.geometry import visible_blocks
+from flexprefill.blockmap.map import BlockMap, check_has_bits, check_index
+from flexprefill.config import PrefillConfig, check_config
 
 PATTERNS = ("sink", "window", "last", "vertical", "slash", "scattered")  # of the codes 1 … 6
 SINK, WINDOW, LAST, VERTICAL, SLASH, SCATTERED = range(1, len(PATTERNS) + 1)
@@ -53,7 +54,7 @@ def block_patterns(block_map: BlockMap, head: int, *, batch: int = 0, config: Pr
     check_config(config)
 
     rows, columns = block_map.shape[2:]
-    visible = visible_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, block_map.device)
+    visible = visible_blocks(block_map.geometry, block_map.device)
     words = block_map.words[batch, head]
     kept = torch.cat([unpack_bits(part, columns) for part in words.split(SLAB_ROWS)])
     column = torch.arange(columns, device=kept.device, dtype=torch.int32)

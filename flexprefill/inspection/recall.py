@@ -8,9 +8,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, unpack_bits
-from flexprefill.checks import check_attention_inputs, check_block_map, resolve_scale
-from flexprefill.progress import Advance, asked_stage
+from flexprefill.blockmap.bits import unpack_bits
+from flexprefill.blockmap.map import BlockMap, check_block_map
+from flexprefill.runtime.progress import Advance, asked_stage
+from flexprefill.variant.inputs import check_attention_inputs, resolve_scale
+from flexprefill.variant.logits import PlainAttention
 
 
 def attention_recall(
@@ -44,29 +46,23 @@ def attention_recall(
     """
     check_attention_inputs(query, key)
     check_block_map(block_map, query, key)
-    batch, heads, q_len, _ = query.shape
-    kv_len, kv_heads = key.shape[2], key.shape[1]
-    scale = resolve_scale(scale, query.shape[3])
-    size, group, columns = block_map.block_size, heads // kv_heads, block_map.shape[3]
-    grouped = query.unflatten(1, (kv_heads, group))
-    words = block_map.words.unflatten(1, (kv_heads, group))  # [B, Hkv, g, M, W]
-    column = torch.arange(kv_len, device=key.device)
+    attention = PlainAttention(query, key, resolve_scale(scale, query.shape[3]))
+    (batch, heads, q_len, _), geometry, group = query.shape, block_map.geometry, attention.group
     chosen = torch.arange(q_len) if rows is None else _row_tensor(rows, q_len)
-    row_blocks = [(block, chosen[chosen // size == block]) for block in (chosen // size).unique().tolist()]
-    kept_mass = torch.zeros(batch, kv_heads, group, device=query.device, dtype=torch.float32)
-    with asked_stage(progress, "attention mass", batch * kv_heads * len(row_blocks)) as advance:
-        for b, head in product(range(batch), range(kv_heads)):
-            keys = key[b, head].float()
+    block_of = chosen // geometry.block_size
+    row_blocks = [(block, chosen[block_of == block]) for block in block_of.unique().tolist()]
+    kept_mass = torch.zeros(batch, heads, device=query.device, dtype=torch.float32)
+    with asked_stage(progress, "attention mass", batch * key.shape[1] * len(row_blocks)) as advance:
+        for b, head in product(range(batch), range(0, heads, group)):
+            of_group = slice(head, head + group)
             for row_block, block_rows in row_blocks:
-                end = block_map.offset + int(block_rows.max()) + 1  # keys from here on are in the future
-                block_rows = block_rows.to(query.device)
-                logits = scale * (grouped[b, head, :, block_rows].float() @ keys[:end].T)  # [g, rows, end]
-                visible = column[:end] <= (block_rows + block_map.offset)[:, None]
-                mass = torch.where(visible, logits, -torch.inf).softmax(-1)
-                kept = unpack_bits(words[b, head, :, row_block], columns).repeat_interleave(size, -1)[:, :end]
-                kept_mass[b, head] += (mass * kept[:, None]).sum((-1, -2))
+                end = geometry.offset + int(block_rows.max()) + 1  # keys from here on are in the future
+                logits = attention.logits(slice(b, b + 1), of_group, block_rows.to(query.device), slice(0, end))[0]
+                kept = unpack_bits(block_map.words[b, of_group, row_block], geometry.columns)
+                kept = kept.repeat_interleave(geometry.block_size, -1)[:, None, :end]
+                kept_mass[b, of_group] += (logits.softmax(-1) * kept).sum((-1, -2))  # of [g, rows, end]
                 advance(1)
-    return (kept_mass / chosen.numel()).flatten(1)
+    return kept_mass / chosen.numel()
 
 
 def _row_tensor(rows: Iterable[int], q_len: int) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap, visible_blocks
-from flexprefill.checks import check_has_bits
+from flexprefill.blockmap.geometry import visible_blocks
+from flexprefill.blockmap.map import BlockMap, check_has_bits
 from flexprefill.config import PrefillConfig
 from flexprefill.inspection.patterns import PATTERNS, block_patterns
 
@@ -72,7 +72,7 @@ def summarize_heads(block_map: BlockMap, *, config: PrefillConfig | None = None)
         TypeError: ``block_map`` or ``config`` is of another kind.
     """
     check_has_bits("block_map", block_map)
-    visible = int(visible_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, "cpu").sum())
+    visible = int(visible_blocks(block_map.geometry, "cpu").sum())
     counts = block_map.counts().cpu()
     summaries = []
     for batch in range(block_map.shape[0]):

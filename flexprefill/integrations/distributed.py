@@ -10,7 +10,7 @@ keys and values for the attention. Maps are bit for bit those of one process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 
-from flexprefill.attention import prefill_attention
-from flexprefill.blockmap import BlockMap, ceil_div
-from flexprefill.checks import check_alphas, check_attention_inputs, check_config, resolve_scale
-from flexprefill.config import PrefillConfig
-from flexprefill.search import op, resolve_implementation
+from flexprefill.attention.prefill import prefill_attention
+from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.blockmap.map import BlockMap
+from flexprefill.config import PrefillConfig, check_alphas, check_config
+from flexprefill.search import operator
+from flexprefill.search.blocks import resolve_implementation
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER
+from flexprefill.variant.inputs import check_attention_inputs, check_per_head, resolve_scale
+from flexprefill.variant.variant import AttentionVariant, check_variant
 
 
 @dataclass(frozen=True)
@@ -119,17 +122,18 @@ def context_parallel_search(
     layout: ContextLayout,
     config: PrefillConfig = PrefillConfig(),
     *,
+    variant: AttentionVariant | None = None,
     scale: float | None = None,
-    implementation: str = "auto",
 ) -> tuple[BlockMap, BlockMap]:
     """The maps of this process's two chunks of queries, over all keys up to the end of each.
 
     All processes of the group have to call it. The rows are bit for bit those of the map that one process finds in the
-    whole prompt with this implementation.
+    whole prompt.
 
     Args:
         query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]: this process's parts, see :func:`shard_context`.
-        config, scale, implementation: as in :func:`flexprefill.search_blocks`; FlashPrefill's own scorer alone.
+        config, variant, scale: as in :func:`flexprefill.search_blocks`; FlashPrefill's own scorer alone, and a variant
+            without sequences.
 
     Returns:
         The map of the chunk from the sequence's start, and that of the chunk from its end.
@@ -149,13 +153,14 @@ def context_parallel_search(
     if config.guard is not None:
         raise ValueError(f"config.guard must be None, because each process sees a part of the rows, got {config.guard}")
     scale = resolve_scale(scale, query.shape[3])
-    implementation = resolve_implementation(implementation, query.device, config.scorer)
+    variant = _without_sequences(variant, query, key)
+    implementation = resolve_implementation("auto", query.device, config.scorer)
     means = _gather_means(key, layout, config.block_size, implementation)
     maps = []
     for rows, (_, end) in zip(_chunks(query, layout), layout.spans(), strict=True):
         rule = Rule.of(config, scale=scale, last_chunk=end == layout.length)
         seen = means[:, :, : ceil_div(end, config.block_size)].contiguous()
-        words = op.score_words(rows, seen, end, rule, implementation)
+        words = operator.score_words(rows, seen, end, rule, implementation, variant)
         maps.append(BlockMap(words, rows.shape[2], end, config.block_size))
     return maps[0], maps[1]
 
@@ -167,6 +172,7 @@ def context_parallel_attention(
     layout: ContextLayout,
     config: PrefillConfig = PrefillConfig(),
     *,
+    variant: AttentionVariant | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -177,7 +183,7 @@ def context_parallel_attention(
 
     Args:
         query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]; value: [B, Hkv, S_local, Dv]: this process's parts.
-        config, scale, backend: as in :func:`flexprefill.prefill_attention`.
+        config, variant, scale, backend: as in :func:`flexprefill.prefill_attention`; a variant without sequences.
 
     Returns:
         [B, Hq, S_local, Dv], of this process's queries.
@@ -187,14 +193,14 @@ def context_parallel_attention(
     """
     check_attention_inputs(query, key, value)
     _check_local("value", value, layout)
-    maps = context_parallel_search(query, key, layout, config, scale=scale)
+    maps = context_parallel_search(query, key, layout, config, variant=variant, scale=scale)
     keys, values = gather_context(key, layout), gather_context(value, layout)
     outputs = []
     for rows, block_map in zip(_chunks(query, layout), maps, strict=True):
         seen = keys[:, :, : block_map.kv_len], values[:, :, : block_map.kv_len]
         last = block_map.kv_len == layout.length
-        arguments = {"block_map": block_map, "scale": scale, "last_chunk": last, "backend": backend}
-        outputs.append(prefill_attention(rows, *seen, config, **arguments))
+        chosen = {"variant": variant, "block_map": block_map, "scale": scale, "last_chunk": last, "backend": backend}
+        outputs.append(prefill_attention(rows, *seen, config, **chosen))
     return torch.cat(outputs, 2)
 
 
@@ -204,6 +210,7 @@ def tensor_parallel_attention(
     value: DTensor,
     config: PrefillConfig = PrefillConfig(),
     *,
+    variant: AttentionVariant | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> DTensor:
@@ -212,7 +219,8 @@ def tensor_parallel_attention(
     Args:
         query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv]: on one mesh of one dimension, sharded
             along heads, both numbers of heads multiples of the mesh's size.
-        config, scale, backend: as in :func:`flexprefill.prefill_attention`.
+        config, variant, scale, backend: as in :func:`flexprefill.prefill_attention`. A variant's slopes and sinks are
+            of all heads, [Hq]; each process takes its own.
 
     Returns:
         [B, Hq, S_q, Dv], sharded alike.
@@ -233,9 +241,34 @@ def tensor_parallel_attention(
                 f"{name} must be [B, H, S, D] with a multiple of {tensor.device_mesh.size()} heads, "
                 f"got {list(tensor.shape)}"
             )
-    local = (tensor.to_local() for tensor in (query, key, value))
-    output = prefill_attention(*local, config, scale=scale, backend=backend)
+    own = None if variant is None else _own_heads(variant, query)
+    output = prefill_attention(
+        query.to_local(), key.to_local(), value.to_local(), config, variant=own, scale=scale, backend=backend
+    )
     return DTensor.from_local(output, query.device_mesh, query.placements, run_check=False)
+
+
+def _without_sequences(variant: AttentionVariant | None, query: Tensor, key: Tensor) -> AttentionVariant:
+    if variant is not None and isinstance(variant, AttentionVariant) and variant.sequences is not None:
+        raise ValueError(
+            "variant must be without sequences, whose means each process would have to know, got variant.sequences: "
+            "shard prompts of one sequence"
+        )
+    return check_variant(variant, query, key)
+
+
+def _own_heads(variant: AttentionVariant, query: DTensor) -> AttentionVariant:
+    """The variant of this process's heads."""
+    if not isinstance(variant, AttentionVariant):
+        raise TypeError(f"variant must be an AttentionVariant or None, got {type(variant).__name__}")
+    heads = query.shape[1] // query.device_mesh.size()
+    first = query.device_mesh.get_local_rank() * heads
+    parts = {}
+    for name, tensor in (("alibi_slopes", variant.alibi_slopes), ("sinks", variant.sinks)):
+        if tensor is not None:
+            check_per_head(f"variant.{name}", tensor, query)
+            parts[name] = tensor[first : first + heads]
+    return replace(variant, **parts)
 
 
 def _chunks(tensor: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
@@ -246,7 +279,7 @@ def _chunks(tensor: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
 
 def _gather_means(key: Tensor, layout: ContextLayout, block_size: int, implementation: str) -> Tensor:
     """The means of all blocks of the sequence, of which this process pools its own: [B, Hkv, N, D]."""
-    own = torch.cat([op.pool_keys(chunk, block_size, implementation) for chunk in _chunks(key, layout)], 2)
+    own = torch.cat([operator.pool_keys(chunk, block_size, implementation) for chunk in _chunks(key, layout)], 2)
     counts = [[ceil_div(end - start, block_size) for start, end in layout.spans(r)] for r in range(layout.ranks)]
     return _gather(own, 2, counts, layout)
 

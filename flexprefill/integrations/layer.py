@@ -1,19 +1,21 @@
-"""Attention of one layer of a model: sparse by a search, exact over a sliding window, or dense; capped, with sinks."""
+"""Attention of one layer of a model: sparse by a search, exact over a sliding window, or dense."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from flexprefill.attention import all_blocks, prefill_attention
-from flexprefill.backends import Request, choose_dense
-from flexprefill.checks import check_attention_inputs
+from flexprefill.attention.backends import Request, choose_dense
+from flexprefill.attention.dense import dense_attention
+from flexprefill.attention.prefill import prefill_attention
+from flexprefill.blockmap.map import all_blocks
 from flexprefill.config import PrefillConfig
-from flexprefill.dense import dense_attention
-from flexprefill.recording import is_recording, note
-from flexprefill.search import search_blocks
-from flexprefill.sequences import Sequences
+from flexprefill.runtime.listeners import is_recording, note
+from flexprefill.search.blocks import search_blocks
+from flexprefill.variant.inputs import check_attention_inputs
+from flexprefill.variant.sequences import Sequences
+from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,12 @@ class Layer:
     Attributes:
         config: which blocks it keeps; None keeps all.
         scale: factor on the dot products.
-        window: how many keys a query sees at most, its own among them. Where it is shorter than the keys it is
-            attended exactly, without a search.
-        softcap: scores s become softcap · tanh(s / softcap), in the search too.
-        sinks: [Hq], for each head the score of a further key whose value is zero.
+        variant: without sequences. Where its window is shorter than the keys it is attended exactly, without a search.
     """
 
     config: PrefillConfig | None
     scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    variant: AttentionVariant = PLAIN
 
 
 def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -51,28 +48,19 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
         TypeError, ValueError: as :func:`flexprefill.prefill_attention`.
     """
     check_attention_inputs(query, key, value)
-    config = layer.config or PrefillConfig()
-    window = layer.window if layer.window is not None and layer.window < key.shape[2] else None
+    config, variant, scale = layer.config or PrefillConfig(), layer.variant, layer.scale
+    if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
+        variant = replace(variant, sliding_window=None)
     block_map = None
-    if window is not None or layer.config is None:
-        if window is None and layer.softcap is None and layer.sinks is None:
-            return _attend_dense(query, key, value, layer.scale)
+    if variant.sliding_window is not None or layer.config is None:
+        if variant == PLAIN:
+            return _attend_dense(query, key, value, scale)
         block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
         # their queries see no padding, which is behind them: the attention need not know of it
-        sequences = Sequences.from_lengths(lengths, key.shape[2])
-        block_map = search_blocks(query, key, config, scale=layer.scale, sequences=sequences, soft_cap=layer.softcap)
-    return prefill_attention(
-        query,
-        key,
-        value,
-        config,
-        block_map=block_map,
-        scale=layer.scale,
-        sliding_window=window,
-        soft_cap=layer.softcap,
-        sinks=layer.sinks,
-    )
+        padded = replace(variant, sequences=Sequences.from_lengths(lengths, key.shape[2]))
+        block_map = search_blocks(query, key, config, variant=padded, scale=scale)
+    return prefill_attention(query, key, value, config, variant=variant, block_map=block_map, scale=scale)
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexprefill.blockmap import BlockMap
+from flexprefill.blockmap.block_mask import Cut, list_blocks
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.errors import FlexPrefillError
-from flexprefill.flex import Cut, lists_of
-from flexprefill.recording import is_recording
+from flexprefill.runtime.listeners import is_recording
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
 PADDING_BETWEEN = (
@@ -73,8 +73,9 @@ class Prompts:
         causal = BlockMap.causal(
             self.batch, 1, q_len=q_len, kv_len=lengths[1], block_size=BLOCK_SIZE, device=self.device
         )
+        lists = list_blocks(causal.words, causal.geometry, Cut((self,))).lists
         return BlockMask.from_kv_blocks(
-            *lists_of(causal, Cut((self,), None), None),
+            *lists,
             BLOCK_SIZE=BLOCK_SIZE,
             mask_mod=self,
             seq_lengths=lengths,

@@ -16,19 +16,21 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexprefill.checks import check_config, resolve_scale
-from flexprefill.config import PrefillConfig
+from flexprefill.config import PrefillConfig, check_config
 from flexprefill.errors import FlexPrefillError
 from flexprefill.integrations.layer import Layer, attend_layer
-from flexprefill.integrations.plain import attend_rows
 from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, attend_each, bounds_of, spans_of
-from flexprefill.tracing import is_tracing
+from flexprefill.runtime.tracing import is_tracing
+from flexprefill.variant.inputs import resolve_scale
+from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import AttentionVariant
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -224,16 +226,17 @@ def _attention_function(
         if not causal:
             raise FlexPrefillError("softcap and s_aux are supported for causal attention only")
         scale = resolve_scale(scaling, query.shape[3])
+        variant = AttentionVariant(soft_cap=softcap, sinks=None if s_aux is None else s_aux.detach())
         if query.shape[2] == 1:
             with torch.no_grad():
-                output = attend_rows(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)
+                output = _attend_plainly(query, key, value, attention_mask, scale, variant)
             return output.transpose(1, 2), None
 
         prompts = _prompts_of(attention_mask)
         index = getattr(module, "layer_idx", None)
         setting = layers[index] if index in layers else config or _published(module)
         window = sliding_window if prompts is None else prompts.window
-        layer = Layer(setting, scale, window, softcap, None if s_aux is None else s_aux.detach())
+        layer = Layer(setting, scale, replace(variant, sliding_window=window))
         if prompts is None:
             output = attend_layer(layer, query, key, value)
         else:
@@ -241,6 +244,30 @@ def _attention_function(
         return output.transpose(1, 2).contiguous(), None
 
     return flexprefill_attention
+
+
+def _attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, variant: AttentionVariant
+) -> Tensor:
+    """Attention of queries that see what a mask says, in plain PyTorch: [B, Hq, S_q, Dv] of query's dtype.
+
+    Args:
+        mask: bool, True where a key is seen, or numbers to add to the scores; broadcast to [B, Hq, S_q, S_kv]. None
+            shows all keys.
+    """
+    if mask is None:
+        return PlainAttention(query, key, scale, variant, causal=False).attend(value)[0].to(query.dtype)
+    of_each = mask.expand(*query.shape[:3], key.shape[2])
+
+    def shown(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return of_each[b, h, q_idx, kv_idx]
+
+    def added(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + of_each[b, h, q_idx, kv_idx]
+
+    hides = mask.dtype == torch.bool
+    mods = {"mask_mods": (shown,) if hides else (), "score_mods": () if hides else (added,)}
+    return PlainAttention(query, key, scale, variant, **mods, causal=False).attend(value)[0].to(query.dtype)
 
 
 def _published(module: nn.Module) -> PrefillConfig:

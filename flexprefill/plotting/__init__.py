@@ -1,17 +1,9 @@
 """Pictures of maps and of times. matplotlib is optional, and imported only when something is drawn."""
 
+from flexprefill.blockmap.cells import kept_shares
+from flexprefill.blockmap.html import DROPPED, KEPT
 from flexprefill.plotting.accuracy import AccuracyPoint, plot_accuracy
-from flexprefill.plotting.canvas import (
-    COLUMNS,
-    DROPPED,
-    GAP_X,
-    KEPT,
-    LEFT,
-    TOP,
-    token_label,
-    token_ticks,
-)
-from flexprefill.plotting.cells import kept_shares
+from flexprefill.plotting.canvas import COLUMNS, GAP_X, LEFT, TOP, token_label, token_ticks
 from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND, plot_difference
 from flexprefill.plotting.heads import plot_heads
 from flexprefill.plotting.layers import plot_layers

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexprefill.plotting.canvas import DROPPED, KEPT, add_axes, check_picture_path, new_figure, token_label
+from flexprefill.blockmap.html import DROPPED, KEPT
+from flexprefill.plotting.canvas import add_axes, check_picture_path, new_figure, token_label
 
 # pixels: of a panel, and around it
 PANEL_WIDTH, PANEL_HEIGHT = 640, 640

@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_path
+from flexprefill.blockmap.map import BlockMap
 from flexprefill.errors import FlexPrefillError
+from flexprefill.runtime.files import check_path
 
 # the aim for a panel's longer side, one of several and one alone; each cell gets a whole number of pixels, and
 # a map of more blocks is averaged down to as many cells
@@ -21,7 +18,6 @@ PANEL_PIXELS, LONE_PANEL_PIXELS = 512, 1024
 MIN_HEIGHT = 128  # pixels; of a panel with few query blocks
 COLUMNS = 4
 DPI = 200
-KEPT, DROPPED = "#14508c", "#e3e7ed"
 # pixels around the panels: titles and axis labels
 LEFT, RIGHT, TOP, BOTTOM, GAP_X, GAP_Y = 170, 50, 80, 200, 120, 190
 BAR_WIDTH, BAR_HEIGHT, BAR_BOTTOM = 300, 16, 62  # of a colour scale below the panels, in pixels
@@ -42,11 +38,6 @@ def token_label(tokens: int) -> str:
         if tokens and tokens % unit == 0:
             return f"{tokens // unit}{sign}"
     return str(tokens)
-
-
-def rgb(colour: str) -> Tensor:
-    """A colour #rrggbb as float32 [3] in 0 … 1."""
-    return torch.tensor(list(bytes.fromhex(colour.removeprefix("#")))) / 255
 
 
 def panel_pixels(heads: int) -> int:

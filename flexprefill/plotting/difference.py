@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_index
+from flexprefill.blockmap.cells import cell_factor, head_shares, shade
+from flexprefill.blockmap.html import DROPPED, rgb
+from flexprefill.blockmap.map import BlockMap, check_index
 from flexprefill.inspection import compare_maps
 from flexprefill.plotting.canvas import (
     BAR_BOTTOM,
     BAR_HEIGHT,
     DPI,
-    DROPPED,
     add_axes,
     add_patches,
     check_picture_path,
@@ -24,10 +24,8 @@ from flexprefill.plotting.canvas import (
     draw_cells,
     panel_grid,
     panel_pixels,
-    rgb,
     style_bar,
 )
-from flexprefill.plotting.cells import cell_factor, head_shares, shade
 
 BOTH, ONLY_FIRST, ONLY_SECOND = "#8b98ab", "#d9480f", "#0b8a7d"
 SCALE_WIDTH, SCALE_GAP = 150, 40  # of each of three colour scales, in pixels
@@ -69,12 +67,12 @@ def plot_difference(
     if not isinstance(names, (tuple, list)) or len(names) != 2:
         raise TypeError(f"names must be two names, got {names!r}")
 
-    factor = cell_factor(first, panel_pixels(first.shape[1]))
+    factor = cell_factor(first.geometry, panel_pixels(first.shape[1]))
     figure, panels = panel_grid(first, factor)
     parts = _parts(first, second)
     iou = difference.iou
     for head, axes in enumerate(panels):
-        shares = [head_shares(part, batch, head, factor) for part in parts]
+        shares = [head_shares(part.words[batch, head], part.geometry, factor) for part in parts]
         draw_cells(axes, mix(*shares).numpy(), first, factor)
         verdict = "equal" if iou[batch, head] == 1 else f"IoU {float(iou[batch, head]):.3f}"
         axes.set_title(f"{titles[head]}, {verdict}", fontsize=11, pad=7)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_has_bits, check_index
+from flexprefill.blockmap.cells import cell_factor, head_shares
+from flexprefill.blockmap.html import DROPPED, KEPT
+from flexprefill.blockmap.map import BlockMap, check_has_bits, check_index
 from flexprefill.plotting.canvas import (
     DPI,
-    DROPPED,
-    KEPT,
     add_colour_bar,
     add_patches,
     check_picture_path,
@@ -21,7 +20,6 @@ from flexprefill.plotting.canvas import (
     panel_pixels,
     share_norm,
 )
-from flexprefill.plotting.cells import cell_factor, head_shares
 
 
 def plot_heads(
@@ -54,12 +52,12 @@ def plot_heads(
     check_index("batch", batch, block_map.shape[0])
     titles = check_titles(titles, block_map.shape[1])
 
-    factor = cell_factor(block_map, panel_pixels(block_map.shape[1]))
+    factor = cell_factor(block_map.geometry, panel_pixels(block_map.shape[1]))
     figure, panels = panel_grid(block_map, factor)
     colours = {"cmap": colour_map(DROPPED, KEPT), "norm": share_norm()}
     density = block_map.density()[batch].tolist()
     for head, axes in enumerate(panels):
-        cells = head_shares(block_map, batch, head, factor)
+        cells = head_shares(block_map.words[batch, head], block_map.geometry, factor)
         image = draw_cells(axes, cells.numpy(), block_map, factor, **colours)
         axes.set_title(f"{titles[head]}, {100 * density[head]:.1f} % kept", fontsize=11, pad=7)
     if factor == 1:

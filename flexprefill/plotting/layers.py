@@ -9,11 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flexprefill.blockmap.html import DROPPED, KEPT
 from flexprefill.plotting.canvas import (
     BAR_WIDTH,
     BOTTOM,
-    DROPPED,
-    KEPT,
     LEFT,
     RIGHT,
     add_axes,

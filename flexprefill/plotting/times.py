@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexprefill.plotting.canvas import DROPPED, KEPT, check_picture_path, new_figure, token_label
+from flexprefill.blockmap.html import DROPPED, KEPT
+from flexprefill.plotting.canvas import check_picture_path, new_figure, token_label
 
 # pixels of a picture of times: the whole, the margins around the axes, and from one label to the next
 TIMES_WIDTH, TIMES_HEIGHT = 1900, 1240

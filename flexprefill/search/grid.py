@@ -8,47 +8,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import ceil_div
-
-PIECE = 2**24  # query rows × key blocks at a time
+from flexprefill.blockmap.geometry import Geometry, ceil_div
+from flexprefill.runtime.memory import PIECE
+from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 
 class Grid(NamedTuple):
-    """The blocks that a scorer scores. M and N are the numbers of query and key blocks, b is ``block_size``.
+    """The blocks that a scorer scores. M and N are the numbers of query and key blocks, b is ``block_size``."""
 
-    Queries are the last ``q_len`` of ``kv_len`` positions.
-    """
-
-    q_len: int
-    kv_len: int
-    block_size: int
+    geometry: Geometry
     scale: float  # factor on the dot products of queries and keys
     first_key: bool  # a row scores the blocks of which it sees a key, not only those of which it sees all
-    sliding_window: int = 0  # keys that a row sees, its own the last; 0: all before it
-    starts: Tensor | None = None  # of Sequences, and ends
-    ends: Tensor | None = None
-    soft_cap: float = 0.0  # on the scaled products; 0: none
-    alibi_slopes: Tensor | None = None  # float32 [Hq]
+    variant: AttentionVariant = PLAIN
+
+    @property
+    def q_len(self) -> int:
+        """Queries are the last ``q_len`` of ``kv_len`` positions."""
+        return self.geometry.q_len
+
+    @property
+    def kv_len(self) -> int:
+        return self.geometry.kv_len
+
+    @property
+    def block_size(self) -> int:
+        return self.geometry.block_size
 
     @property
     def rows(self) -> int:
         """M."""
-        return ceil_div(self.q_len, self.block_size)
+        return self.geometry.rows
 
     @property
     def columns(self) -> int:
         """N."""
-        return ceil_div(self.kv_len, self.block_size)
+        return self.geometry.columns
 
     @property
     def offset(self) -> int:
         """The position of the first query."""
-        return self.kv_len - self.q_len
+        return self.geometry.offset
 
     @property
     def cut(self) -> bool:
         """Whether anything but the causal edge hides keys."""
-        return self.starts is not None or self.sliding_window > 0
+        return self.variant.sequences is not None or self.variant.sliding_window is not None
 
     def scored_from(self, device: torch.device | str) -> Tensor:
         """The first position whose query gives a score to each key block, where nothing is cut: int64 [N]."""
@@ -80,14 +84,14 @@ class Grid(NamedTuple):
 
         In all they are as much as the window is wide.
         """
-        b = self.block_size
+        b, window = self.block_size, self.variant.sliding_window
         step = max(1, PIECE // (self.columns * b))
-        if self.sliding_window:
-            step = min(step, ceil_div(self.sliding_window, b) + 1)
+        if window is not None:
+            step = min(step, ceil_div(window, b) + 1)
         for first in range(0, self.rows, step):
             end = min(first + step, self.rows)
             last_position = min(self.offset + end * b, self.kv_len) - 1
-            first_position = max(self.offset + first * b - self.sliding_window + 1, 0) if self.sliding_window else 0
+            first_position = 0 if window is None else max(self.offset + first * b - window + 1, 0)
             yield slice(first, end), slice(first_position // b, last_position // b + 1)
 
     def joined(self, pieces: list[tuple[slice, slice, Tensor]], device: torch.device | str) -> Tensor:
@@ -106,14 +110,16 @@ class Grid(NamedTuple):
         block_start, block_end = block * b, ((block + 1) * b).clamp(max=self.kv_len)
         # rows past the end stand in no sequence
         inside, index = position < self.kv_len, position.clamp(max=self.kv_len - 1)
-        start, end = 0, self.kv_len
-        if self.starts is not None:
-            start, end = self.starts[:, index[0]].long(), self.ends[:, index[0]].long()
-        start, end = torch.where(inside, start, self.kv_len), torch.where(inside, end, 0)
+        sequences, window = self.variant.sequences, self.variant.sliding_window
+        if sequences is None:
+            start, end = torch.where(inside, 0, self.kv_len), torch.where(inside, self.kv_len, 0)
+        else:
+            start = torch.where(inside, sequences.starts[:, index[0]].long(), self.kv_len)
+            end = torch.where(inside, sequences.ends[:, index[0]].long(), 0)
         own_first, own_end = torch.maximum(block_start, start), torch.minimum(block_end, end)
         seen_first = own_first
-        if self.sliding_window:
-            seen_first = torch.maximum(own_first, position - (self.sliding_window - 1))
+        if window is not None:
+            seen_first = torch.maximum(own_first, position - (window - 1))
         seen_end = torch.minimum(own_end, position + 1)
         return View(position, start, end, block_start, block_end, own_first, own_end, seen_first, seen_end)
 

@@ -6,18 +6,16 @@ their indices. Log-scores are in log2.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexprefill.blockmap import causal_blocks, ceil_div
+from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div
 from flexprefill.search.grid import Grid, View
 from flexprefill.search.rule import Rule, log2_alphas_on
-
-LOG2_E = math.log2(math.e)
+from flexprefill.variant.logits import LOG2_E, log2_sum, soft_capped
+from flexprefill.variant.sequences import Sequences
 
 
 def pool_keys(key: Tensor, block_size: int) -> Tensor:
@@ -34,7 +32,7 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
     return (sums / sizes[:, None]).to(key.dtype)
 
 
-def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) -> Tensor:
+def pool_own_keys(key: Tensor, block_size: int, sequences: Sequences) -> Tensor:
     """Means of what each sequence has of each key block, taken and kept as :func:`pool_keys` does.
 
     A block has one for each of its sequences. N of them are of the sequence that its first position belongs to, N of
@@ -42,7 +40,7 @@ def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) ->
     sequence in its own block.
 
     Args:
-        key: [B, Hkv, S_kv, D]; starts, ends: [1 or B, S_kv], of Sequences.
+        key: [B, Hkv, S_kv, D].
 
     Returns:
         [B, Hkv, N + N + S_kv, D]; what stands where padding does, or a position's where its sequence reaches an end of
@@ -54,7 +52,7 @@ def pool_own_keys(key: Tensor, block_size: int, starts: Tensor, ends: Tensor) ->
     keys = rearrange(pad(key.float(), (0, 0, 0, missing)), "B H (N b) D -> B H N b D", b=block_size)
     starts, ends = (
         rearrange(pad(tensor, (0, missing), value=value), "B (N b) -> B N b", b=block_size)
-        for tensor, value in ((starts, kv_len), (ends, 0))
+        for tensor, value in ((sequences.starts, kv_len), (sequences.ends, 0))
     )
     position = torch.arange(columns * block_size, device=key.device).view(columns, block_size)
     last = ((torch.arange(columns, device=key.device) + 1) * block_size).clamp(max=kv_len) - 1
@@ -90,7 +88,7 @@ def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     shape = *grouped.shape[:4], grid.columns
     L = torch.full(shape, -torch.inf, device=query.device, dtype=torch.float32)  # [B, Hkv, g, M, N]
     for I, J in grid.pieces():
-        view = grid.view(query.device, I, J) if grid.cut or grid.alibi_slopes is not None else None
+        view = grid.view(query.device, I, J) if grid.cut or grid.variant.alibi_slopes is not None else None
         scores = grid.scoring_rows(query.device, I, J)
         for batch in range(means.shape[0]):
             entry = None if view is None else View(*(part if part.dim() < 4 else _of(part, batch) for part in view))
@@ -111,7 +109,7 @@ def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: 
     """Query blocks I [g, m, b, D] times the means of their own sequences in key blocks J: [g, m, b, n]."""
     columns, b = grid.columns, grid.block_size
     of_first = queries @ means[:columns][J].T
-    if grid.starts is None:
+    if grid.variant.sequences is None:
         return of_first
     of_last = queries @ means[columns : 2 * columns][J].T
     # one that reaches neither the block's first position nor its last lies in the rows' own block alone
@@ -125,19 +123,16 @@ def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: 
 
 def _modified(products: Tensor, grid: Grid, view: View | None, kv_head: int) -> Tensor:
     """Scores in log2 of products [g, M, b, N] of queries and means."""
-    if grid.soft_cap == 0 and grid.alibi_slopes is None:
+    soft_cap, alibi_slopes = grid.variant.soft_cap, grid.variant.alibi_slopes
+    if soft_cap is None and alibi_slopes is None:
         return (grid.scale * LOG2_E) * products
-    s = soft_capped(grid.scale * products, grid.soft_cap)
-    if grid.alibi_slopes is not None:
+    s = soft_capped(grid.scale * products, soft_cap)
+    if alibi_slopes is not None:
+        assert view is not None  # made wherever there are slopes
         group = products.shape[0]
-        slopes = grid.alibi_slopes.float()[kv_head * group : (kv_head + 1) * group].view(-1, 1, 1, 1)
+        slopes = alibi_slopes.float()[kv_head * group : (kv_head + 1) * group].view(-1, 1, 1, 1)
         s = s + alibi_mean(slopes, view.position - view.seen_end + 1, view.seen_end - view.seen_first)
     return LOG2_E * s
-
-
-def soft_capped(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(logits / cap); 0 is no cap."""
-    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def alibi_mean(slopes: Tensor, nearest: Tensor, count: Tensor) -> Tensor:
@@ -146,13 +141,6 @@ def alibi_mean(slopes: Tensor, nearest: Tensor, count: Tensor) -> Tensor:
     # a geometric series; a slope of 0 is the limit
     ratio = (torch.expm1(-slopes * count) / torch.expm1(-slopes)).log() - count.log()
     return -slopes * nearest + torch.where(slopes == 0, 0, ratio)
-
-
-def log2_sum(logs: Tensor, dim: int) -> Tensor:
-    """log2 of the sum of 2^logs along a dimension; NaN where one is."""
-    m = logs.amax(dim, keepdim=True)
-    shift = torch.where(m.isinf(), 0, m)  # -inf - -inf would be NaN
-    return shift.squeeze(dim) + torch.log2(torch.exp2(logs - shift).sum(dim))
 
 
 def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
@@ -176,17 +164,14 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    if grid.cut:
-        always = always_kept_of_own(grid, rule, L.device)
-    else:
-        always = always_kept(grid.q_len, grid.kv_len, rule, L.device)
-    keep = keep | always
+    cut, device = grid.cut, L.device
+    keep = keep | (always_kept_of_own(grid, rule, device) if cut else always_kept(grid.geometry, rule, device))
     return keep.repeat_interleave(group, 1) if rule.kv_masks else keep
 
 
-def always_kept(q_len: int, kv_len: int, rule: Rule, device: torch.device | str) -> Tensor:
+def always_kept(geometry: Geometry, rule: Rule, device: torch.device | str) -> Tensor:
     """The sinks, the window and the last query blocks, kept whatever the scores are: bool [M, N]."""
-    causal = causal_blocks(q_len, kv_len, rule.block_size, device)
+    causal = causal_blocks(geometry, device)
     I = torch.arange(causal.shape[0], device=device)[:, None]
     J = torch.arange(causal.shape[1], device=device)
     last_visible = causal.sum(-1, keepdim=True) - 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexprefill.config import PrefillConfig
+from flexprefill.runtime.state import remembered
 
 
 class Rule(NamedTuple):
@@ -24,14 +24,10 @@ class Rule(NamedTuple):
     kv_masks: bool  # one mask for the query heads of a key head
     first_key: bool  # a row scores the blocks whose first key it sees, not only those that it sees whole
     scorer: str
-    sliding_window: int = 0  # keys that a row sees, its own the last; 0: all before it
-    soft_cap: float = 0.0  # on the scaled products; 0: none
     log2_alphas: tuple[float, ...] = ()  # one for each query head; none: all have log2_alpha
 
     @classmethod
-    def of(
-        cls, config: PrefillConfig, *, scale: float, last_chunk: bool, sliding_window: int = 0, soft_cap: float = 0.0
-    ) -> Rule:
+    def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
         return cls(
             scale,
             min(config.log2_alphas),
@@ -43,10 +39,18 @@ class Rule(NamedTuple):
             config.mask_heads == "kv",
             config.score_rows == "visible",
             config.scorer,
-            sliding_window,
-            soft_cap,
             config.log2_alphas if isinstance(config.alpha, tuple) else (),
         )
+
+
+class Sampling(NamedTuple):
+    """Which rows of each head the guard looks at, and what they have to show."""
+
+    rows: int  # the first so many queries are sampled
+    samples: int
+    guard: float  # the recall asked for
+    margin: float  # standard errors that are taken off the mean
+    kv_masks: bool  # the query heads of a key head are widened together
 
 
 def log2_alphas_on(device: torch.device, rule: Rule) -> Tensor:
@@ -54,7 +58,7 @@ def log2_alphas_on(device: torch.device, rule: Rule) -> Tensor:
     return _log2_alphas(rule.log2_alphas, device.type == "cuda").to(device, non_blocking=True)
 
 
-@functools.cache
+@remembered("alphas of heads on the host", most=256)
 def _log2_alphas(numbers: tuple[float, ...], pinned: bool) -> Tensor:
     # whatever the caller's default dtype and device are
     return torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=pinned)

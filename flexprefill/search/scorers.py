@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexprefill.blockmap import ceil_div
+from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.config import SCORE_ROWS
+from flexprefill.runtime.memory import PIECE
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
-from flexprefill.search.reference import LOG2_E, log2_sum
-from flexprefill.sequences import first_keys
+from flexprefill.variant.logits import LOG2_E, PlainAttention, log2_sum
 
 MEANS_SCORER = "flashprefill"  # the one whose pooled keys are their blocks' means, and which has kernels
-PIECE = 2**24  # logits at a time
 STRIDE = 16  # XAttention's, the paper's choice
 
 
@@ -39,7 +38,7 @@ class Scorer:
         source: where the method comes from.
         score_rows: "whole" or "visible" (see PrefillConfig) where the method itself says which rows score a block; None
             leaves it to the config.
-        knows_terms: whether ``log_scores`` heeds what the grid says of sequences, sliding window, soft cap and ALiBi;
+        knows_variant: whether ``log_scores`` heeds the grid's variant: sequences, sliding window, soft cap and ALiBi;
             one that does not is refused where these are given. With sequences, FlashPrefill's own keys are pooled by
             reference.pool_own_keys.
     """
@@ -48,7 +47,7 @@ class Scorer:
     log_scores: Callable[[Tensor, Tensor, Grid], Tensor]
     source: str
     score_rows: str | None = None
-    knows_terms: bool = False
+    knows_variant: bool = False
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -101,12 +100,16 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
     """
     if grid.block_size % stride:
         raise ValueError(f"XAttention's score needs a block_size that is a multiple of {stride}, got {grid.block_size}")
-    device, per_block = query.device, grid.block_size // stride
+    device = query.device
     queries = _groups(query, stride).flip(3).flatten(3)  # [B, Hq, groups, stride · D], each reversed
     keys = _groups(key, stride).flatten(3)
     last_rows = ((torch.arange(queries.shape[2], device=device) + 1) * stride).clamp(max=grid.q_len) - 1 + grid.offset
-    first_keys = torch.arange(keys.shape[2], device=device) * stride
-    return _block_shares(queries, keys, last_rows, first_keys, grid, per_block, grid.scale / stride)
+
+    def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx * stride <= last_rows[q_idx]
+
+    attention = PlainAttention(queries, keys, grid.scale / stride, mask_mods=(sees,), causal=False)
+    return _block_shares(attention, grid, grid.block_size // stride)
 
 
 def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
@@ -122,8 +125,7 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 [B, Hq, M, N].
     """
-    positions = torch.arange(grid.kv_len, device=query.device)
-    return _block_shares(query, key, positions[grid.offset :], positions, grid, grid.block_size, grid.scale)
+    return _block_shares(PlainAttention(query, key, grid.scale, grid.variant), grid, grid.block_size)
 
 
 def _groups(tensor: Tensor, stride: int) -> Tensor:
@@ -133,53 +135,27 @@ def _groups(tensor: Tensor, stride: int) -> Tensor:
     return padded.unflatten(2, (-1, stride))
 
 
-def _block_shares(
-    queries: Tensor,
-    keys: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    grid: Grid,
-    per_block: int,
-    scale: float,
-) -> Tensor:
-    """log2 of softmax(scale · queries · keys), summed over blocks of ``per_block`` × ``per_block``.
-
-    Args:
-        queries: [B, Hq, P, E]; keys: [B, Hkv, R, E].
-        query_positions, key_positions: [P] and [R]; a query sees the keys at and before its own.
-
-    Returns:
-        float32 [B, Hq, M, N].
-    """
-    batch, heads, count, _ = queries.shape
-    group, columns = heads // keys.shape[1], grid.columns
-    missing_keys = columns * per_block - keys.shape[2]
-    L = torch.empty(batch, heads, grid.rows, columns, device=queries.device, dtype=torch.float32)
-    first = first_keys(grid.starts, grid.sliding_window, grid.q_len, grid.kv_len, queries.device)
-    blocks_a_piece = max(1, PIECE // (per_block * keys.shape[2]))
+def _block_shares(attention: PlainAttention, grid: Grid, per_block: int) -> Tensor:
+    """log2 of the attention's weights, summed over blocks of ``per_block`` × ``per_block``: float32 [B, Hq, M, N]."""
+    batch, heads, count, _ = attention.query.shape
+    length, group, columns = attention.key.shape[2], attention.group, grid.columns
+    L = torch.empty(batch, heads, grid.rows, columns, device=attention.query.device, dtype=torch.float32)
+    blocks_a_piece = max(1, PIECE // (group * per_block * length))
     for block in range(0, grid.rows, blocks_a_piece):
         rows = slice(block * per_block, min((block + blocks_a_piece) * per_block, count))
         missing_rows = -(rows.stop - rows.start) % per_block
-        distance = query_positions[rows, None] - key_positions
-        for b, h in product(range(batch), range(heads)):
-            products = queries[b, h, rows].float() @ keys[b, h // group].float().T  # [rows, R]
-            logits = products * (scale * LOG2_E)
-            if grid.soft_cap:
-                logits = LOG2_E * reference.soft_capped(scale * products, grid.soft_cap)
-            if grid.alibi_slopes is not None:
-                logits = logits - LOG2_E * grid.alibi_slopes[h].float() * distance
-            hidden = distance < 0
-            if first is not None:
-                hidden = hidden | (key_positions < first[b if first.shape[0] > 1 else 0, rows, None])
-            logits = logits.masked_fill(hidden, -torch.inf)
-            logits = pad(logits, (0, missing_keys), value=-torch.inf)
+        for b, head in product(range(batch), range(0, heads, group)):
+            of_group = slice(head, head + group)
+            logits = LOG2_E * attention.logits(slice(b, b + 1), of_group, rows, slice(0, length))[0]
+            logits = pad(logits, (0, columns * per_block - length), value=-torch.inf)
             # in logs: a share that underflows would be no score
-            by_block = log2_sum(logits.unflatten(1, (columns, per_block)), 2)  # [rows, N]
-            total = log2_sum(by_block, 1)[:, None]
+            by_block = log2_sum(logits.unflatten(2, (columns, per_block)), 3)  # [g, rows, N]
+            total = log2_sum(by_block, 2)[..., None]
             # a row of padding has no keys, and no share
             shares = by_block - torch.where(total == -torch.inf, 0, total)
             padded = pad(shares, (0, 0, 0, missing_rows), value=-torch.inf)
-            L[b, h, block : block + blocks_a_piece] = log2_sum(padded.unflatten(0, (-1, per_block)), 1)
+            summed = log2_sum(padded.unflatten(1, (-1, per_block)), 2)
+            L[b, of_group, block : block + blocks_a_piece] = summed
     return L
 
 

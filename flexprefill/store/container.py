@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexprefill.blockmap import ceil_div
-from flexprefill.checks import check_path
+from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.errors import MaskFileError
+from flexprefill.runtime.files import check_path
 
 LENGTH_BYTES = 8
 HEADER_LIMIT = 100_000_000  # safetensors' own

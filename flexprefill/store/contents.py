@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from flexprefill._version import __version__
-from flexprefill.blockmap import check_sizes
-from flexprefill.checks import check_config, token_tensor
-from flexprefill.config import PrefillConfig
+from flexprefill.blockmap.geometry import Geometry
+from flexprefill.config import PrefillConfig, check_config
 from flexprefill.store.container import Entry, is_object, is_text, parse_json, parse_object
 from flexprefill.store.heads import triangle_bytes, words_shape
+from flexprefill.store.tokens import token_tensor
 
 FORMAT = "flexprefill-masks"
 FORMAT_VERSION = 2
@@ -210,5 +210,5 @@ def _checked_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
         raise ValueError(f"a layer's shape must be two numbers from 1 to 2**31 - 1, got {shape!r}")
     lengths = {name: sizes[name] for name in SIZES}
-    check_sizes(**lengths)
+    Geometry(**lengths).check()
     return lengths | {"shape": tuple(shape)}

@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from flexprefill.blockmap import WORD_BITS, causal_blocks, ceil_div, pack_bits, visible_blocks
+from flexprefill.blockmap.bits import WORD_BITS, pack_bits
+from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, visible_blocks
 
 Words = NDArray[np.int32]  # of maps, 32 blocks each
 Stream = NDArray[np.uint64]  # of files, 64 blocks each
@@ -139,7 +140,7 @@ class PlainUnpacking:
         words = math.prod(words_shape(q_len, kv_len, block_size))
         self.size = 4 * words
         self.most = max(1, WORDS_AT_A_TIME // words)
-        self._future = ~pack_bits(causal_blocks(q_len, kv_len, block_size, "cpu")).flatten().numpy()
+        self._future = ~pack_bits(causal_blocks(Geometry(q_len, kv_len, block_size), "cpu")).flatten().numpy()
 
     def unpack(self, stream: Stream, words: Words) -> bool:
         """Copies [heads, M · W]; returns whether no bit in the causal future or past the end is set."""
@@ -164,7 +165,7 @@ class _Scratch:
 
 def _rows_in_stream(q_len: int, kv_len: int, block_size: int) -> tuple[Numbers, Numbers, Numbers]:
     """The stream's word and the bit in it where each row starts, and how many bits it has: [M] each."""
-    visible = visible_blocks(q_len, kv_len, block_size, "cpu").numpy().astype(np.int64)
+    visible = visible_blocks(Geometry(q_len, kv_len, block_size), "cpu").numpy().astype(np.int64)
     return *np.divmod(visible.cumsum() - visible, STREAM_BITS), visible
 
 

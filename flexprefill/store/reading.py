@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_config
-from flexprefill.config import PrefillConfig
-from flexprefill.devices import check_device
+from flexprefill.blockmap.map import BlockMap
+from flexprefill.config import PrefillConfig, check_config
 from flexprefill.errors import MaskFileError
-from flexprefill.memory import check_room
-from flexprefill.progress import Advance, asked_stage
+from flexprefill.runtime.devices import check_device
+from flexprefill.runtime.memory import check_room
+from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import Container, Source, opened, read_container
 from flexprefill.store.contents import (

@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexprefill.blockmap import BlockMap
-from flexprefill.checks import check_has_bits, check_path
+from flexprefill.blockmap.map import BlockMap, check_has_bits
 from flexprefill.config import PrefillConfig
-from flexprefill.progress import Advance, asked_stage
+from flexprefill.runtime.files import check_path, start_writing_back, whole_file, write_at
+from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, SIZES, TABLES, describe, planned_tensors, tensor_name
 from flexprefill.store.heads import Stream, TrianglePacking, even_step
-from flexprefill.store.whole_file import start_writing_back, whole_file, write_at
 
 
 def save_masks(

@@ -1,0 +1,275 @@
+"""Which kernel computes an attention call: the choice as data, with the reasons against the others."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.errors import FlexPrefillError
+from flexprefill.runtime.compiling import constant_in_graphs
+from flexprefill.runtime.state import remembered
+from flexprefill.runtime.tracing import is_tracing
+
+Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a constant
+BACKENDS = ("auto", "triton", "flash")
+HOPPER = (9, 0)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+TILE = 128  # of queries and keys, in FlexAttention's kernels; FlashAttention-4's up to D 128
+FLASH_HEAD_DIMS = (64, 96, 128)  # those that were held against a float32 evaluation
+MAX_ELEMENTS = 2**31  # where 32-bit offsets end
+
+# FlexAttention's kernel options that beat its own defaults, by compute capability, head dimension and block size, in
+# float16 or bfloat16, for lengths that are known to be multiples of TILE. Measured on an H200: 4 to 6 % there, and
+# slower by 13 % where the bounds of tiles are checked; whatever is not in the table keeps the defaults.
+TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
+    (HOPPER, 128, 128): (("BLOCK_M", 128), ("BLOCK_N", 128), ("num_warps", 8), ("num_stages", 3)),
+}
+
+# Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together, by compute
+# capability and FlexAttention's kernel, in float16 or bfloat16 with D and Dv of 128. By device times on an H200:
+# sparse is never slower from 4,096 tokens on with flash, up to a density of 71 %, and from 6,144 with triton.
+DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 6144}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What computes an attention call, and why.
+
+    Attributes:
+        name: "flash" (FlashAttention-4 in FlexAttention), "triton" or "cpp" (FlexAttention's own, on CUDA and the CPU);
+            or without FlexAttention "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
+        reason: why this one.
+        dense: whether every query attends to all keys before it, instead of the kept blocks.
+        kernel_options: what FlexAttention is told, pairs of name and setting.
+        passed_over: pairs of name and reason: why each better one was not taken.
+        tail_parts: into how many parts the keys of the last query blocks, which keep them all, are split; 1 if those
+            blocks are computed with the others.
+    """
+
+    name: str
+    reason: str
+    dense: bool = False
+    kernel_options: Options = ()
+    passed_over: tuple[tuple[str, str], ...] = ()
+    tail_parts: int = 1
+
+
+class Request(NamedTuple):
+    """What the choice depends on; no lengths, so that a choice is made once for all of them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    block_size: int
+    at_offset: bool  # S_q < S_kv
+    mods: bool  # a mask_mod or score_mod of the caller's
+    positive_scale: bool
+    lse: bool
+    max_scores: bool
+    aligned: bool  # last stride 1 and all others multiples of 16 bytes
+    whole_tiles: bool  # both lengths are multiples of 128, and are known to be
+    small: bool  # no tensor or index list reaches MAX_ELEMENTS
+    compiling: bool  # inside a caller's torch.compile
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        block_size: int,
+        mods: bool,
+        scale: float,
+        lse: bool,
+        max_scores: bool,
+    ) -> Request:
+        """The request that attention of these tensors makes, by FlexAttention over blocks of this size."""
+        batch, heads, q_len, head_dim = query.shape
+        kv_len = key.shape[2]
+        aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
+        entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
+        compiling = is_tracing()
+        # lengths are symbols while compiling: each fact asked of them costs a compilation
+        whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
+        small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
+        return cls(
+            query.device,
+            query.dtype,
+            operator.index(head_dim),
+            operator.index(value.shape[3]),
+            block_size,
+            # spelt out: comparisons of symbolic sizes are no plain bools
+            True if q_len != kv_len else False,  # noqa: SIM210
+            mods,
+            True if scale > 0 else False,  # noqa: SIM210
+            lse,
+            max_scores,
+            True if aligned else False,  # noqa: SIM210
+            whole_tiles,
+            True if small else False,  # noqa: SIM210
+            compiling,
+        )
+
+
+def choose_backend(backend: str, request: Request) -> BackendChoice:
+    """FlexAttention's kernel for a request.
+
+    Args:
+        backend: "auto", which takes the best one that can do the request, or the name of one that has to.
+
+    Raises:
+        ValueError: backend is no such name.
+        FlexPrefillError: the named backend cannot do the request, or return_aux asks for what no backend here gives.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if request.compiling:
+        return _choose_in_graph(backend, *request)
+    return choose_once(backend, request)
+
+
+@constant_in_graphs
+def _choose_in_graph(backend: str, *facts: Any) -> BackendChoice:
+    """choose_backend of the facts of a Request, flat because only plain constants get here."""
+    return choose_once(backend, Request(*facts))
+
+
+@remembered("choices of a backend", most=4096)
+def choose_once(backend: str, request: Request) -> BackendChoice:
+    """As :func:`choose_backend`, of a known name."""
+    if request.device.type != "cuda":
+        if backend != "auto":
+            raise FlexPrefillError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
+        if request.lse or request.max_scores:
+            raise FlexPrefillError(
+                f"return_aux is not supported by FlexAttention on {request.device}: pass tensors on a CUDA device"
+            )
+        return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
+    if request.block_size < 16 or request.block_size & (request.block_size - 1):
+        raise FlexPrefillError(
+            f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have "
+            f"such tiles, got block_size={request.block_size}"
+        )
+    if backend == "triton":
+        return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
+    against = next(against_flash(request, named=backend == "flash"), None)
+    if against is None:
+        reason = "named by the caller" if backend == "flash" else "the fastest that can do the request"
+        return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),))
+    if backend == "flash":
+        raise FlexPrefillError(f"backend 'flash' cannot do this: {against}; 'triton' can")
+    return BackendChoice(
+        "triton", "does every request", kernel_options=triton_options(request), passed_over=(("flash", against),)
+    )
+
+
+def choose_dense(request: Request, reason: str) -> BackendChoice:
+    """The kernel for dense causal attention: FlashAttention-4 where it can do it, else PyTorch's own choice."""
+    if request.compiling:
+        against = "it cannot be traced by torch.compile"
+        return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
+    return _choose_dense_once(request, reason)
+
+
+@remembered("choices of a dense kernel", most=4096)
+def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
+    if request.device.type != "cuda":
+        return BackendChoice("dense-sdpa", reason, dense=True)
+    # of what it cannot do in FlexAttention, without it only these are left
+    plain = request._replace(block_size=TILE, at_offset=False, mods=False, lse=False, max_scores=False)
+    against = next(against_flash(plain, named=True), None)
+    if against is None:
+        return BackendChoice("dense-flash", reason, dense=True)
+    return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
+
+
+def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
+    """The length below which dense attention was measured to be faster than sparse by this choice; 0 if it was not.
+
+    0 as well inside a caller's torch.compile: a length to branch on costs a compilation.
+    """
+    dims = request.head_dim, request.value_dim
+    if request.compiling or request.device.type != "cuda" or request.dtype not in SIXTEEN_BIT or dims != (128, 128):
+        return 0
+    return DENSE_BELOW.get((torch.cuda.get_device_capability(request.device), sparse.name), 0)
+
+
+def triton_options(request: Request) -> Options:
+    """The kernel options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
+    options: Options = ()
+    block, dim = request.block_size, max(request.head_dim, request.value_dim)
+    row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
+    if block < 128 or row_bytes > 512:
+        # a kernel tile must divide the mask's blocks, and several of keys and values have to fit the shared memory:
+        # long rows get the tiles of FlexAttention's own defaults for them (it has none for float32 with D 192)
+        queries = block if row_bytes <= 512 else min(block, 32)
+        keys = block if row_bytes <= 256 else min(block, 32)
+        options = ("BLOCK_M", queries), ("BLOCK_N", keys), ("num_warps", 4)
+    if request.whole_tiles:
+        if request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
+            capability = torch.cuda.get_device_capability(request.device)
+            options = TRITON_OPTIONS.get((capability, request.head_dim, request.block_size), options)
+        # compiled for lengths of all kinds, FlexAttention would check the bounds of every tile
+        options = *options, ("IS_DIVISIBLE", True)
+    # by name, because short queries would get FlexAttention's decoding kernel
+    return (("BACKEND", "TRITON"), *options)
+
+
+def against_flash(request: Request, *, named: bool) -> Iterator[str]:
+    """Whatever keeps FlashAttention-4 from a request, or speaks against it where it is not named; the cheapest first.
+
+    What it takes was found on an H200 with torch 2.11 and flash-attn-4 4.0.0b10.
+    """
+    capability, dims = torch.cuda.get_device_capability(request.device), (request.head_dim, request.value_dim)
+    if capability != HOPPER:
+        yield "it takes blocks of 128 on compute capability 9.0 alone, got {}.{}".format(*capability)
+    if request.dtype not in SIXTEEN_BIT:
+        yield f"it takes float16 or bfloat16, got {request.dtype}"
+    if request.block_size != TILE:
+        yield f"it takes blocks of {TILE}, got block_size={request.block_size}"
+    if not set(dims) <= set(FLASH_HEAD_DIMS):
+        yield "it was tested with D and Dv of {}, got D={}, Dv={}".format(FLASH_HEAD_DIMS, *dims)
+    if not request.positive_scale:
+        yield "it takes a positive scale"
+    if not request.aligned:
+        yield "it takes tensors whose last stride is 1, the others multiples of 16 bytes"
+    if not request.small:
+        yield "its offsets are 32-bit, and a tensor or an index list has 2**31 elements or more"
+    if request.max_scores:
+        yield "it gives no max_scores"
+    if request.lse and request.compiling:
+        yield "its log-sum-exp is checked at the first use (see flash_lse_factor), which torch.compile cannot trace"
+    if request.at_offset and request.compiling and torch.__version__ < (2, 13):
+        yield f"torch {torch.__version__} does not hand it an offset that is computed in a compiled graph"
+    if request.mods and not named:
+        yield "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
+    if fault := flash_attention_4_fault():
+        yield fault
+
+
+@remembered("whether flash-attn-4 is there", most=1)
+def flash_attention_4_fault() -> str | None:
+    """Why the package flash-attn-4 cannot be used here; None if it can."""
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        return "it needs the package flash-attn-4, which is not installed"
+    try:
+        importlib.import_module("flash_attn.cute")
+    except Exception as error:  # whatever a package built for another version comes up with
+        return f"the package flash-attn-4 does not load: {type(error).__name__}: {error}"
+    return None
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    batch, head, token, last = tensor.stride()
+    entries = 16 // tensor.element_size()
+    return last == 1 and token % entries == 0 and head % entries == 0 and batch % entries == 0

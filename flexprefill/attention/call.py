@@ -1,0 +1,125 @@
+"""The arguments of one call, checked, and what they ask of a kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+from flexprefill.attention.backends import Request
+from flexprefill.blockmap.map import BlockMap, check_block_map
+from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
+from flexprefill.config import PrefillConfig, check_config
+from flexprefill.search.scorers import find_scorer
+from flexprefill.variant.inputs import SCORE_MOD_ARGUMENTS, check_attention_inputs, check_last_chunk, resolve_scale
+from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.mods import ScoreMod, changing_mods
+from flexprefill.variant.variant import AttentionVariant, check_variant
+
+
+class Call(NamedTuple):
+    """Arguments of prefill_attention that decide what computes it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    config: PrefillConfig
+    variant: AttentionVariant
+    block_map: BlockMap | None
+    mask_mod: MaskMod | BlockMask | None
+    score_mod: ScoreMod | None
+    scale: float
+    last_chunk: bool
+    backend: str
+    return_aux: AuxRequest | None
+
+    @property
+    def gives_lse(self) -> bool:
+        """Whether FlexAttention gives log-sum-exps here."""
+        return self.query.is_cuda
+
+    @property
+    def plain(self) -> bool:
+        """Whether any attention kernel can compute it: FlexAttention is not asked for, nor what it alone can do."""
+        asked = self.backend != "auto" or self.return_aux is not None
+        return not asked and not self.mods and self.variant.sinks is None and self.scale > 0
+
+    @property
+    def mods(self) -> bool:
+        """Whether FlexAttention gets a mask_mod or a score_mod besides the causal one."""
+        return self.mask_mod is not None or self.score_mod is not None or len(self.variant.changes_search) > 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a single query that ends a sequence, and no blocks are named for it."""
+        return self.query.shape[2] == 1 < self.key.shape[2] and self.last_chunk and self.block_map is None
+
+    @property
+    def attention(self) -> PlainAttention:
+        """The same over all blocks, in plain PyTorch; a BlockMask by its mask_mod."""
+        own = self.mask_mod.mask_mod if isinstance(self.mask_mod, BlockMask) else self.mask_mod
+        mask_mods = () if own is None else (own,)
+        score_mods = () if self.score_mod is None else (self.score_mod,)
+        return PlainAttention(self.query, self.key, self.scale, self.variant, mask_mods, score_mods)
+
+    def score_mods(self) -> tuple[ScoreMod, ...]:
+        """In the order in which they apply: the variant's, the caller's."""
+        mods = changing_mods(self.variant, self.query, self.key.shape[2] - self.query.shape[2])
+        return mods if self.score_mod is None else (*mods, self.score_mod)
+
+    def aux_request(self, correct: bool) -> AuxRequest | None:
+        """What FlexAttention has to return besides the output, also for mean correction and sinks."""
+        if not self.gives_lse or not (correct or self.variant.sinks is not None):
+            return self.return_aux
+        return AuxRequest(lse=True, max_scores=self.return_aux is not None and self.return_aux.max_scores)
+
+    def request(self) -> Request:
+        """What its kernel has to do."""
+        asked = self.return_aux or AuxRequest()
+        inside = (self.config.mean_correction or self.variant.sinks is not None) and self.gives_lse
+        return Request.of(
+            self.query,
+            self.key,
+            self.value,
+            block_size=self.config.block_size if self.block_map is None else self.block_map.block_size,
+            mods=self.mods,
+            scale=self.scale,
+            lse=asked.lse or inside,
+            max_scores=asked.max_scores,
+        )
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> float:
+    """The scale; raises unless the tensors fit together."""
+    check_attention_inputs(query, key, value)
+    return resolve_scale(scale, query.shape[3])
+
+
+def check_call(call: Call) -> Call:
+    """The call, its variant filled in; raises unless its arguments fit tensors that do."""
+    check_config(call.config)
+    check_last_chunk(call.last_chunk)
+    if not isinstance(call.mask_mod, BlockMask):
+        check_mod("mask_mod", call.mask_mod, MASK_MOD_ARGUMENTS)
+    check_mod("score_mod", call.score_mod, SCORE_MOD_ARGUMENTS)
+    if not (call.return_aux is None or isinstance(call.return_aux, AuxRequest)):
+        raise TypeError(f"return_aux must be an AuxRequest or None, got {type(call.return_aux).__name__}")
+    find_scorer(call.config.scorer)
+    variant = check_variant(call.variant, call.query, call.key)
+    if call.config.mean_correction:
+        max_scores = call.return_aux is not None and call.return_aux.max_scores
+        others = (
+            ("mask_mod", call.mask_mod is not None),
+            ("score_mod", call.score_mod is not None),
+            ("max_scores", max_scores),
+        )
+        for name, asked in (*others, *((name, True) for name in variant.changes_search)):
+            if asked:
+                raise ValueError(
+                    f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
+                    "attention: pass a config with mean_correction=False"
+                )
+    if call.block_map is not None:
+        check_block_map(call.block_map, call.query, call.key)
+    return call._replace(variant=variant)

@@ -1,0 +1,82 @@
+"""Dense causal attention by the best kernel there is: for decoding, and for prompts that a search would not pay for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from flexprefill.runtime.tracing import is_tracing
+
+_ordering = threading.Lock()
+
+DENSE_KERNELS = ("dense-flash", "dense-sdpa")
+
+# fastest first, for whole prompts on CUDA; the first that takes the tensors runs
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, kernel: str) -> Tensor:
+    """Causal attention of the last S_q of S_kv positions over all keys before them.
+
+    Args:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
+        scale: positive.
+        kernel: "dense-flash" or "dense-sdpa", as choose_dense names them.
+
+    Returns:
+        [B, Hq, S_q, Dv].
+    """
+    with torch.no_grad():
+        if kernel == "dense-flash":
+            return _flash_attention_4(query, key, value, scale)
+        return _sdpa(query, key, value, scale)
+
+
+def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func  # a package that need not be there
+
+    heads_inside = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, S, H, D]
+    result = flash_attn_func(*heads_inside, softmax_scale=scale, causal=True)
+    output = result[0] if isinstance(result, tuple) else result  # some versions add the log-sum-exp
+    return output.transpose(1, 2)
+
+
+def _order_alone() -> AbstractContextManager[object]:
+    """For one thread at a time: the order is the process's, and each puts back the one that it found."""
+    return contextlib.nullcontext() if is_tracing() else _ordering
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.dtype == torch.float32:
+        # no fused kernel takes grouped heads in float32, and the other one holds all scores at once
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+        grouped = False
+    arguments = {"scale": scale, "enable_gqa": grouped}
+    if q_len == 1:
+        return scaled_dot_product_attention(query, key, value, **arguments)
+    if q_len == kv_len:
+        if not query.is_cuda:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
+        with _order_alone(), sdpa_kernel(SDPA_ORDER, set_priority=True):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
+    if is_tracing():
+        # the tensor subclass that causal_lower_right returns does not trace
+        rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
+        visible = torch.arange(kv_len, device=query.device) <= rows
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, **arguments)
+    from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo
+
+    return scaled_dot_product_attention(query, key, value, causal_lower_right(q_len, kv_len), **arguments)

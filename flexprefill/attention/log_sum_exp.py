@@ -1,0 +1,119 @@
+"""Log-sum-exps over kept blocks: in plain PyTorch, and FlashAttention-4's checked before they are passed on."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexprefill.attention.flex import FlexSettings, flex_over
+from flexprefill.blockmap.bits import unpack_bits
+from flexprefill.blockmap.block_mask import list_blocks
+from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.blockmap.map import BlockMap
+from flexprefill.errors import FlexPrefillError
+from flexprefill.runtime.operators import operator
+from flexprefill.runtime.state import remembered
+from flexprefill.runtime.tracing import is_tracing
+from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import AttentionVariant
+
+LENGTH, HEAD_DIM = 128, 64  # of the input on which FlashAttention-4's is checked
+CLOSE = 0.01  # relative; the fault is 30 %
+
+
+def log_sum_exp_over(attention: PlainAttention, block_map: BlockMap) -> Tensor:
+    """Natural log-sum-exps over the kept keys, causal per element: float32 [B, Hq, S_q]. Plain PyTorch.
+
+    FlexAttention's kernel for the CPU gives none.
+
+    Raises:
+        FlexPrefillError: inside torch.compile with mods.
+    """
+    if attention.mask_mods or attention.score_mods:
+        if is_tracing():
+            raise FlexPrefillError(
+                f"sinks with a mask_mod or score_mod cannot be compiled for {attention.query.device}, where "
+                "FlexAttention gives no log-sum-exp: call prefill_attention outside of torch.compile, or on a CUDA "
+                "device"
+            )
+        return kept_log_sum_exp(attention, block_map.words, block_map.block_size)
+    query, key, parts = attention.query, attention.key, attention.variant.parts
+    return kept_log_sum_exp_operator(query, key, block_map.words, block_map.block_size, attention.scale, *parts)
+
+
+@operator("flexprefill::kept_log_sum_exp")
+def kept_log_sum_exp_operator(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    block_size: int,
+    scale: float,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """As :func:`kept_log_sum_exp`, a variant's parts taken apart."""
+    variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
+    return kept_log_sum_exp(PlainAttention(query, key, scale, variant), words, block_size)
+
+
+@torch.library.register_fake("flexprefill::kept_log_sum_exp")
+def _(query, key, words, *_):
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def kept_log_sum_exp(attention: PlainAttention, words: Tensor, block_size: int) -> Tensor:
+    """As :func:`log_sum_exp_over`, of a map's words: the logits of kept blocks alone."""
+    batch, heads, q_len, _ = attention.query.shape
+    kv_len, device = attention.key.shape[2], words.device
+    lse = torch.empty(batch, heads, q_len, device=device, dtype=torch.float32)
+    position = torch.arange(kv_len, device=device)
+    kept = unpack_bits(words, ceil_div(kv_len, block_size))
+    for b, h, block in product(range(batch), range(heads), range(words.shape[2])):
+        rows = slice(block * block_size, min((block + 1) * block_size, q_len))
+        keys = position[kept[b, h, block].repeat_interleave(block_size)[:kv_len]]
+        logits = attention.logits(slice(b, b + 1), slice(h, h + 1), rows, keys)
+        lse[b, h, rows] = logits[0, 0].logsumexp(-1)
+    return lse
+
+
+@remembered("FlashAttention-4's log-sum-exp, by device", most=64)
+def flash_lse_factor(device: torch.device) -> float:
+    """What FlashAttention-4's log-sum-exp has to be multiplied with on a device.
+
+    torch 2.11 multiplies it by ln 2 once too often (pytorch issue 181645). Found out once, at the first use, from a
+    small known input; that waits for the device.
+
+    Raises:
+        FlexPrefillError: it is wrong in another way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, LENGTH, HEAD_DIM, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+    block_map = BlockMap.causal(1, 1, q_len=LENGTH, kv_len=LENGTH, block_size=LENGTH, device=device)
+    attention = PlainAttention(query, key, HEAD_DIM**-0.5)
+    settings = FlexSettings(LENGTH, attention.scale, (("BACKEND", "FLASH"),), AuxRequest(lse=True))
+    _, aux = flex_over(query, key, key, list_blocks(block_map.words, block_map.geometry), settings)
+    assert aux is not None and aux.lse is not None  # asked for
+    return factor_to(aux.lse, attention.attend(key)[1])
+
+
+def factor_to(found: Tensor, right: Tensor) -> float:
+    """1 if the two agree, 1 / ln 2 if that makes them.
+
+    Raises:
+        FlexPrefillError: neither does.
+    """
+    for factor in (1.0, 1 / math.log(2)):
+        if (factor * found - right).norm() <= CLOSE * right.norm():  # false for NaN as well
+            return factor
+    last, wanted = found.flatten()[-1].item(), right.flatten()[-1].item()
+    raise FlexPrefillError(
+        "FlashAttention-4 returns a wrong log-sum-exp through this torch, and not by the factor ln 2 that is known: "
+        f"{last:.4f} instead of {wanted:.4f}; backend='triton' gives a right one"
+    )

@@ -1,0 +1,127 @@
+"""What splitting the last query blocks needs on the device, in Triton: their words by part, and the parts merged."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexprefill.blockmap.bits_kernel import bits_below
+from flexprefill.blockmap.geometry import ceil_div
+
+WORDS = 64  # a program
+ROWS = 16  # queries a program
+
+
+@triton.jit(do_not_specialize=["rows", "first", "width", "columns", "share"])
+def part_words_kernel(words_ptr, out_ptr, rows, first, width, columns, share, PARTS: tl.constexpr, WORDS: tl.constexpr):
+    """Words [B * H, M, W] of rows from ``first`` on to [B * H, PARTS, rows, W], each part with its columns' bits."""
+    place = tl.program_id(0)  # of a row in the output
+    part = place // rows % PARTS
+    head = (place // (rows * PARTS)).to(tl.int64)
+    w = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    source = words_ptr + (head * (first + rows) + first + place % rows) * width
+    words = tl.load(source + w, mask=w < width, other=0)
+    # part 0 has the last columns: those that the causal edge crosses, the same positions for every part
+    end = columns - part * share
+    own = bits_below(end, w) & ~bits_below(end - share, w)
+    tl.store(out_ptr + place.to(tl.int64) * width + w, words & own, mask=w < width)
+
+
+def part_words(words: Tensor, first: int, columns: int, parts: int) -> Tensor:
+    """The words [B, H, M, W] of rows from ``first`` on by parts of their columns: [B, H * parts, rows, W].
+
+    Part 0 has the last ceil(columns / parts) columns, part 1 those before, …
+    """
+    words = words.contiguous()
+    batch, heads, total, width = words.shape
+    rows = total - first
+    out = words.new_empty(batch, heads * parts, rows, width)
+    grid = batch * heads * parts * rows, ceil_div(width, WORDS)
+    share = ceil_div(columns, parts)
+    part_words_kernel[grid](words, out, rows, first, width, columns, share, PARTS=parts, WORDS=WORDS, num_warps=1)
+    return out
+
+
+@triton.jit(do_not_specialize=["q_len", "padded", "length"])
+def merge_kernel(
+    parts_ptr,
+    sums_ptr,
+    output_ptr,
+    lse_ptr,
+    parts_b,
+    parts_h,
+    parts_s,
+    output_b,
+    output_h,
+    output_s,
+    HEADS,
+    q_len,
+    padded,
+    length,
+    factor,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """The last ``length`` rows of output [B, H, q_len, D] from outputs of parts [B, H, PARTS * padded, D], by their
+    log-sum-exps."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    inside = row < length
+    mask = inside[:, None] & (d[None, :] < D)
+    sums = sums_ptr + head * PARTS * padded + row
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        most = tl.maximum(most, tl.load(sums + part * padded, mask=inside, other=0.0) * factor, tl.PropagateNan.ALL)
+    shift = tl.where(most == float("-inf"), 0.0, most)  # a row that keeps nothing is zero, as from the kernels
+    total = tl.zeros([ROWS], tl.float32)
+    merged = tl.zeros([ROWS, D_PAD], tl.float32)
+    base = parts_ptr + (head // HEADS) * parts_b + (head % HEADS) * parts_h
+    for part in tl.static_range(PARTS):
+        weight = tl.exp(tl.load(sums + part * padded, mask=inside, other=0.0) * factor - shift)
+        rows = base + (part * padded + row).to(tl.int64)[:, None] * parts_s
+        merged += weight[:, None] * tl.load(rows + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += weight
+    merged = merged / tl.where(total == 0, 1.0, total)[:, None]
+    position = (q_len - length + row).to(tl.int64)
+    target = output_ptr + (head // HEADS) * output_b + (head % HEADS) * output_h + position[:, None] * output_s
+    tl.store(target + d[None, :], merged.to(output_ptr.dtype.element_ty), mask=mask)
+    if LSE:
+        tl.store(lse_ptr + head * q_len + position, (shift + tl.log(total)) / factor, mask=inside)
+
+
+def merge_parts(
+    outputs: Tensor, sums: Tensor, parts: int, factor: float, output: Tensor, lse: Tensor | None, length: int
+) -> None:
+    """Writes what parts of the keys give into the last rows of an output, and of its log-sum-exp if there is one.
+
+    Args:
+        outputs: [B, Hq, parts * padded, Dv], part by part; sums: their log-sum-exps [B, Hq, parts * padded].
+        factor: what a log-sum-exp has to be multiplied with to be right: those given, and the one written.
+        output: [B, Hq, S_q, Dv]; lse: [B, Hq, S_q]. Their last ``length`` rows are written.
+    """
+    batch, heads, q_len, value_dim = output.shape
+    sums = sums.contiguous()
+    merge_kernel[(ceil_div(length, ROWS), batch * heads)](
+        outputs,
+        sums,
+        output,
+        sums if lse is None else lse,
+        *outputs.stride()[:3],
+        *output.stride()[:3],
+        heads,
+        q_len,
+        outputs.shape[2] // parts,
+        length,
+        factor,
+        PARTS=parts,
+        D=value_dim,
+        D_PAD=triton.next_power_of_2(value_dim),
+        ROWS=ROWS,
+        LSE=lse is not None,
+        num_warps=4,
+    )

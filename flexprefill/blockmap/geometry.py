@@ -1,0 +1,76 @@
+"""Geometry: the sizes of a map, and which of its blocks are causally visible."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """ceil(a / b) for non-negative a, also of symbolic sizes under torch.compile."""
+    return (a + b - 1) // b
+
+
+class Geometry(NamedTuple):
+    """Queries are the last ``q_len`` of ``kv_len`` positions, in blocks of ``block_size``."""
+
+    q_len: int
+    kv_len: int
+    block_size: int
+
+    @property
+    def offset(self) -> int:
+        """The position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def rows(self) -> int:
+        """M, query blocks."""
+        return ceil_div(self.q_len, self.block_size)
+
+    @property
+    def columns(self) -> int:
+        """N, key blocks."""
+        return ceil_div(self.kv_len, self.block_size)
+
+    def check(self) -> None:
+        """Raises unless 1 <= q_len <= kv_len and block_size is positive."""
+        for name, size in zip(self._fields, self, strict=True):
+            check_size(name, size)
+        if self.q_len > self.kv_len:
+            raise ValueError(
+                f"q_len must be at most kv_len (queries are the last positions), got {self.q_len} > {self.kv_len}"
+            )
+
+
+def check_size(name: str, size: object) -> None:
+    """Raises unless it is a whole number from 1 on that fits into 32 bits."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if not 1 <= size < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
+
+
+def visible_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
+    """How many key blocks each query block sees causally, at least in part: int32 [M]."""
+    # in int64: the end of the last row may be past 2**31
+    row_end = torch.arange(1, geometry.rows + 1, device=device) * geometry.block_size
+    last_position = row_end.clamp(max=geometry.q_len) + geometry.offset - 1
+    return (last_position // geometry.block_size + 1).to(torch.int32)
+
+
+def causal_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
+    """Which blocks are causally visible at least in part: bool [M, N]."""
+    columns = torch.arange(geometry.columns, device=device, dtype=torch.int32)
+    return columns < visible_blocks(geometry, device)[:, None]
+
+
+def full_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
+    """How many leading key blocks every row of a query block sees whole: int32 [M].
+
+    A short last key block counts as its nominal size, so it is never whole and keeps its bounds check.
+    """
+    first_row = torch.arange(geometry.rows, device=device, dtype=torch.int32) * geometry.block_size
+    return (first_row + geometry.offset + 1) // geometry.block_size

@@ -1,0 +1,147 @@
+"""A map's bits as the index lists that FlexAttention reads: one custom operator, in PyTorch and in Triton."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.bits import unpack_bits
+from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, full_blocks
+from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.runtime.operators import operator
+from flexprefill.runtime.tracing import is_tracing
+
+CPU_BYTES_A_BLOCK = 22  # at the peak, by the process's memory
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
+
+
+class ListBuffers:
+    """Memory for the index lists of one BlockMask at a time, used again for the next of the same shape.
+
+    At 256K tokens and 32 heads the lists take 1 GiB, most of it zeros behind the entries. With buffers, the layers
+    of a model share that memory, and only what the last mask listed is cleared instead of all of it.
+
+    A BlockMask made with buffers is overwritten by the next one made with them, in the same thread on the same stream:
+    use it before making another. Each thread and each stream has memory of its own. Memory is allocated at the first
+    use and whenever the shape changes.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int | None], Lists] = {}  # by thread and stream
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, for all threads and streams."""
+        return sum(tensor.nbytes for lists in tuple(self._held.values()) for tensor in lists)
+
+    def lists_of(self, words: Tensor, columns: int) -> Lists:
+        """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
+        stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
+        place = threading.get_ident(), stream
+        held = self._held.get(place)
+        if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
+            held = None  # before the new ones: both at once may not fit
+            alive = {thread.ident for thread in threading.enumerate()}
+            for other in tuple(self._held):
+                if other == place or other[0] not in alive:
+                    self._held.pop(other, None)
+            with _room_for(words, columns):
+                held = self._held[place] = _allocate(words.new_zeros, words, columns)
+        return held
+
+
+def make_lists(
+    words: Tensor,
+    geometry: Geometry,
+    buffers: ListBuffers | None = None,
+    *,
+    all_partial: bool = False,
+    uncut: Tensor | None = None,
+) -> Lists:
+    """As :func:`index_lists`, in the memory of buffers if there are any."""
+    if buffers is None:
+        return index_lists(words, *geometry, all_partial, uncut)
+    if not isinstance(buffers, ListBuffers):
+        raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
+    if is_tracing():
+        raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
+    lists = buffers.lists_of(words, geometry.columns)
+    _fill(lists, words, geometry, all_partial, uncut, reused=True)
+    return lists
+
+
+@operator("flexprefill::index_lists")
+def index_lists(
+    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, uncut: Tensor | None = None
+) -> Lists:
+    """The ascending lists of partial and of full blocks, zeros behind the last entry.
+
+    Args:
+        words: int32 [B, H, M, ceil(N / 32)], a BlockMap's.
+        all_partial: puts every block into the partial list, not only those that the causal edge crosses.
+        uncut: int32 of a shape that expands to that of words; only blocks whose bit is set here are full. None: any.
+
+    Returns:
+        partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
+    """
+    geometry = Geometry(q_len, kv_len, block_size)
+    with _room_for(words, geometry.columns):
+        lists = _allocate(words.new_empty, words, geometry.columns)
+    _fill(lists, words, geometry, all_partial, uncut, reused=False)
+    return lists
+
+
+def _allocate(new: Callable[..., Tensor], words: Tensor, columns: int) -> Lists:
+    """Partial counts, partial indices, full counts and full indices for words [B, H, M, W]."""
+    counts = words.shape[:3]
+    indices = (*counts, columns)
+    return new(counts), new(indices), new(counts), new(indices)
+
+
+def _room_for(words: Tensor, columns: int) -> AbstractContextManager[None]:
+    """For the lists themselves, and on the CPU for what sorting them takes."""
+    blocks = math.prod(words.shape[:3]) * columns
+    needed = blocks * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
+    return room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}")
+
+
+def _fill(
+    lists: Lists, words: Tensor, geometry: Geometry, all_partial: bool, uncut: Tensor | None, *, reused: bool
+) -> None:
+    if words.is_cuda:
+        from flexprefill.blockmap import index_lists_kernel  # imports triton
+
+        # Triton launches on the current device, which need not be the words'
+        with torch.cuda.device_of(words):
+            index_lists_kernel.fill_lists(lists, words, geometry, all_partial, uncut, reused=reused)
+        return
+    columns = geometry.columns
+    # a map's words have no bits in the causal future; of words that do, these are left out
+    kept = unpack_bits(words, columns) & causal_blocks(geometry, words.device)
+    J = torch.arange(columns, device=words.device, dtype=torch.int32)
+    whole = J < full_blocks(geometry, words.device)[:, None]
+    if all_partial:
+        whole = torch.zeros_like(whole)
+    if uncut is not None:
+        whole = whole & unpack_bits(uncut, columns)
+    filled = *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)
+    for target, tensor in zip(lists, filled, strict=True):
+        target.copy_(tensor)
+
+
+def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
+    counts = selected.sum(-1, dtype=torch.int32)
+    past_the_end = J.shape[0]
+    indices = torch.where(selected, J, past_the_end).sort(-1).values
+    return counts, indices.masked_fill_(indices == past_the_end, 0)
+
+
+@torch.library.register_fake("flexprefill::index_lists")
+def _(words, q_len, kv_len, block_size, all_partial, uncut=None):
+    return _allocate(words.new_empty, words, ceil_div(kv_len, block_size))

@@ -1,0 +1,51 @@
+"""Who wants to hear of the maps that are used: the search, the attention and BlockMap tell, a recording listens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from flexprefill.runtime.tracing import is_tracing
+
+
+class Listener(Protocol):
+    """What it is told, in the thread in which it happens."""
+
+    def hear_map(self, block_map: Any) -> None:
+        """A BlockMap is about to be used."""
+
+    def hear_guard(self, report: Any) -> None:
+        """What the guard saw, a GuardReport, of a map that is about to be used."""
+
+
+_listening: dict[int, Listener] = {}  # by id: two that hold equal maps are equal
+
+
+@contextlib.contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Tells a listener, from every thread, until the end of the block."""
+    _listening[id(listener)] = listener
+    try:
+        yield
+    finally:
+        del _listening[id(listener)]
+
+
+def is_recording() -> bool:
+    """Whether anyone hears of the maps that are used."""
+    return bool(_listening) and not is_tracing()
+
+
+def note(block_map: Any) -> None:
+    """Tells whoever listens that a BlockMap is about to be used."""
+    if is_recording():
+        for listener in tuple(_listening.values()):
+            listener.hear_map(block_map)
+
+
+def note_guard(report: Any) -> None:
+    """Tells whoever listens what the guard saw of a map that is about to be noted."""
+    if is_recording():
+        for listener in tuple(_listening.values()):
+            listener.hear_guard(report)

@@ -1,0 +1,70 @@
+"""Whether a step's memory is there, asked before the step begins, so that nothing is left half done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flexprefill.errors import NotEnoughMemoryError
+
+PIECE = 2**24  # elements that plain PyTorch holds at a time
+WORTH_ASKING = 2**28  # bytes; less is asked for by allocating it, since asking takes a call of some 0.1 ms
+IN_CHUNKS = "take the queries in chunks (examples/prefill_in_chunks.py)"
+
+
+@contextlib.contextmanager
+def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iterator[None]:
+    """Allocates a step's memory inside, or raises before anything is.
+
+    It does not wait for the device.
+
+    Args:
+        step: what the memory is for.
+        needed: bytes, at least.
+        instead: what the caller can do.
+
+    Raises:
+        NotEnoughMemoryError: there is not as much, or it is in pieces.
+    """
+    check_room(step, needed, device, instead)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if isinstance(error, NotEnoughMemoryError):
+            raise
+        raise NotEnoughMemoryError(
+            _message(step, needed, device, "the allocator does not find them in one piece", instead)
+        ) from error
+
+
+def check_room(step: str, needed: int, device: torch.device, instead: str) -> None:
+    """Raises NotEnoughMemoryError if a device has not the memory that a step needs, as :func:`room_for`."""
+    if needed < WORTH_ASKING:
+        return
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise NotEnoughMemoryError(_message(step, needed, device, f"{free:,} are free", instead))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """How much could be allocated on a device now; None where that is not known."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        on_device, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+        # what PyTorch holds and does not use is free as well
+        return max(0, min(on_device, allowed)) + reserved - torch.cuda.memory_allocated(device)
+    table = Path("/proc/meminfo")
+    if device.type == "cpu" and table.exists():
+        lines = (line.split() for line in table.read_text().splitlines())
+        return next((1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:"), None)
+    return None
+
+
+def _message(step: str, needed: int, device: torch.device, there: str, instead: str) -> str:
+    return f"memory for {step} is not there: it takes {needed:,} bytes on {device}, and {there}; {instead}"

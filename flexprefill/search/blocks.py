@@ -1,0 +1,149 @@
+"""search_blocks: the key blocks that each query block has to attend to."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.map import BlockMap
+from flexprefill.config import PrefillConfig, check_alphas, check_config
+from flexprefill.search import operator
+from flexprefill.search.guard import guard_checked
+from flexprefill.search.key_means import KeyMeans, check_means
+from flexprefill.search.rule import Rule
+from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
+from flexprefill.variant.variant import PLAIN, AttentionVariant, check_variant
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+
+def search_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig = PrefillConfig(),
+    *,
+    variant: AttentionVariant | None = None,
+    scale: float | None = None,
+    last_chunk: bool = True,
+    implementation: str = "auto",
+    means: KeyMeans | None = None,
+) -> BlockMap:
+    """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
+
+    Each key block is pooled to its mean; its score is the sum over the query block's rows of exp(scale · row ·
+    mean), and blocks that reach ``config.alpha`` times the row's best are kept, with sinks, a local window and
+    the last query blocks. ``config`` can name another score. Nothing waits for the device, and the call traces under
+    ``torch.compile(fullgraph=True)``.
+
+    Args:
+        query: [B, Hq, S_q, D], float16, bfloat16 or float32; the last S_q of the S_kv positions.
+        key: [B, Hkv, S_kv, D], of query's dtype and device; Hq is a multiple of Hkv, S_q at most S_kv.
+            D is a multiple of 8 from 16 to 256.
+        config: the rule's settings.
+        variant: what the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
+            :class:`AttentionVariant`. The scores follow it.
+        scale: factor on the dot products; 1 / sqrt(D) if None.
+        last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
+            query block counts as one of the last. Maps of chunks are joined by :meth:`BlockMap.from_chunks`.
+        implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
+            under TRITON_INTERPRET=1), or "auto" (triton on CUDA for the scorer "flashprefill", else reference).
+        means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
+            inside torch.compile.
+
+    Returns:
+        A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        NotEnoughMemoryError: it does not fit into the device's memory; nothing was begun.
+    """
+    check_attention_inputs(query, key)
+    check_config(config)
+    check_last_chunk(last_chunk)
+    check_means(means)
+    variant = check_variant(variant, query, key)
+    scale = resolve_scale(scale, query.shape[3])
+    return search_checked(query, key, config, scale, last_chunk, implementation, means, variant)
+
+
+def search_checked(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig,
+    scale: float,
+    last_chunk: bool,
+    implementation: str,
+    means: KeyMeans | None,
+    variant: AttentionVariant = PLAIN,
+) -> BlockMap:
+    """As :func:`search_blocks`, of arguments that are known to fit together."""
+    check_alphas(config, query.shape[1], key.shape[1])
+    rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
+    changes = variant.changes_search
+    scorer = find_scorer(rule.scorer)  # raises here, not inside the operator
+    if changes and not scorer.knows_variant:
+        raise ValueError(
+            f"config.scorer {rule.scorer!r} does not know of {', '.join(changes)}: 'flashprefill' and 'exact' do"
+        )
+    if config.guard is not None and changes:
+        raise ValueError(
+            f"config.guard cannot be combined with {', '.join(changes)}: it samples plain causal attention; pass a "
+            "config with guard=None"
+        )
+    implementation = resolve_implementation(implementation, query.device, rule.scorer)
+    if means is None:
+        words = operator.search_words(query, key, rule, implementation, variant)
+    else:
+        if rule.scorer != MEANS_SCORER:
+            raise ValueError(
+                f"means is of the scorer {MEANS_SCORER!r}, which pools keys to their means: pass None for the scorer "
+                f"{rule.scorer!r}"
+            )
+        if variant.sequences is not None:
+            raise ValueError("means is of whole blocks, not of sequences in them: pass None with sequences")
+        pooled = means.extend(key, config.block_size, implementation)
+        words = operator.score_words(query, pooled, key.shape[2], rule, implementation, variant)
+    block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
+    if config.guard is None:
+        return block_map
+    own = "triton" if query.is_cuda else implementation  # a scorer without a kernel does not take it from the guard
+    return guard_checked(query, key, block_map, config, scale, last_chunk, own)[0]
+
+
+def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
+    """The means that :func:`search_checked` takes, of all blocks of a key that is known to be right.
+
+    None for a scorer that takes none.
+    """
+    implementation = resolve_implementation(implementation, key.device, config.scorer)
+    if config.scorer != MEANS_SCORER:
+        return None
+    means = KeyMeans()
+    means.extend(key, config.block_size, implementation)
+    return means
+
+
+def resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
+    """The named one, or what "auto" is for a scorer on a device.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "auto":
+        return "triton" if device.type == "cuda" and scorer == MEANS_SCORER else "reference"
+    if implementation == "triton" and scorer != MEANS_SCORER:
+        raise ValueError(
+            f"implementation 'triton' has no kernel for the scorer {scorer!r}, only for {MEANS_SCORER!r}; "
+            "'reference' runs every scorer on any device"
+        )
+    if implementation == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"implementation 'triton' needs tensors on a CUDA device (or TRITON_INTERPRET=1), got {device}; "
+            "'reference' runs on any device"
+        )
+    return implementation

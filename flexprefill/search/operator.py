@@ -1,0 +1,125 @@
+"""The two halves of the search by either implementation, and the whole as one custom operator.
+
+The operator is opaque to torch.compile, so that every length gives one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.bits import WORD_BITS, pack_bits
+from flexprefill.blockmap.geometry import Geometry, ceil_div
+from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.runtime.operators import operator
+from flexprefill.search import reference
+from flexprefill.search.grid import Grid
+from flexprefill.search.rule import Rule
+from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+from flexprefill.variant.sequences import Sequences
+from flexprefill.variant.variant import PLAIN, AttentionVariant
+
+BYTES_A_PAIR = 8  # of blocks, that the reference takes at the least
+
+
+def search_words(
+    query: Tensor, key: Tensor, rule: Rule, implementation: str, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
+    return search_operator(query, key, *rule, implementation, *variant.parts)
+
+
+@operator("flexprefill::search_words")
+def search_operator(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    log2_alpha: float,
+    block_size: int,
+    sink_blocks: int,
+    window_blocks: int,
+    last_full_blocks: int,
+    min_blocks: int,
+    kv_masks: bool,
+    first_key: bool,
+    scorer: str,
+    log2_alphas: Sequence[float],
+    implementation: str,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """As :func:`search_words`, a Rule and a variant's parts taken apart."""
+    blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
+    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, tuple(log2_alphas))
+    variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
+    if scorer != MEANS_SCORER:
+        pooled = find_scorer(scorer).pool(key, block_size)
+        if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
+            found = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"scorer {scorer!r} must pool keys to {list(key.shape[:2])} and more, got {found}")
+    else:
+        pooled = pool_keys(key, block_size, implementation, variant.sequences)
+    return score_words(query, pooled, key.shape[2], rule, implementation, variant)
+
+
+@torch.library.register_fake("flexprefill::search_words")
+def _(query, key, scale, log2_alpha, block_size, *rest):
+    geometry = Geometry(query.shape[2], key.shape[2], block_size)
+    shape = *query.shape[:2], geometry.rows, ceil_div(geometry.columns, WORD_BITS)
+    return query.new_empty(shape, dtype=torch.int32)
+
+
+def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequences | None = None) -> Tensor:
+    """Means of the key blocks in key's dtype: [B, Hkv, S_kv, D] to [B, Hkv, N, D].
+
+    With sequences, the means are those of reference.pool_own_keys.
+    """
+    if implementation == "reference":
+        if sequences is None:
+            return reference.pool_keys(key, block_size)
+        return reference.pool_own_keys(key, block_size, sequences)
+    from flexprefill.search.kernels import launch  # imports triton
+
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(key):
+        return launch.pool_keys(key, block_size, sequences)
+
+
+def score_words(
+    query: Tensor, pooled: Tensor, kv_len: int, rule: Rule, implementation: str, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what the rule's scorer pools of the kv_len keys.
+
+    Args:
+        pooled: of FlashPrefill's scorer the means of the keys' blocks, [B, Hkv, N, D].
+    """
+    if implementation == "reference":
+        scorer = find_scorer(rule.scorer)
+        first_key = rule.first_key if scorer.score_rows is None else scorer.score_rows == "visible"
+        grid = Grid(Geometry(query.shape[2], kv_len, rule.block_size), rule.scale, first_key, variant)
+        needed = BYTES_A_PAIR * query.shape[0] * query.shape[1] * grid.rows * grid.columns
+        with room_for("the search by the reference", needed, query.device, IN_CHUNKS):
+            scores = scorer.log_scores(query, pooled, grid)
+            _check_scores(scores, rule.scorer, query, grid)
+            return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
+    from flexprefill.search.kernels import launch  # imports triton
+
+    with torch.cuda.device_of(query):
+        return launch.score_words(query, pooled, kv_len, rule, variant)
+
+
+def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:
+    """Raises ValueError unless a scorer, which may be a caller's own, gave what Scorer.log_scores has to."""
+    shape = *query.shape[:2], grid.rows, grid.columns
+    if not isinstance(scores, Tensor):
+        found = type(scores).__name__
+    elif scores.shape == shape and scores.dtype == torch.float32 and scores.device == query.device:
+        return
+    else:
+        found = f"{scores.dtype} {list(scores.shape)} on {scores.device}"
+    raise ValueError(f"scorer {scorer!r} must give scores float32 {list(shape)} on {query.device}, got {found}")

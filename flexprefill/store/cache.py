@@ -1,0 +1,355 @@
+"""MaskCache: maps by layer, kept for prompts that repeat or extend an earlier one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.blockmap.map import BlockMap
+from flexprefill.config import PrefillConfig, check_config
+from flexprefill.runtime.devices import check_device
+from flexprefill.search.blocks import pool_checked, search_checked
+from flexprefill.search.rule import Rule
+from flexprefill.store.tokens import token_tensor
+from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a MaskCache did and holds.
+
+    Attributes:
+        hits: searches answered whole by an earlier one of the same prompt; extensions: of which only some query
+            blocks were searched; misses: searched whole.
+        reused_rows, searched_rows: query blocks, summed over all searches.
+        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with that of their
+            prompts' tokens.
+    """
+
+    hits: int = 0
+    extensions: int = 0
+    misses: int = 0
+    reused_rows: int = 0
+    searched_rows: int = 0
+    evictions: int = 0
+    entries: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What two prompts are compared by: the caller's key, or their tokens.
+
+    Attributes:
+        tokens: ``batch`` numbers of the dtype ``item`` for each position.
+    """
+
+    key: Hashable | None
+    tokens: bytes = b""
+    item: str = "i4"
+    batch: int = 1
+
+    def __hash__(self) -> int:
+        return hash(self.tokens) if self.key is None else hash(self.key)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
+
+    def shared(self, other: _Identity) -> int:
+        """How many positions are the same before the first that differs; a huge number for all, now and later."""
+        if (self.key, self.item, self.batch) != (other.key, other.item, other.batch):
+            return 0
+        if self.key is not None or self.tokens is other.tokens:
+            return sys.maxsize
+        both = min(self.length, other.length)
+        ours, theirs = (np.frombuffer(each.tokens, self.item, both * self.batch) for each in (self, other))
+        different = ours != theirs
+        return int(different.argmax()) // self.batch if different.any() else both
+
+
+@dataclass(frozen=True)
+class _Entry:
+    identity: _Identity
+    block_map: BlockMap
+    last_chunk: bool
+    stream: torch.cuda.Stream | None = None  # that the map was made on, on CUDA
+    made: torch.cuda.Event | None = None  # there
+
+    @classmethod
+    def of(cls, identity: _Identity, block_map: BlockMap, last_chunk: bool) -> _Entry:
+        """With what another stream has to wait for."""
+        if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
+            return cls(identity, block_map, last_chunk)
+        stream = torch.cuda.current_stream(block_map.device)
+        return cls(identity, block_map, last_chunk, stream, stream.record_event())
+
+    def ready(self) -> BlockMap:
+        """The map, for work on the current stream."""
+        if self.made is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.block_map.device)
+            if stream != self.stream:
+                stream.wait_event(self.made)
+                self.block_map.words.record_stream(stream)
+        return self.block_map
+
+
+class MaskCache:
+    """Maps by layer, found again for a prompt that repeats or extends an earlier one.
+
+    Only query blocks that no cached map answers are searched: a row of blocks depends on the tokens up to its end
+    alone. The map equals the one that a search of the whole prompt gives; rows that were the last of the shorter
+    prompt, and so kept everything, are searched again. Safe to use from several threads, and on several CUDA streams.
+
+    Args:
+        max_bytes: of the maps together, wherever they are, and of their prompts' tokens; the least recently used
+            ones go first, and a single map above the limit is not kept.
+        device: where maps are kept; None leaves each on the device that it was made on.
+
+    Raises:
+        TypeError, ValueError: ``max_bytes`` is no positive int, or ``device`` not here.
+    """
+
+    def __init__(self, max_bytes: int = 2**30, *, device: torch.device | str | None = None) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes must be an int, got {max_bytes!r}")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.device = None if device is None else check_device(device)
+        if self.device is not None and self.device.type == "meta":
+            raise ValueError("device must be one that can hold maps, got meta")
+        self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()  # the most recently used last
+        self._stats = CacheStats()
+        self._lock = threading.RLock()
+
+    def prompt(self, token_ids: Tensor | Sequence[int] | None = None, *, key: Hashable = None) -> CachedPrompt:
+        """One prompt, whose layers are then searched with :meth:`CachedPrompt.search_blocks`.
+
+        Args:
+            token_ids: [S], or [B, S] for a batch, whole numbers. They are compared on the host, so a tensor on a GPU
+                is waited for, once a prompt.
+            key: instead of token_ids, whatever names a growing conversation: prompts of one key must have the same
+                tokens as far as both go.
+
+        Raises:
+            TypeError, ValueError: not exactly one of them is given, token_ids are no whole numbers, or key has no hash.
+        """
+        if (token_ids is None) == (key is None):
+            raise ValueError("prompt takes either token_ids or a key, and one of them")
+        if isinstance(token_ids, str):
+            raise TypeError(f"token_ids must be whole numbers, got a str; a name goes to key={token_ids!r}")
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(f"key must be hashable, got {type(key).__name__}") from error
+        identity = _Identity(key) if token_ids is None else _identify(token_ids)
+        with self._lock:
+            others = self._identities()
+            # layers of one prompt hold its tokens once, also if it comes again
+            prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
+            # now, not while the device waits for the first layer: both read all tokens, once
+            hash(prompt.identity)
+            for other in others:
+                prompt._shared(other)
+        return prompt
+
+    def __getitem__(self, layer: int) -> BlockMap:
+        """The most recently used map of a layer, of whatever prompt.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            for place, entry in reversed(self._entries.items()):
+                if place[0] == layer:
+                    return entry.ready()
+        raise KeyError(f"layer {layer!r} has no map in the cache, which holds layers {self.layers()}")
+
+    def layers(self) -> list[int]:
+        """The layers that have a map, ascending."""
+        with self._lock:
+            return sorted({place[0] for place in self._entries})
+
+    def stats(self) -> CacheStats:
+        """Counts since the cache was made, and what it holds now."""
+        with self._lock:
+            return replace(self._stats, entries=len(self._entries), bytes=self._bytes())
+
+    def clear(self) -> None:
+        """Drops all maps; the counts stay."""
+        with self._lock:
+            self._entries.clear()
+
+    def _identities(self) -> list[_Identity]:
+        """Those of the prompts that have maps, each once."""
+        return list({id(entry.identity): entry.identity for entry in self._entries.values()}.values())
+
+    def _bytes(self) -> int:
+        words = sum(entry.block_map.words.nbytes for entry in self._entries.values())
+        return words + sum(len(identity.tokens) for identity in self._identities())
+
+    def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
+        with self._lock:
+            entry = self._entries.get(place)
+            if entry is None:
+                return None
+            self._entries.move_to_end(place)
+            return entry.ready()
+
+    def _best(
+        self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
+    ) -> tuple[BlockMap, int] | None:
+        """The map of a kind that answers most query blocks from ``first`` to ``end``, and where its answer ends.
+
+        Args:
+            first, end: counted from the prompt's start.
+            last_full_blocks: of a map that ends its prompt, rows that keep everything for that.
+        """
+        with self._lock:
+            best, found = first, None
+            for place, entry in self._entries.items():
+                held = entry.block_map
+                block = held.block_size
+                if place[: len(kind)] != kind or held.offset % block or held.offset // block > first:
+                    continue
+                last = last_full_blocks if entry.last_chunk else 0
+                rows = min(end, held.kv_len // block, ceil_div(held.kv_len, block) - last)
+                answers = min(rows, prompt._shared(entry.identity) // block)
+                if answers > best:
+                    best, found = answers, place
+            if found is None:
+                return None
+            self._entries.move_to_end(found)
+            return self._entries[found].ready(), best
+
+    def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
+        with self._lock:
+            self._entries.pop(place, None)
+            if entry.block_map.words.nbytes + len(entry.identity.tokens) > self.max_bytes:
+                return
+            self._entries[place] = entry
+            while self._bytes() > self.max_bytes:
+                self._entries.popitem(last=False)
+                self._count(evictions=1)
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self._stats = replace(
+                self._stats, **{name: getattr(self._stats, name) + count for name, count in counts.items()}
+            )
+
+
+@dataclass(frozen=True)
+class CachedPrompt:
+    """A prompt of a MaskCache; see :meth:`MaskCache.prompt`."""
+
+    cache: MaskCache
+    identity: _Identity
+    _known: WeakKeyDictionary[_Identity, int] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+
+    def _shared(self, other: _Identity) -> int:
+        """As identity.shared, of each other prompt once; under the cache's lock."""
+        shared = self._known.get(other)
+        if shared is None:
+            shared = self._known[other] = self.identity.shared(other)
+        return shared
+
+    def search_blocks(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        config: PrefillConfig = PrefillConfig(),
+        *,
+        scale: float | None = None,
+        last_chunk: bool = True,
+    ) -> BlockMap:
+        """As :func:`flexprefill.search_blocks`, searching only the query blocks that no cached map answers.
+
+        Args:
+            layer: number of the layer; another layer's maps are never used.
+            query, key, config, scale, last_chunk: as in :func:`flexprefill.search_blocks`; key has
+                all keys of the prompt so far, and query the last of them or all.
+
+        Raises:
+            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key, or
+                another batch size.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer must be an int, got {layer!r}")
+        check_attention_inputs(query, key)
+        check_config(config)
+        check_last_chunk(last_chunk)
+        if config.guard is not None:
+            raise ValueError(
+                f"config.guard must be None in a MaskCache, whose maps are of rows from several searches, got "
+                f"{config.guard}: call flexprefill.guard_blocks on the map"
+            )
+        q_len, kv_len, block = query.shape[2], key.shape[2], config.block_size
+        if self.identity.key is None:
+            if self.identity.length < kv_len:
+                raise ValueError(f"key must have at most the prompt's {self.identity.length} tokens, got S_kv={kv_len}")
+            if self.identity.batch != query.shape[0]:
+                raise ValueError(f"query must have the prompt's batch size {self.identity.batch}, got {query.shape[0]}")
+        rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
+        everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
+        kind = (layer, everywhere, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)
+        place = (*kind, self.identity, q_len, kv_len, last_chunk)
+
+        known = self.cache._same(place)
+        if known is not None:
+            self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
+            return known.to(query.device)
+        # the device pools the keys while the host looks for rows
+        means = pool_checked(key, config, "auto")
+        first, start_in_block = divmod(kv_len - q_len, block)
+        # rows that are whole here and not last; one map may answer some, and another those after
+        end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
+        known_rows: list[tuple[BlockMap, int, int]] = []
+        row = first
+        while found := self.cache._best(kind, self, row, end, config.last_full_blocks):
+            held, known_end = found
+            known_rows.append((held, row, known_end))
+            row = known_end
+        rest: list[BlockMap] = []
+        if not known_rows or row * block < kv_len:
+            # before the known rows are put together: the device waits for it
+            others = query[:, :, row * block - (kv_len - q_len) :] if known_rows else query
+            rest = [search_checked(others, key, config, rule.scale, last_chunk, "auto", means)]
+        pieces = [_rows(*rows).to(query.device) for rows in known_rows] + rest
+        block_map = BlockMap.from_chunks(pieces) if known_rows else rest[0]
+        counts = {"extensions": 1} if row > first else {"misses": 1}
+        self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
+        kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
+        self.cache._keep(place, _Entry.of(self.identity, kept, last_chunk))
+        return block_map
+
+
+def _rows(block_map: BlockMap, first: int, end: int) -> BlockMap:
+    """A view of rows first to end, counted from the prompt's start, of a map that starts on a block's edge."""
+    block = block_map.block_size
+    before = block_map.offset // block
+    width = ceil_div(end, 32)
+    words = block_map.words[:, :, first - before : end - before, :width]
+    return BlockMap(words, (end - first) * block, end * block, block)
+
+
+def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
+    tokens = token_tensor(token_ids)
+    if tokens.dim() not in (1, 2) or 0 in tokens.shape:
+        raise ValueError(f"token_ids must be [S] or [B, S], got {list(tokens.shape)}")
+    by_position = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]).T.numpy()  # [S, B]
+    narrow = by_position.astype(np.int32)
+    if (narrow == by_position).all():  # as those of every tokenizer
+        by_position = narrow
+    return _Identity(None, by_position.tobytes(), by_position.dtype.str, by_position.shape[1])

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def token_tensor(token_ids: Tensor | Sequence[int]) -> Tensor:
+    """A prompt's tokens on the CPU, of any shape; TypeError unless they are whole numbers."""
+    try:
+        tokens = torch.as_tensor(token_ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"token_ids must be a tensor or list of whole numbers, got {type(token_ids).__name__}"
+        ) from error
+    # an empty list is of no dtype
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise TypeError(f"token_ids must be whole numbers, got {tokens.dtype}")
+    return tokens

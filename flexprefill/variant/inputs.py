@@ -1,0 +1,125 @@
+"""Checks of the tensors that a caller hands in. Each error names the argument and what it got."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
+from flexprefill.runtime.tracing import is_tracing
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 257, 8)
+LARGEST_SCALE = 1e38  # times log2(e) it still is a float32
+SCORE_MOD_ARGUMENTS = ("score", *MASK_MOD_ARGUMENTS)
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
+    """Raises unless query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] can be searched, and with value attended.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype or layout.
+        ValueError: shapes, dtypes or devices do not fit together, or a gradient is asked for.
+    """
+    named = dict(zip(("query", "key", "value"), (query, key, *value), strict=False))
+    for name, tensor in named.items():
+        _check_tensor(name, tensor)
+        _check_head_dim(name, tensor)
+    for name in list(named)[1:]:
+        _check_against_query(name, named[name], query)
+    if value and query.device.type == "meta":
+        raise ValueError("query must be on a device that computes, got meta")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query must have a multiple of key's heads, got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"key must have query's head dimension {query.shape[3]}, got {key.shape[3]} (key {list(key.shape)})"
+        )
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            "query [B, Hq, S_q, D] must be no longer than key [B, Hkv, S_kv, D] (queries are the last positions), "
+            f"got S_q={query.shape[2]} and S_kv={key.shape[2]}"
+        )
+    if value and value[0].shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"value must have key's heads and length, got value {list(value[0].shape)} and key {list(key.shape)}"
+        )
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The given scale, or 1 / sqrt(head_dim) for None.
+
+    Raises:
+        TypeError, ValueError: ``scale`` is no finite number.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(operator.index(head_dim))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not abs(scale) <= LARGEST_SCALE:  # false for NaN as well
+        raise ValueError(f"scale must be finite in float32, at most {LARGEST_SCALE:g}, got {scale}")
+    return float(scale)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor [B, H, S, D], got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a strided tensor, got {kind}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+    if tensor.dim() != 4 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be [B, H, S, D] with no size of 0, got {list(tensor.shape)}")
+    # a sign that is only noted, as of the imaginary part of a conjugate: kernels read the memory as it is
+    if not is_tracing() and tensor.is_neg():
+        raise ValueError(f"{name} must hold its own values, got a negated view: pass {name}.resolve_neg()")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and a prefill has no backward pass: call under torch.no_grad() or pass "
+            f"{name}.detach()"
+        )
+
+
+def _check_head_dim(name: str, tensor: Tensor) -> None:
+    # a constant too where torch.compile makes every size a symbol
+    if operator.index(tensor.shape[3]) not in HEAD_DIMS:
+        raise ValueError(
+            f"{name} must have a head dimension that is a multiple of 8 from 16 to 256, got D={tensor.shape[3]}"
+        )
+
+
+def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.shape[0] != query.shape[0]:
+        raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}")
+
+
+def check_last_chunk(last_chunk: object) -> None:
+    if not isinstance(last_chunk, bool):
+        raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
+
+
+def check_heads_tensor(name: str, tensor: object) -> None:
+    """Raises unless it is a tensor of floats with one dimension."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of floats [Hq], got {got}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must be [Hq], got {list(tensor.shape)}")
+
+
+def check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Raises unless it holds a number for each query head, on query's device."""
+    if tensor.shape != query.shape[1:2]:
+        raise ValueError(f"{name} must be [Hq] with Hq={query.shape[1]}, got {list(tensor.shape)}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")

@@ -1,0 +1,143 @@
+"""The one attention in plain PyTorch: float32, any device, slow. Whatever has no kernel is computed by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.masking import MaskMod
+from flexprefill.runtime.memory import PIECE
+from flexprefill.runtime.tracing import is_tracing
+from flexprefill.variant.mods import ScoreMod
+from flexprefill.variant.variant import PLAIN, AttentionVariant
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainAttention:
+    """One call's attention, from which logits are taken in pieces that the caller chooses.
+
+    Attributes:
+        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
+        scale: factor on the dot products.
+        variant: its sinks are no part of the logits.
+        mask_mods, score_mods: FlexAttention's, after what the variant says; called with indices that broadcast.
+        causal: whether queries are the last S_q of the S_kv positions, and see the keys up to their own. Else the
+            variant must be plain.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    variant: AttentionVariant = PLAIN
+    mask_mods: tuple[MaskMod, ...] = ()
+    score_mods: tuple[ScoreMod, ...] = ()
+    causal: bool = True
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def logits(self, batch: slice, heads: slice, rows: Tensor | slice, keys: Tensor | slice) -> Tensor:
+        """Natural logits of some rows against some keys: float32 [batch, heads, R, K], -inf where a key is hidden.
+
+        Args:
+            heads: query heads, of one key head or all of several.
+            rows, keys: indices int64 [R] and [K], or slices with a start and a stop.
+        """
+        kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
+        queries = self.query[batch, heads][:, :, rows].unflatten(1, (kv_heads.stop - kv_heads.start, -1))
+        own_keys = self.key[batch, kv_heads][:, :, keys]
+        logits = self.scale * _products(queries, own_keys[:, :, None].transpose(3, 4)).flatten(1, 2)
+        return self._modified(logits, batch, heads, _indices(rows, logits), _indices(keys, logits))
+
+    def _modified(self, logits: Tensor, batch: slice, heads: slice, rows: Tensor, keys: Tensor) -> Tensor:
+        device, variant = logits.device, self.variant
+        b = torch.arange(batch.start, batch.stop, device=device)[:, None, None, None]
+        h = torch.arange(heads.start, heads.stop, device=device)[:, None, None]
+        position = rows[:, None] + (self.key.shape[2] - self.query.shape[2])
+        distance = position - keys
+        logits = soft_capped(logits, variant.soft_cap)
+        if variant.alibi_slopes is not None:
+            logits = logits - variant.alibi_slopes[heads].float()[:, None, None] * distance
+        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if variant.sliding_window is not None:
+            hidden = hidden | (distance >= variant.sliding_window)
+        if variant.sequences is not None:
+            starts = variant.sequences.starts
+            own = starts[batch if starts.shape[0] > 1 else slice(0, 1)]
+            hidden = hidden | (keys < own[:, position[:, 0]][:, None, :, None])
+        for score_mod in self.score_mods:
+            logits = score_mod(logits, b, h, rows[:, None], keys)
+        for mask_mod in self.mask_mods:
+            hidden = hidden | ~mask_mod(b, h, rows[:, None], keys)
+        return logits.masked_fill(hidden, -torch.inf)
+
+    def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The output float32 [B, Hq, S_q, Dv] over values [B, Hkv, S_kv, Dv], and natural log-sum-exps [B, Hq, S_q].
+
+        A row that sees nothing outputs zeros, and its log-sum-exp is -inf. The variant's sinks change the output alone.
+        """
+        sizes, everything = self.query.shape[:3], slice(0, self.key.shape[2])
+        output = self.query.new_empty(*sizes, value.shape[3], dtype=torch.float32)
+        sums = self.query.new_empty(sizes, dtype=torch.float32)
+        for batch, heads, rows in self._pieces():
+            logits = self.logits(batch, heads, rows, everything)
+            lse = logits.logsumexp(-1)
+            weights = (logits - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
+            kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
+            grouped = weights.unflatten(1, (kv_heads.stop - kv_heads.start, -1))
+            output[batch, heads, rows] = _products(grouped, value[batch, kv_heads][:, :, None]).flatten(1, 2)
+            sums[batch, heads, rows] = lse
+        return output if self.variant.sinks is None else add_sinks(output, sums, self.variant.sinks), sums
+
+    def _pieces(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Batch entries, heads and rows: all at once where that is not too much, else some rows of one key head."""
+        batch, heads, q_len, _ = self.query.shape
+        # a number of pieces that depends on lengths would be compiled for anew
+        if is_tracing() or batch * heads * q_len * self.key.shape[2] <= PIECE:
+            yield slice(0, batch), slice(0, heads), slice(0, q_len)
+            return
+        rows_a_piece = max(1, PIECE // (self.group * self.key.shape[2]))
+        for b in range(batch):
+            for first_head in range(0, heads, self.group):
+                for first in range(0, q_len, rows_a_piece):
+                    rows = slice(first, min(first + rows_a_piece, q_len))
+                    yield slice(b, b + 1), slice(first_head, first_head + self.group), rows
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products in float32."""
+    return left.float() @ right.float()
+
+
+def _indices(chosen: Tensor | slice, like: Tensor) -> Tensor:
+    return torch.arange(chosen.start, chosen.stop, device=like.device) if isinstance(chosen, slice) else chosen
+
+
+def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention over keys to attention in whose softmax one more logit of each head takes part, without a value.
+
+    Args:
+        output: [B, Hq, S_q, Dv]; lse: float32 [B, Hq, S_q], natural log-sum-exps; sinks: [Hq].
+    """
+    share = torch.sigmoid(lse - sinks.float()[:, None])
+    return (output * share[..., None]).to(output.dtype)
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def log2_sum(logs: Tensor, dim: int) -> Tensor:
+    """log2 of the sum of 2^logs along a dimension; NaN where one is."""
+    m = logs.amax(dim, keepdim=True)
+    shift = torch.where(m.isinf(), 0, m)  # -inf - -inf would be NaN
+    return shift.squeeze(dim) + torch.log2(torch.exp2(logs - shift).sum(dim))

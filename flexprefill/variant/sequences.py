@@ -1,0 +1,109 @@
+"""Sequences: which of the positions of a batch belong together, and which are padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexprefill.blockmap.geometry import check_size
+from flexprefill.runtime.pytrees import register_node
+
+PADDING = ("right", "left")
+INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences of a batch: a query sees the keys of its own sequence alone, and padding sees and is seen by none.
+
+    Made by :meth:`from_lengths` for a padded batch and by :meth:`from_cu_seqlens` for sequences packed in a row. It is
+    data on the device: making and using it waits for nothing, and other lengths compile nothing anew.
+
+    Attributes:
+        starts: int32 [1 or B, S_kv], for each position the first position of its sequence; S_kv in padding.
+        ends: int32 [1 or B, S_kv], for each position the one behind its sequence's last; 0 in padding.
+    """
+
+    starts: Tensor
+    ends: Tensor
+
+    @classmethod
+    def from_lengths(cls, seq_lengths: Tensor, kv_len: int, *, padding: str = "right") -> Sequences:
+        """One sequence in each batch entry, padded to ``kv_len`` positions.
+
+        Args:
+            seq_lengths: int32 or int64 [B], tokens of each sequence, 0 … kv_len.
+            padding: the side of the padding, "right" or "left".
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, shape or name.
+        """
+        _check_integers("seq_lengths", seq_lengths)
+        check_size("kv_len", kv_len)
+        if padding not in PADDING:
+            raise ValueError(f"padding must be one of {PADDING}, got {padding!r}")
+        lengths = seq_lengths.clamp(0, kv_len)[:, None]
+        position = torch.arange(kv_len, device=seq_lengths.device)
+        start = torch.zeros_like(lengths) if padding == "right" else kv_len - lengths
+        end = start + lengths
+        return cls._of(position, start, end, kv_len)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, kv_len: int) -> Sequences:
+        """Sequences that stand one behind the other in each batch entry, without padding between them.
+
+        Args:
+            cu_seqlens: int32 or int64 [n + 1], as FlashAttention takes it: where each sequence starts, and at last
+                where the last one ends. Ascending; what stands before the first or behind the last is padding.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or shape.
+        """
+        _check_integers("cu_seqlens", cu_seqlens)
+        check_size("kv_len", kv_len)
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must hold a start and an end at least, got {list(cu_seqlens.shape)}")
+        position = torch.arange(kv_len, device=cu_seqlens.device)
+        cu_seqlens = cu_seqlens.to(position.dtype).contiguous()
+        sequence = torch.searchsorted(cu_seqlens, position, right=True)  # 0 before the first, n + 1 behind the last
+        last = cu_seqlens.shape[0] - 1
+        start, end = cu_seqlens[(sequence - 1).clamp(min=0)], cu_seqlens[sequence.clamp(max=last)]
+        return cls._of(position, start[None], end[None], kv_len)
+
+    @classmethod
+    def _of(cls, position: Tensor, start: Tensor, end: Tensor, kv_len: int) -> Sequences:
+        inside = (position >= start) & (position < end)
+        starts = torch.where(inside, start, kv_len).to(torch.int32)
+        return cls(starts, torch.where(inside, end, 0).to(torch.int32))
+
+    @property
+    def kv_len(self) -> int:
+        """Positions of a batch entry."""
+        return self.starts.shape[1]
+
+    @property
+    def padding(self) -> Tensor:
+        """bool [1 or B, S_kv], where a position belongs to no sequence."""
+        return self.ends == 0
+
+    def check_fits(self, key: Tensor) -> None:
+        """Raises ValueError unless they are of key's batch size, length and device."""
+        if self.kv_len != key.shape[2]:
+            raise ValueError(f"sequences must be of key's length S_kv={key.shape[2]}, got kv_len={self.kv_len}")
+        if self.starts.shape[0] not in (1, key.shape[0]):
+            raise ValueError(f"sequences must be of key's batch size {key.shape[0]}, got {self.starts.shape[0]}")
+        if self.starts.device != key.device:
+            raise ValueError(f"sequences must be on key's device {key.device}, got {self.starts.device}")
+
+
+register_node(Sequences, ("starts", "ends"), ())
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of int32 or int64 on key's device, got {got}")
+    if tensor.dim() != 1 or tensor.shape[0] == 0:
+        raise ValueError(f"{name} must be of one dimension and not empty, got {list(tensor.shape)}")

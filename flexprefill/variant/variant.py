@@ -1,0 +1,126 @@
+"""AttentionVariant: what a call adds to plain causal attention, for the search and the attention alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flexprefill.runtime.pytrees import register_node
+from flexprefill.variant.inputs import check_heads_tensor, check_per_head
+from flexprefill.variant.sequences import Sequences
+
+# as custom operators take them: starts and ends of the sequences, sliding_window, soft_cap, alibi_slopes
+Parts = tuple[Tensor | None, Tensor | None, int | None, float | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionVariant:
+    """What a call's attention is besides causal: one object for search, mask and attention.
+
+    Checked when it is made; that it fits query and key is checked where both are given. Equal variants have equal
+    numbers and the same tensors. A variant is a pytree node and goes in and out of compiled functions.
+
+    Args:
+        sequences: which positions belong together; keys of other sequences and of padding enter no mean and no score,
+            and sinks, window and last query blocks are those of the query's own sequence (docs/masks.md). Rows of
+            padding output zeros.
+        sliding_window: how many keys a query sees, its own the last; None: all before it. Blocks outside are neither
+            scored nor kept.
+        soft_cap: cap · tanh(scores / cap) takes the place of the scaled products, as in Gemma 2.
+        alibi_slopes: float [Hq], on query's device: slope · (distance of the key) is subtracted from the scores.
+        sinks: float [Hq], on query's device: a learned logit of each head that takes part in its softmax and has no
+            value (gpt-oss). The search does not depend on it, and a log-sum-exp that is returned is without it.
+
+    Raises:
+        TypeError, ValueError: a part is of the wrong type or out of range; the message names it.
+    """
+
+    sequences: Sequences | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        window, cap = self.sliding_window, self.soft_cap
+        if not (self.sequences is None or isinstance(self.sequences, Sequences)):
+            raise TypeError(
+                "sequences must be made by Sequences.from_lengths or from_cu_seqlens, got "
+                f"{type(self.sequences).__name__}"
+            )
+        if window is not None:
+            if isinstance(window, bool) or not isinstance(window, int):
+                raise TypeError(f"sliding_window must be an int or None, got {window!r}")
+            if not 1 <= window < 2**31:
+                raise ValueError(f"sliding_window must be at least 1 key and below 2**31, got {window}")
+        if cap is not None:
+            if isinstance(cap, bool) or not isinstance(cap, (int, float)):
+                raise TypeError(f"soft_cap must be a number or None, got {cap!r}")
+            if not 0 < cap < math.inf:
+                raise ValueError(f"soft_cap must be positive and finite, got {cap}")
+        for name in ("alibi_slopes", "sinks"):
+            if getattr(self, name) is not None:
+                check_heads_tensor(name, getattr(self, name))
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> AttentionVariant:
+        """The variant of what :attr:`parts` gave."""
+        starts, ends, sliding_window, soft_cap, alibi_slopes = parts
+        if starts is None and sliding_window is None and soft_cap is None and alibi_slopes is None:
+            return PLAIN
+        sequences = None if starts is None or ends is None else Sequences(starts, ends)
+        return cls(sequences, sliding_window, soft_cap, alibi_slopes)
+
+    @property
+    def parts(self) -> Parts:
+        """What the search and the logits depend on, flat, for an operator's border."""
+        starts, ends = (None, None) if self.sequences is None else (self.sequences.starts, self.sequences.ends)
+        soft_cap = None if self.soft_cap is None else float(self.soft_cap)
+        return starts, ends, self.sliding_window, soft_cap, self.alibi_slopes
+
+    @property
+    def changes_search(self) -> list[str]:
+        """The names of the parts that are given and that the search depends on."""
+        names = ("sequences", "sliding_window", "soft_cap", "alibi_slopes")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def check_fits(self, query: Tensor, key: Tensor) -> None:
+        """Raises ValueError unless the parts are of query's and key's sizes and device."""
+        if self.sequences is not None:
+            self.sequences.check_fits(key)
+        for name, tensor in (("alibi_slopes", self.alibi_slopes), ("sinks", self.sinks)):
+            if tensor is not None:
+                check_per_head(name, tensor, query)
+
+    def _all(self) -> tuple[Any, ...]:
+        return self.sequences, self.sliding_window, self.soft_cap, self.alibi_slopes, self.sinks
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AttentionVariant):
+            return NotImplemented
+        # tensors are the same or are not: comparing what they hold would wait for the device
+        return all(
+            ours is theirs or (isinstance(ours, (int, float)) and ours == theirs)
+            for ours, theirs in zip(self._all(), other._all(), strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+
+register_node(AttentionVariant, ("sequences", "alibi_slopes", "sinks"), ("sliding_window", "soft_cap"))
+
+PLAIN = AttentionVariant()
+
+
+def check_variant(variant: AttentionVariant | None, query: Tensor, key: Tensor) -> AttentionVariant:
+    """The variant, plain causal attention for None; raises unless it fits query and key."""
+    if variant is None:
+        return PLAIN
+    if not isinstance(variant, AttentionVariant):
+        raise TypeError(f"variant must be an AttentionVariant or None, got {type(variant).__name__}")
+    variant.check_fits(query, key)
+    return variant

@@ -1,0 +1,263 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.inputs import make_qkv
+
+from flexprefill import BlockMap, PrefillConfig, attention_recall, search_blocks
+from flexprefill.blockmap.geometry import visible_blocks
+from flexprefill.inspection import PATTERNS, block_patterns, compare_maps, head_similarity, summarize_heads
+from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, SLAB_ROWS
+
+BLOCK = 16
+
+
+def make_map(dense, *, q_len=None, kv_len=None):
+    rows, columns = dense.shape[2:]
+    return BlockMap.from_dense(dense, q_len=q_len or rows * BLOCK, kv_len=kv_len or columns * BLOCK, block_size=BLOCK)
+
+
+def patterns_by_definition(block_map, batch, head, config):
+    """The names of all blocks, in plain loops; None for a block that is not kept."""
+    rows, columns = block_map.shape[2:]
+    kept = block_map.to_dense()[batch, head].tolist()
+    visible = visible_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, "cpu").tolist()
+    first_last = rows - config.last_full_blocks
+    last = [I >= first_last and sum(kept[I]) == visible[I] for I in range(rows)]
+    lines = {}
+    for I in range(rows):
+        for J in range(config.sink_blocks, visible[I] - config.window_blocks):
+            if not last[I]:
+                for line in (("column", J), ("diagonal", I - J)):
+                    lines.setdefault(line, []).append(kept[I][J])
+
+    def share(line):
+        free = lines.get(line, [])
+        found = sum(free) / max(1, len(free))
+        return found if len(free) >= MIN_LINE_BLOCKS and found >= LINE_SHARE else 0
+
+    def name(I, J):
+        if not kept[I][J]:
+            return None
+        if J < config.sink_blocks:
+            return "sink"
+        if J >= visible[I] - config.window_blocks:
+            return "window"
+        if last[I]:
+            return "last"
+        vertical, slash = share(("column", J)), share(("diagonal", I - J))
+        if not vertical and not slash:
+            return "scattered"
+        return "vertical" if vertical >= slash else "slash"
+
+    return [[name(I, J) for J in range(columns)] for I in range(rows)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_each_block_is_of_the_pattern_that_the_rule_names(data):
+    rows = data.draw(st.integers(1, 24))
+    columns = rows + data.draw(st.integers(0, 12))
+    # lengths that end within a block, and offsets that are no whole blocks
+    q_len = rows * BLOCK - data.draw(st.integers(0, BLOCK - 1))
+    kv_len = columns * BLOCK - data.draw(st.integers(0, BLOCK - 1))
+    kv_len = max(q_len, kv_len)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    dense = torch.rand(1, 2, rows, columns, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]))
+    I, J = torch.arange(rows)[:, None], torch.arange(columns)
+    for _ in range(data.draw(st.integers(0, 3))):
+        dense |= data.draw(st.integers(0, columns)) == J
+        dense |= I - J == data.draw(st.integers(-columns, rows))
+    config = PrefillConfig(
+        block_size=BLOCK,
+        sink_blocks=data.draw(st.integers(0, columns + 2)),
+        window_blocks=data.draw(st.integers(0, 4)),
+        last_full_blocks=data.draw(st.integers(0, 3)),
+    )
+    dense[:, :, rows - config.last_full_blocks :] |= data.draw(st.booleans())
+    block_map = make_map(dense, q_len=q_len, kv_len=kv_len)
+    for head in range(2):
+        codes = block_patterns(block_map, head, config=config).tolist()
+        names = [[PATTERNS[code - 1] if code else None for code in row] for row in codes]
+        assert names == patterns_by_definition(block_map, 0, head, config)
+
+
+def test_verticals_slashes_and_scattered_blocks_are_told_apart():
+    size = 600  # more query blocks than are worked through at a time
+    assert size > SLAB_ROWS
+    I, J = torch.arange(size)[:, None], torch.arange(size)
+    dense = (J < 2) | (I - J < 4) | (J == 40) | (I - J == 70) | (I >= size - 1)
+    dense[500, 300] = True
+    config = PrefillConfig(last_full_blocks=1)
+    codes = block_patterns(make_map(dense[None, None]), 0, config=config)
+    name = {None: 0, **{pattern: code for code, pattern in enumerate(PATTERNS, 1)}}
+    expected = {
+        (200, 1): "sink", (599, 0): "sink", (200, 197): "window", (599, 596): "window", (599, 40): "last",
+        (599, 595): "last", (598, 40): "vertical", (44, 40): "vertical", (598, 528): "slash", (72, 2): "slash",
+        (110, 40): "vertical", (500, 300): "scattered", (200, 100): None, (100, 200): None,
+    }  # fmt: skip
+    assert {place: codes[place].item() for place in expected} == {place: name[kind] for place, kind in expected.items()}
+    # where the settings are not known, last rows are not
+    assert name["last"] not in block_patterns(make_map(dense[None, None]), 0).unique()
+    assert block_patterns(make_map(dense[None, None]), 0)[599, 300] == name["scattered"]
+
+
+def test_a_last_row_that_does_not_keep_everything_is_none():
+    dense = torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    dense[..., 19, 10] = False
+    codes = block_patterns(make_map(dense), 0, config=PrefillConfig(last_full_blocks=2))
+    last = 1 + PATTERNS.index("last")
+    assert (codes[18] == last).any() and not (codes[19] == last).any()
+
+
+def test_summaries_are_of_their_heads():
+    dense = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0)) < 0.3
+    dense[1, 1] = False
+    block_map = make_map(dense, q_len=40 * BLOCK - 3, kv_len=50 * BLOCK - 5)
+    config = PrefillConfig(sink_blocks=1, window_blocks=2, last_full_blocks=0)
+    summaries = summarize_heads(block_map, config=config)
+    kept = block_map.to_dense()
+    assert [(summary.batch, summary.head) for summary in summaries] == [(b, h) for b in range(2) for h in range(3)]
+    for summary in summaries:
+        blocks = kept[summary.batch, summary.head]
+        assert summary.kept == blocks.sum() and summary.counts.tolist() == blocks.sum(1).tolist()
+        assert summary.density == pytest.approx(block_map.density()[summary.batch, summary.head].item())
+        assert summary.patterns["sink"] == blocks[:, 0].sum()
+        assert sum(summary.shares.values()) == pytest.approx(float(summary.kept > 0))
+        read = json.loads(json.dumps(summary.to_dict()))
+        assert read["counts"] == summary.counts.tolist() and read["patterns"] == summary.patterns
+
+
+def test_differences_are_counted_by_head():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(2, 3, 40, 40, generator=generator).tril() > 0.5 for _ in range(2))
+    first[0, 1] = second[0, 1] = False
+    difference = compare_maps(make_map(first), make_map(second))
+    assert difference.both.equal((first & second).sum((2, 3)))
+    assert difference.only_first.equal((first & ~second).sum((2, 3)))
+    assert difference.only_second.equal((second & ~first).sum((2, 3)))
+    union = (first | second).sum((2, 3)).double()
+    expected = torch.where(union > 0, (first & second).sum((2, 3)) / union, 1)
+    torch.testing.assert_close(difference.iou, expected)
+    assert not difference.equal and compare_maps(make_map(first), make_map(first)).equal
+    read = json.loads(json.dumps(difference.to_dict()))
+    assert not read["equal"] and read["heads"][5]["only_first"] == difference.only_first[1, 2]
+
+
+def test_one_block_more_in_one_map_is_a_difference():
+    dense = torch.zeros(1, 2, 40, 40, dtype=torch.bool)
+    more = dense.clone()
+    more[0, 1, 39, 39] = True
+    assert not compare_maps(make_map(dense), make_map(more)).equal
+    assert not compare_maps(make_map(more), make_map(dense)).equal
+
+
+def test_similarity_is_of_all_pairs_of_heads():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(2, 3, 40, 40, generator=generator).tril() > 0.4
+    second = torch.rand(2, 2, 40, 40, generator=generator).tril() > 0.6
+    for other in (first, second):
+        same = other is first
+        found = head_similarity(make_map(first), None if same else make_map(other))
+        shared = (first[:, :, None] & other[:, None]).sum((-1, -2))
+        union = (first[:, :, None] | other[:, None]).sum((-1, -2))
+        torch.testing.assert_close(found, shared.double() / union)
+    assert head_similarity(make_map(torch.zeros(1, 2, 3, 3, dtype=torch.bool))).eq(1).all()
+
+
+def test_what_cannot_be_inspected_is_refused():
+    block_map = make_map(torch.ones(1, 2, 3, 3, dtype=torch.bool))
+    longer = make_map(torch.ones(1, 2, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="head must be one of 0 … 1, got 2"):
+        block_patterns(block_map, 2)
+    with pytest.raises(ValueError, match="batch must be one of 0 … 0, got -1"):
+        block_patterns(block_map, 0, batch=-1)
+    with pytest.raises(TypeError, match="config must be a PrefillConfig, got dict"):
+        block_patterns(block_map, 0, config={})
+    with pytest.raises(TypeError, match="block_map must be a BlockMap, got Tensor"):
+        summarize_heads(torch.ones(1))
+    with pytest.raises(TypeError, match="second must be a BlockMap, got NoneType"):
+        compare_maps(block_map, None)
+    with pytest.raises(ValueError, match="maps of one shape and length"):
+        compare_maps(block_map, longer)
+    with pytest.raises(ValueError, match="second must have first's q_len 48, got 64"):
+        head_similarity(block_map, longer)
+
+
+def exact_mass(query, key, block_map, scale):
+    """The mass that the kept blocks hold of each query: float64 [B, H, S_q]."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    logits = scale * query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    future = torch.arange(kv_len) > torch.arange(q_len)[:, None] + kv_len - q_len
+    mass = logits.masked_fill(future, -torch.inf).softmax(-1)
+    size = block_map.block_size
+    kept = block_map.to_dense().repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :q_len, :kv_len]
+    return (mass * kept).sum(-1)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(300, 300), (100, 333), (1, 50)])
+def test_recall_is_the_mass_of_the_kept_blocks(q_len, kv_len):
+    query, key, _ = make_qkv(q_len, kv_len, batch=2, heads=4, kv_heads=2)
+    config = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    block_map = search_blocks(query, key, config)
+
+    steps = []
+    recall = attention_recall(query, key, block_map, scale=0.2, progress=steps.append)
+
+    expected = exact_mass(query, key, block_map, 0.2).mean(-1)
+    torch.testing.assert_close(recall.double(), expected, rtol=1e-5, atol=1e-6)
+    assert sum(steps) == 2 * 2 * -(-q_len // 16)
+
+
+@pytest.mark.parametrize("rows", [[250], range(3, 300, 50), [7, 299, 0], torch.tensor([5, 6])])
+def test_recall_of_sampled_rows_is_of_these_rows(rows):
+    query, key, _ = make_qkv(300, 333, heads=4, kv_heads=2)
+    config = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
+    block_map = search_blocks(query, key, config)
+    steps = []
+    recall = attention_recall(query, key, block_map, scale=0.2, rows=rows, progress=steps.append)
+    expected = exact_mass(query, key, block_map, 0.2)[:, :, list(rows)].mean(-1)
+    torch.testing.assert_close(recall.double(), expected, rtol=1e-5, atol=1e-6)
+    assert sum(steps) == 2 * len({int(row) // 16 for row in rows})
+
+
+def test_rows_that_are_no_queries_are_refused():
+    query, key, _ = make_qkv(200)
+    block_map = search_blocks(query, key)
+    for rows in ([], [200], [-1]):
+        with pytest.raises(ValueError, match="rows must be at least one of the queries 0 … 199"):
+            attention_recall(query, key, block_map, rows=rows)
+    for rows in (3, [1.5], [True], "1", torch.ones(2, 2)):
+        with pytest.raises(TypeError, match="rows must be a list of ints or None"):
+            attention_recall(query, key, block_map, rows=rows)
+
+
+def test_all_blocks_hold_all_mass_and_none_hold_none():
+    query, key, _ = make_qkv(200)
+    for share, expected in ((True, 1.0), (False, 0.0)):
+        dense = torch.full((1, 2, 2, 2), share)
+        block_map = BlockMap.from_dense(dense, q_len=200, kv_len=200, block_size=128)
+        torch.testing.assert_close(attention_recall(query, key, block_map), torch.full((1, 2), expected))
+
+
+def test_a_map_that_does_not_fit_is_refused():
+    query, key, _ = make_qkv(200)
+    other = search_blocks(*make_qkv(201)[:2])
+    with pytest.raises(ValueError, match="block_map must be of q_len=200 and kv_len=200, got q_len=201"):
+        attention_recall(query, key, other)
+    with pytest.raises(TypeError, match="block_map must be a BlockMap, got NoneType"):
+        attention_recall(query, key, None)
+
+
+@pytest.mark.gpu
+def test_maps_on_the_device_are_summarized_alike():
+    first, second = (torch.rand(2, 3, 70, 90, generator=torch.Generator().manual_seed(seed)) < 0.4 for seed in range(2))
+    sizes = {"q_len": 70 * BLOCK - 3, "kv_len": 90 * BLOCK - 5}
+    maps = [make_map(dense, **sizes) for dense in (first, second)]
+    there = [block_map.to("cuda") for block_map in maps]
+    for here, found in zip(summarize_heads(maps[0]), summarize_heads(there[0]), strict=True):
+        assert here.to_dict() == found.to_dict()
+    assert compare_maps(*there).to_dict() == compare_maps(*maps).to_dict()
+    assert head_similarity(*there).equal(head_similarity(*maps))
