@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flexprefill import PrefillConfig, prefill_attention, search_blocks
+from flexprefill import PrefillConfig, UnsupportedError, prefill_attention, search_blocks
 from flexprefill.bench.inputs import make_case, make_qkv
 from flexprefill.bench.timing import make_watch, repeats_within_budget, take_turns
 from flexprefill.evaluation.built_heads import HEADS, Prompt, build_prompt, read_tokens
@@ -134,7 +134,7 @@ def measure_cost(settings: argparse.Namespace, device: torch.device) -> list[dic
             try:
                 for one in calls.values():
                     one()
-            except ValueError as error:
+            except UnsupportedError as error:
                 print(f"{length:>7,}  {backend} not measured: {error}")
                 continue
             watches = {name: make_watch(one, device, graph=True) for name, one in calls.items()}

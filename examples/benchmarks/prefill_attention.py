@@ -5,8 +5,8 @@ python examples/benchmarks/prefill_attention.py --crossover
 
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
-sparse call with dense attention from 1K to 16K tokens: `flexprefill.attention.backends.DENSE_BELOW` holds what it finds. Both
-write one JSON file with every repeat.
+sparse call with dense attention from 1K to 16K tokens: `flexprefill.attention.backends.DENSE_BELOW` holds what it
+finds. Both write one JSON file with every repeat.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from flexprefill.bench import report
 from flexprefill.bench.contestants import CONTESTANTS
 from flexprefill.bench.measure import Run, measure_length
 from flexprefill.bench.settings import DEFAULTS, Settings, default_density
+from flexprefill.runtime.machine import describe_machine, versions
 
 WHOLES = ("prefill-attention", "prefill-triton", "prefill-flash")
 PARTS = ("search", "lists", "attention-triton", "attention-flash")
@@ -82,8 +83,8 @@ def main() -> None:
     device = torch.device("cuda")
     record: dict[str, Any] = {
         "command": command,
-        "machine": report.describe_machine(device),
-        "versions": report.versions(),
+        "machine": describe_machine(device),
+        "versions": versions(),
         "parts": {},
     }
     for part in parts_of(arguments.crossover):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flexprefill import PrefillConfig, Sequences, prefill_attention, search_blocks
+from flexprefill import AttentionVariant, PrefillConfig, Sequences, prefill_attention, search_blocks
 from flexprefill.bench.timing import WARM_UPS, make_watch
 from flexprefill.runtime.machine import describe_machine, versions
 
@@ -47,30 +47,30 @@ def prompt(length):
 
 
 def kinds(length):
-    """The terms that are compared at a length."""
+    """The variants that are compared at a length."""
     cuts = torch.rand(settings.documents - 1, generator=torch.Generator().manual_seed(0)).mul(length).long().sort()
     bounds = torch.cat([torch.tensor([0]), cuts.values, torch.tensor([length])]).to(device)
     slopes = 2.0 ** (-8 * torch.arange(1, settings.heads + 1, device=device) / settings.heads)
     padded = torch.tensor([length - 100], device=device)
     return {
-        "plain": {},
-        f"window {settings.window}": {"sliding_window": settings.window},
-        f"{settings.documents} packed": {"sequences": Sequences.from_cu_seqlens(bounds, length)},
-        "padded left": {"sequences": Sequences.from_lengths(padded, length, padding="left")},
-        "soft cap 50": {"soft_cap": 50.0},
-        "ALiBi": {"alibi_slopes": slopes},
+        "plain": AttentionVariant(),
+        f"window {settings.window}": AttentionVariant(sliding_window=settings.window),
+        f"{settings.documents} packed": AttentionVariant(sequences=Sequences.from_cu_seqlens(bounds, length)),
+        "padded left": AttentionVariant(sequences=Sequences.from_lengths(padded, length, padding="left")),
+        "soft cap 50": AttentionVariant(soft_cap=50.0),
+        "ALiBi": AttentionVariant(alibi_slopes=slopes),
     }
 
 
 def measure(length):
     query, key, value = prompt(length)
     watches, found = {}, {}
-    for name, terms in kinds(length).items():
-        block_map = search_blocks(query, key, config, **terms)
+    for name, variant in kinds(length).items():
+        block_map = search_blocks(query, key, config, variant=variant)
         parts = {
-            "search": lambda terms=terms: search_blocks(query, key, config, **terms),
-            "attention": lambda terms=terms, block_map=block_map: prefill_attention(
-                query, key, value, config, block_map=block_map, **terms
+            "search": lambda variant=variant: search_blocks(query, key, config, variant=variant),
+            "attention": lambda variant=variant, block_map=block_map: prefill_attention(
+                query, key, value, config, variant=variant, block_map=block_map
             ),
         }
         found[name] = {"density": block_map.density().mean().item(), "times_ms": {part: [] for part in parts}}

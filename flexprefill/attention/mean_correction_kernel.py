@@ -16,40 +16,14 @@ from flexprefill.variant.logits import LOG2_E
 LN_2 = tl.constexpr(math.log(2))
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "tiles", "columns", "width"])
-def merge_kernel(
-    query_ptr,
-    key_means_ptr,
-    value_means_ptr,
-    words_ptr,
-    output_ptr,
-    lse_ptr,
-    merged_ptr,
-    sums_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    output_stride_b,
-    output_stride_h,
-    output_stride_s,
-    output_stride_d,
-    q_len,
-    kv_len,
-    tiles,
-    columns,
-    width,
-    HEADS,
-    GROUP,
-    qk_scale,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+@triton.jit(do_not_specialize="q_len kv_len tiles columns width".split())
+def merge_means_kernel(
+    query_ptr, key_means_ptr, value_means_ptr, words_ptr, output_ptr, lse_ptr, merged_ptr, sums_ptr, query_stride_b,
+    query_stride_h, query_stride_s, query_stride_d, output_stride_b, output_stride_h, output_stride_s,
+    output_stride_d, q_len, kv_len, tiles, columns, width, HEADS, GROUP, qk_scale, D: tl.constexpr,
+    D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """ROWS rows of one query block and head: an online softmax over the means of the blocks that it drops.
 
     merged has output's strides; lse and sums are contiguous.
@@ -111,19 +85,19 @@ def merge_kernel(
     tl.store(sums_ptr + batch_head * q_len + row, (shift + tl.log2(total)) * LN_2, mask=inside)
 
 
-class Launch(NamedTuple):
+class MergeLaunch(NamedTuple):
     rows: int  # a program, at most; of one query block
     tile: int  # means a step
     warps: int
     stages: int
 
 
-def _launch(query: Tensor, value_dim: int) -> Launch:
+def _launch(query: Tensor, value_dim: int) -> MergeLaunch:
     wide = max(query.shape[3], value_dim) > 128
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not tensor-core ones, and registers are few
-        return Launch(32 if wide else 64, 32, 8, 1)
-    return Launch(64, 64, 4, 2) if wide else Launch(128, 64, 8, 3)
+        return MergeLaunch(32 if wide else 64, 32, 8, 1)
+    return MergeLaunch(64, 64, 4, 2) if wide else MergeLaunch(128, 64, 8, 3)
 
 
 def merge(
@@ -148,20 +122,12 @@ def merge(
     merged = torch.empty_like(output)
     lse = lse.contiguous()
     sums = torch.empty_like(lse)
-    merge_kernel[(tiles, batch * heads)](
-        *(query, key_means, value_means, words.contiguous(), output, lse, merged, sums),
-        *query.stride(),
+    merge_means_kernel[(tiles, batch * heads)](
+        *(query, key_means, value_means, words.contiguous(), output, lse, merged, sums), *query.stride(),
         *output.stride(),
         *(q_len, geometry.kv_len, tiles, key_means.shape[2], words.shape[3], heads, heads // key_means.shape[1]),
-        scale * LOG2_E,
-        D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim),
-        DV=value_dim,
-        DV_PAD=triton.next_power_of_2(value_dim),
-        BLOCK=geometry.block_size,
-        ROWS=rows,
-        TILE=launch.tile,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+        scale * LOG2_E, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), DV=value_dim,
+        DV_PAD=triton.next_power_of_2(value_dim), BLOCK=geometry.block_size, ROWS=rows, TILE=launch.tile,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
     return merged.to(dtype), sums

@@ -9,17 +9,19 @@ from torch import Tensor
 from flexprefill.blockmap.bits_kernel import bits_below
 from flexprefill.blockmap.geometry import ceil_div
 
-WORDS = 64  # a program
-ROWS = 16  # queries a program
+PART_WORDS = 64  # a program
+MERGED_ROWS = 16  # queries a program
 
 
-@triton.jit(do_not_specialize=["rows", "first", "width", "columns", "share"])
-def part_words_kernel(words_ptr, out_ptr, rows, first, width, columns, share, PARTS: tl.constexpr, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize="rows first width columns share".split())
+def part_words_kernel(
+    words_ptr, out_ptr, rows, first, width, columns, share, PARTS: tl.constexpr, PART_WORDS: tl.constexpr
+):
     """Words [B * H, M, W] of rows from ``first`` on to [B * H, PARTS, rows, W], each part with its columns' bits."""
     place = tl.program_id(0)  # of a row in the output
     part = place // rows % PARTS
     head = (place // (rows * PARTS)).to(tl.int64)
-    w = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    w = tl.program_id(1) * PART_WORDS + tl.arange(0, PART_WORDS)
     source = words_ptr + (head * (first + rows) + first + place % rows) * width
     words = tl.load(source + w, mask=w < width, other=0)
     # part 0 has the last columns: those that the causal edge crosses, the same positions for every part
@@ -37,49 +39,34 @@ def part_words(words: Tensor, first: int, columns: int, parts: int) -> Tensor:
     batch, heads, total, width = words.shape
     rows = total - first
     out = words.new_empty(batch, heads * parts, rows, width)
-    grid = batch * heads * parts * rows, ceil_div(width, WORDS)
+    grid = batch * heads * parts * rows, ceil_div(width, PART_WORDS)
     share = ceil_div(columns, parts)
-    part_words_kernel[grid](words, out, rows, first, width, columns, share, PARTS=parts, WORDS=WORDS, num_warps=1)
+    part_words_kernel[grid](
+        words, out, rows, first, width, columns, share, PARTS=parts, PART_WORDS=PART_WORDS, num_warps=1
+    )
     return out
 
 
-@triton.jit(do_not_specialize=["q_len", "padded", "length"])
-def merge_kernel(
-    parts_ptr,
-    sums_ptr,
-    output_ptr,
-    lse_ptr,
-    parts_b,
-    parts_h,
-    parts_s,
-    output_b,
-    output_h,
-    output_s,
-    HEADS,
-    q_len,
-    padded,
-    length,
-    factor,
-    PARTS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
+@triton.jit(do_not_specialize="q_len padded length".split())
+def merge_parts_kernel(
+    parts_ptr, sums_ptr, output_ptr, lse_ptr, parts_b, parts_h, parts_s, output_b, output_h, output_s, HEADS, q_len,
+    padded, length, factor, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MERGED_ROWS: tl.constexpr,
     LSE: tl.constexpr,
-):
+):  # fmt: skip
     """The last ``length`` rows of output [B, H, q_len, D] from outputs of parts [B, H, PARTS * padded, D], by their
     log-sum-exps."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D_PAD)
     inside = row < length
     mask = inside[:, None] & (d[None, :] < D)
     sums = sums_ptr + head * PARTS * padded + row
-    most = tl.full([ROWS], float("-inf"), tl.float32)
+    most = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
         most = tl.maximum(most, tl.load(sums + part * padded, mask=inside, other=0.0) * factor, tl.PropagateNan.ALL)
     shift = tl.where(most == float("-inf"), 0.0, most)  # a row that keeps nothing is zero, as from the kernels
-    total = tl.zeros([ROWS], tl.float32)
-    merged = tl.zeros([ROWS, D_PAD], tl.float32)
+    total = tl.zeros([MERGED_ROWS], tl.float32)
+    merged = tl.zeros([MERGED_ROWS, D_PAD], tl.float32)
     base = parts_ptr + (head // HEADS) * parts_b + (head % HEADS) * parts_h
     for part in tl.static_range(PARTS):
         weight = tl.exp(tl.load(sums + part * padded, mask=inside, other=0.0) * factor - shift)
@@ -106,22 +93,8 @@ def merge_parts(
     """
     batch, heads, q_len, value_dim = output.shape
     sums = sums.contiguous()
-    merge_kernel[(ceil_div(length, ROWS), batch * heads)](
-        outputs,
-        sums,
-        output,
-        sums if lse is None else lse,
-        *outputs.stride()[:3],
-        *output.stride()[:3],
-        heads,
-        q_len,
-        outputs.shape[2] // parts,
-        length,
-        factor,
-        PARTS=parts,
-        D=value_dim,
-        D_PAD=triton.next_power_of_2(value_dim),
-        ROWS=ROWS,
-        LSE=lse is not None,
-        num_warps=4,
-    )
+    merge_parts_kernel[(ceil_div(length, MERGED_ROWS), batch * heads)](
+        outputs, sums, output, sums if lse is None else lse, *outputs.stride()[:3], *output.stride()[:3], heads,
+        q_len, outputs.shape[2] // parts, length, factor, PARTS=parts, D=value_dim,
+        D_PAD=triton.next_power_of_2(value_dim), MERGED_ROWS=MERGED_ROWS, LSE=lse is not None, num_warps=4,
+    )  # fmt: skip

@@ -9,8 +9,8 @@ from torch import Tensor
 from flexprefill.blockmap.bits_kernel import bits_below
 from flexprefill.blockmap.geometry import Geometry
 
-ROWS = 4  # a program
-WORDS = 32  # a step, one a lane
+LIST_ROWS = 4  # a program
+LIST_WORDS = 32  # a step, one a lane
 CHUNK = 128  # zeros a step and row
 
 
@@ -45,33 +45,13 @@ def _zero_tails(list_rows, starts, ends, CHUNK: tl.constexpr):
         tl.store(list_rows + j, 0, mask=(j >= aligned) & (j < ends))
 
 
-@triton.jit(do_not_specialize=["total", "rows", "width", "offset", "q_len"])
+@triton.jit(do_not_specialize="total rows width offset q_len".split())
 def lists_kernel(
-    words_ptr,
-    uncut_ptr,
-    partial_num_ptr,
-    partial_ptr,
-    full_num_ptr,
-    full_ptr,
-    total,
-    rows,
-    columns,
-    width,
-    offset,
-    q_len,
-    heads,
-    uncut_stride_b,
-    uncut_stride_h,
-    uncut_stride_m,
-    uncut_stride_w,
-    BLOCK: tl.constexpr,
-    ALL_PARTIAL: tl.constexpr,
-    UNCUT: tl.constexpr,
-    REUSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    words_ptr, uncut_ptr, partial_num_ptr, partial_ptr, full_num_ptr, full_ptr, total, rows, columns, width, offset,
+    q_len, heads, uncut_stride_b, uncut_stride_h, uncut_stride_m, uncut_stride_w, BLOCK: tl.constexpr,
+    ALL_PARTIAL: tl.constexpr, UNCUT: tl.constexpr, REUSED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """ROWS rows of blocks: their words [W] to two lists [N] each. Full blocks stand before the partial ones in a row.
 
     REUSED lists hold zeros behind the counts that they come with, so only what was listed is cleared.
@@ -125,7 +105,7 @@ def fill_lists(
     words = words.contiguous()
     total = words.shape[0] * words.shape[1] * words.shape[2]
     of_mask = words if uncut is None else uncut.expand(words.shape)
-    lists_kernel[(triton.cdiv(total, ROWS),)](
+    lists_kernel[(triton.cdiv(total, LIST_ROWS),)](
         words,
         of_mask,
         *lists,
@@ -141,8 +121,8 @@ def fill_lists(
         ALL_PARTIAL=all_partial,
         UNCUT=uncut is not None,
         REUSED=reused,
-        ROWS=ROWS,
-        WORDS=WORDS,
+        ROWS=LIST_ROWS,
+        WORDS=LIST_WORDS,
         CHUNK=CHUNK,
         num_warps=1,  # the loops end where one warp's lanes are done, without a barrier
     )

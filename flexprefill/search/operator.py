@@ -14,6 +14,7 @@ from flexprefill.blockmap.bits import WORD_BITS, pack_bits
 from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
+from flexprefill.runtime.tracing import one_if_known
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
@@ -33,26 +34,11 @@ def search_words(
 
 @operator("flexprefill::search_words")
 def search_operator(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    log2_alpha: float,
-    block_size: int,
-    sink_blocks: int,
-    window_blocks: int,
-    last_full_blocks: int,
-    min_blocks: int,
-    kv_masks: bool,
-    first_key: bool,
-    scorer: str,
-    log2_alphas: Sequence[float],
-    implementation: str,
-    starts: Tensor | None = None,
-    ends: Tensor | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, scale: float, log2_alpha: float, block_size: int, sink_blocks: int,
+    window_blocks: int, last_full_blocks: int, min_blocks: int, kv_masks: bool, first_key: bool, scorer: str,
+    log2_alphas: Sequence[float], implementation: str, starts: Tensor | None = None, ends: Tensor | None = None,
+    sliding_window: int | None = None, soft_cap: float | None = None, alibi_slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """As :func:`search_words`, a Rule and a variant's parts taken apart."""
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
     rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, tuple(log2_alphas))
@@ -70,7 +56,9 @@ def search_operator(
 @torch.library.register_fake("flexprefill::search_words")
 def _(query, key, scale, log2_alpha, block_size, *rest):
     geometry = Geometry(query.shape[2], key.shape[2], block_size)
-    shape = *query.shape[:2], geometry.rows, ceil_div(geometry.columns, WORD_BITS)
+    # torch.export compares a size with 1, and cannot where that is said by an expression
+    width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
+    shape = *query.shape[:2], geometry.rows, width
     return query.new_empty(shape, dtype=torch.int32)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill import (
+    AttentionVariant,
     BlockMap,
     MaskCache,
     PrefillConfig,
@@ -21,12 +21,12 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.search import guard
-from flexprefill.search.guard import MARGIN, ROWS, sampled_rows
+from flexprefill.search.guard import MARGIN, SAMPLED_ROWS, guard_checked, sampled_rows
 
 LEAN = PrefillConfig(alpha=0.9, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
 
-def shares_of(query, key, block_map, rows, scale, samples=ROWS):
+def shares_of(query, key, block_map, rows, scale, samples=SAMPLED_ROWS):
     """The kept share of the exact mass of the sampled rows, in float64: [B, Hq, samples]."""
     q_len, kv_len, size = query.shape[2], key.shape[2], block_map.block_size
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -69,14 +69,13 @@ def test_heads_whose_sampled_mass_is_too_little_keep_everything(implementation):
     def check(case):
         query, key, config, last_chunk = case
         found = search_blocks(query, key, replace(config, guard=None), last_chunk=last_chunk)
-        arguments = {"last_chunk": last_chunk, "implementation": implementation, "scale": 0.3}
-        guarded, report = guard_blocks(query, key, found, config, **arguments)
+        guarded, report = guard_checked(query, key, found, config, 0.3, last_chunk, implementation)
         full = config.last_full_blocks if last_chunk else 0
         rows = min(query.shape[2], max(found.shape[2] - full, 1) * config.block_size)
         shares = shares_of(query, key, found, rows, 0.3)
         torch.testing.assert_close(report.recall.double(), shares.mean(-1), rtol=0, atol=1e-4)
         torch.testing.assert_close(report.lowest.double(), shares.amin(-1), rtol=0, atol=1e-4)
-        least = shares.mean(-1) - MARGIN * (shares.var(-1, correction=0) / ROWS).sqrt()
+        least = shares.mean(-1) - MARGIN * (shares.var(-1, correction=0) / SAMPLED_ROWS).sqrt()
         wide, close = least < config.guard, (least - config.guard).abs() < 1e-3
         if config.mask_heads == "kv":
             group = query.shape[1] // key.shape[1]
@@ -99,8 +98,8 @@ def test_fewer_rows_are_sampled_where_all_would_cost_too_much(implementation, mo
     query, key, _ = make_qkv(200, 300, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
     config = replace(LEAN, guard=0.5)
     found = search_blocks(query, key, replace(config, guard=None))
-    report = guard_blocks(query, key, found, config, implementation=implementation)[1]
-    shares = shares_of(query, key, found, 192, 0.25, samples=guard.FEWER_ROWS)
+    report = guard_checked(query, key, found, config, 0.25, True, implementation)[1]
+    shares = shares_of(query, key, found, 192, 0.25, samples=guard.FEWER_SAMPLED_ROWS)
     torch.testing.assert_close(report.recall.double(), shares.mean(-1), rtol=0, atol=1e-4)
 
 
@@ -143,7 +142,7 @@ def test_what_is_not_finite_is_not_trusted():
     rows = min(500, (found.shape[2] - 1) * 64)
     query[0, 0, sampled_rows(rows)[7]] = torch.nan
     for implementation in ("reference", "triton"):
-        report = guard_blocks(query, key, found, config, implementation=implementation)[1]
+        report = guard_checked(query, key, found, config, 0.125, True, implementation)[1]
         assert report.widened.tolist() == [[True, False]] and report.recall[0, 0].isnan()
 
 
@@ -179,9 +178,9 @@ def test_guard_is_checked():
     with pytest.raises(ValueError, match="config.guard must be the recall to keep"):
         guard_blocks(query, key, found, LEAN)
     with pytest.raises(ValueError, match="implementation must be"):
-        guard_blocks(query, key, found, config, implementation="cuda")
+        search_blocks(query, key, config, implementation="cuda")
     with pytest.raises(ValueError, match="config.guard cannot be combined with sliding_window, soft_cap"):
-        search_blocks(query, key, config, sliding_window=30, soft_cap=3.0)
+        search_blocks(query, key, config, variant=AttentionVariant(sliding_window=30, soft_cap=3.0))
     with pytest.raises(ValueError, match="config.guard must be None in a MaskCache"):
         MaskCache().prompt(torch.arange(100)).search_blocks(0, query, key, config)
     assert PrefillConfig.from_dict(config.to_dict()) == config and "guard" not in LEAN.to_dict()
@@ -208,7 +207,7 @@ def test_the_kernel_equals_the_reference_at_length(head_dim, dtype, heads):
         config = PrefillConfig(alpha=0.9, guard=0.5)
         found = search_blocks(part * 4, key, replace(config, guard=None))
         (_, reference), (guarded, report) = (
-            guard_blocks(part * 4, key, found, config, implementation=name) for name in ("reference", "triton")
+            guard_checked(part * 4, key, found, config, head_dim**-0.5, True, name) for name in ("reference", "triton")
         )
         torch.testing.assert_close(report.recall, reference.recall, rtol=0, atol=2e-3)
         torch.testing.assert_close(report.lowest, reference.lowest, rtol=0, atol=5e-3)

@@ -1,9 +1,8 @@
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
 
 from flexprefill import BlockMap, KeyMeans, PrefillConfig, create_prefill_block_mask, prefill_attention, search_blocks

@@ -3,8 +3,7 @@ import sys
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill import (
     BlockMap,
@@ -100,7 +99,7 @@ def test_a_full_gpu_refuses_and_stays_usable():
     code = """
 import torch, sys
 from flexprefill import *
-from flexprefill.memory import free_bytes
+from flexprefill.runtime.memory import free_bytes
 torch.cuda.set_per_process_memory_fraction(4e9 / torch.cuda.get_device_properties(0).total_memory)
 query, key = (torch.randn(1, heads, 262144, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2))
 small = search_blocks(query[:, :, :4096], key[:, :, :4096])

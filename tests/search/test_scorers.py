@@ -3,10 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill import (
     KeyMeans,
@@ -21,8 +20,10 @@ from flexprefill import (
     save_masks,
     search_blocks,
 )
+from flexprefill.blockmap.geometry import Geometry
 from flexprefill.cli import main
 from flexprefill.inspection import summarize_heads
+from flexprefill.runtime.state import forget
 from flexprefill.search import reference, scorers
 from flexprefill.search.grid import Grid
 from flexprefill.search.scorers import antidiagonal_scores, exact_scores, find_scorer
@@ -45,7 +46,9 @@ def cases(draw):
         seed=draw(st.integers(0, 2**31)),
     )
     block_size = draw(st.sampled_from([16, 32]))
-    return tensors[:2], Grid(tensors[0].shape[2], kv_len, block_size, draw(st.sampled_from([0.25, 1.0])), True)
+    return tensors[:2], Grid(
+        Geometry(tensors[0].shape[2], kv_len, block_size), draw(st.sampled_from([0.25, 1.0])), True
+    )
 
 
 def shares_by_loops(logits, query_positions, key_positions, per_block, grid):
@@ -101,7 +104,7 @@ def test_antidiagonal_scores_follow_the_paper(case, stride):
 
 def test_pieces_change_nothing(monkeypatch):
     query, key, _ = make_qkv(200, heads=2, device=DEVICE)
-    grid = Grid(200, 200, 16, 0.125, True)
+    grid = Grid(Geometry(200, 200, 16), 0.125, True)
     whole = exact_scores(query, key, grid), antidiagonal_scores(query, key, grid)
     monkeypatch.setattr(scorers, "PIECE", 5000)
     for before, after in zip(
@@ -196,9 +199,7 @@ def test_a_prompt_that_grows_is_extended_by_every_scorer():
 
 
 @pytest.fixture
-def own_scorer(monkeypatch):
-    monkeypatch.setattr(scorers, "_SCORERS", dict(scorers._SCORERS))
-
+def own_scorer():
     def largest_product(query, pooled, grid):
         group = query.shape[1] // pooled.shape[1]
         s = grid.scale * query @ pooled.repeat_interleave(group, 1).mT  # [B, Hq, S_q, N]
@@ -206,7 +207,8 @@ def own_scorer(monkeypatch):
         return s.masked_fill(~grid.scoring_rows(query.device), -torch.inf).amax(3)
 
     register_scorer("largest", Scorer(reference.pool_keys, largest_product, "this test"))
-    return "largest"
+    yield "largest"
+    forget("registered scorers")
 
 
 def test_a_callers_own_scorer(own_scorer):
@@ -240,7 +242,7 @@ def test_every_scorer_is_cited():
 
 @pytest.mark.parametrize("call", [search_blocks, lambda query, key, config: prefill_attention(query, key, key, config)])
 def test_an_unknown_scorer_is_refused_with_those_that_there_are(call):
-    config = PrefillConfig(scorer="xatention", dense_below=1000)
+    config = PrefillConfig.from_dict({"scorer": "xatention", "dense_below": 1000})  # as a file may have it
     with pytest.raises(ValueError, match="config.scorer must be one of.*'xattention', 'exact'.*got 'xatention'"):
         call(*make_qkv(64)[:2], config)
 
@@ -258,4 +260,4 @@ def test_kernels_are_for_the_default_scorer_alone():
 def test_xattention_needs_blocks_of_whole_strides():
     query, key, _ = make_qkv(64)
     with pytest.raises(ValueError, match="block_size that is a multiple of 12, got 16"):
-        antidiagonal_scores(query, key, Grid(64, 64, 16, 0.1, True), 12)
+        antidiagonal_scores(query, key, Grid(Geometry(64, 64, 16), 0.1, True), 12)

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import assert_follows_rule
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
+from flexprefill.blockmap.geometry import Geometry
 from flexprefill.search import operator as op
 from flexprefill.search.grid import Grid
 
@@ -76,7 +76,7 @@ def test_the_kernels_follow_the_rule(case):
 @pytest.mark.parametrize("q_len, kv_len", [(40, 40), (48, 48), (5, 40), (17, 50), (1, 33), (1, 1)])
 @pytest.mark.parametrize("first_key", [False, True])
 def test_which_rows_give_a_score_to_which_blocks(q_len, kv_len, first_key):
-    grid = Grid(q_len, kv_len, 16, 1.0, first_key)
+    grid = Grid(Geometry(q_len, kv_len, 16), 1.0, first_key)
     assert (grid.rows, grid.columns, grid.offset) == (-(-q_len // 16), -(-kv_len // 16), kv_len - q_len)
     rows = torch.zeros(grid.rows * 16, grid.columns, dtype=torch.bool)
     for row in range(q_len):
@@ -217,8 +217,8 @@ def test_views_are_read_by_their_strides():
 def test_the_operator_passes_opcheck(implementation):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
     torch.library.opcheck(
-        op.search_words,
-        (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", 0, 0.0, [], implementation),
+        op.search_operator,
+        (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], implementation),
     )
 
 

@@ -17,40 +17,14 @@ PROGRAMS = 4  # a multiprocessor
 WORD_ROWS = 16  # query blocks whose words a program writes
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "rows", "columns", "width", "query_blocks", "blocks_a_part"])
+@triton.jit(do_not_specialize="q_len kv_len rows columns width query_blocks blocks_a_part".split())
 def mass_kernel(
-    query_ptr,
-    key_ptr,
-    words_ptr,
-    parts_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_s,
-    key_stride_d,
-    q_len,
-    kv_len,
-    rows,
-    columns,
-    width,
-    query_blocks,
-    blocks_a_part,
-    parts_total,
-    kv_heads,
-    qk_scale,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    D_STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    query_ptr, key_ptr, words_ptr, parts_ptr, query_stride_b, query_stride_h, query_stride_s, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_s, key_stride_d, q_len, kv_len, rows, columns, width, query_blocks,
+    blocks_a_part, parts_total, kv_heads, qk_scale, D: tl.constexpr, D_PAD: tl.constexpr, D_STEP: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr,
-):
+):  # fmt: skip
     """For TILE of (sampled row, query head of the group), over one part of the keys: the largest logit in log2, and
     relative to it the sum over all keys that the row sees and over the kept ones, float32 [3, B · Hq, ROWS, parts].
 
@@ -136,29 +110,12 @@ def _recall_of(parts_ptr, index, heads_rows, parts_total, margin, ROWS: tl.const
     return mean, lowest, mean - margin * tl.sqrt(variance / ROWS)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "query_blocks", "width", "parts_total"])
+@triton.jit(do_not_specialize="q_len kv_len query_blocks width parts_total".split())
 def widen_kernel(
-    parts_ptr,
-    words_ptr,
-    guarded_ptr,
-    recall_ptr,
-    lowest_ptr,
-    widened_ptr,
-    q_len,
-    kv_len,
-    query_blocks,
-    width,
-    parts_total,
-    heads_rows,
-    guard,
-    margin,
-    BLOCK: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    WORD_ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    parts_ptr, words_ptr, guarded_ptr, recall_ptr, lowest_ptr, widened_ptr, q_len, kv_len, query_blocks, width,
+    parts_total, heads_rows, guard, margin, BLOCK: tl.constexpr, MEMBERS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """A head's decision, made anew by each program that writes some of its words; MEMBERS heads decide together."""
     index = tl.program_id(0).to(tl.int64)
     fails = 0
@@ -205,30 +162,18 @@ def guard_words(
     mass_kernel[(tiles * parts, batch * kv_heads)](
         *(query, key, words, sums, *query.stride(), *key.stride()),
         *(q_len, kv_len, sampling.rows, columns, width, query_blocks, blocks_a_part, parts, kv_heads, scale * LOG2_E),
-        D=head_dim,
-        D_PAD=head_pad,
-        D_STEP=head_pad if head_pad * query.element_size() <= 256 else 64,
-        BLOCK=block_size,
-        GROUP=group,
-        GROUP_PAD=group_pad,
-        ROWS=samples,
-        TILE=tile,
-        TILES=tiles,
-        num_warps=4,
+        D=head_dim, D_PAD=head_pad, D_STEP=head_pad if head_pad * query.element_size() <= 256 else 64,
+        BLOCK=block_size, GROUP=group, GROUP_PAD=group_pad, ROWS=samples, TILE=tile, TILES=tiles, num_warps=4,
         num_stages=3,
-    )
+    )  # fmt: skip
     guarded = torch.empty_like(words)
     recall = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
     lowest, widened = torch.empty_like(recall), torch.empty_like(recall, dtype=torch.bool)
     widen_kernel[(batch * heads, ceil_div(query_blocks, WORD_ROWS))](
         *(sums, words, guarded, recall, lowest, widened.view(torch.int8)),
         *(q_len, kv_len, query_blocks, width, parts, sums.stride(0), sampling.guard, sampling.margin),
-        BLOCK=block_size,
-        MEMBERS=group if sampling.kv_masks else 1,
-        ROWS=samples,
-        PARTS=triton.next_power_of_2(parts),
-        WORD_ROWS=WORD_ROWS,
-        WORDS=min(32, triton.next_power_of_2(width)),
+        BLOCK=block_size, MEMBERS=group if sampling.kv_masks else 1, ROWS=samples,
+        PARTS=triton.next_power_of_2(parts), WORD_ROWS=WORD_ROWS, WORDS=min(32, triton.next_power_of_2(width)),
         num_warps=4,
-    )
+    )  # fmt: skip
     return guarded, recall, lowest, widened

@@ -1,4 +1,4 @@
-"""The scoring kernel written for Hopper: the search of scoring_kernel.search_kernel for its commonest shape.
+"""The scoring kernel written for Hopper: the search of scoring.search_kernel for its commonest shape.
 
 In Gluon, where layouts and waits are the author's: the tensor memory accelerator refills the one buffer of means while
 a tile is summed up, and starts on the next row's queries under the last one; four programs share a multiprocessor.
@@ -6,29 +6,29 @@ a tile is summed up, and starts on the next row's queries under the last one; fo
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.sums import LARGE
+
 BLOCK = gl.constexpr(128)
 TILE = gl.constexpr(64)
-LARGE = gl.constexpr(1e30)
 IN_EACH_WARP = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 
 
-@functools.cache
+@remembered("blocks of a head dimension, as the tensor memory accelerator copies them", most=16)
 def _blocks(head_dim: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
     """Shapes and layouts of a query block and of a tile of means in shared memory."""
     shapes = [1, 1, BLOCK.value, head_dim], [1, TILE.value, head_dim]
     return [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)) for shape in shapes]
 
 
-def describe(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
+def describe_tensors(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
     """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them: a query block, a tile of means."""
     tensors = query, means.flatten(0, 1)
     blocks = _blocks(query.shape[3])
@@ -40,10 +40,10 @@ def _bounds(I, sizes, rule, FIRST_KEY: gl.constexpr):
     """Of query block I: blocks visible, the first in the window, blocks with a score, their tiles, and how many tiles
     but for the last need no masking."""
     offset, q_len, kv_len, rows, columns = sizes
-    sink, window, last_full = rule
+    sink_blocks, window_blocks, last_full_blocks = rule
     last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
     visible = last // BLOCK + 1
-    window_start = gl.where((I >= rows - last_full) | (visible <= sink), 0, visible - window)
+    window_start = gl.where((I >= rows - last_full_blocks) | (visible <= sink_blocks), 0, visible - window_blocks)
     scored = visible
     if not FIRST_KEY:
         scored = gl.where(last + 1 == kv_len, columns, (last + 1) // BLOCK)
@@ -145,7 +145,7 @@ def _from(n):
 
 
 @gluon.jit
-def _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS: gl.constexpr):
+def _store_words(words_row, scratch, threshold, visible, window_start, scored, sink_blocks, width, WORDS: gl.constexpr):
     """Turns a row of scores into its words."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     lane = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))[None, :]
@@ -157,54 +157,24 @@ def _store_words(words_row, scratch, threshold, visible, window_start, scored, s
         # a NaN is not below the threshold
         chosen = gl.sum(gl.where(score < threshold, 0, bit), 1)
         first = w * 32
-        kept = (chosen & ~_from(scored - first)) | ~_from(sink - first) | _from(window_start - first)
+        kept = (chosen & ~_from(scored - first)) | ~_from(sink_blocks - first) | _from(window_start - first)
         gl.store(words_row + w, kept & ~_from(visible - first), mask=w < width)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "offset",
-        "q_len",
-        "kv_len",
-        "rows",
-        "columns",
-        "width",
-        "heads",
-        "rows_step",
-        "heads_step",
-        "sink",
-        "window",
-        "last_full",
-    ]
-)
+# parameters of which each value would be compiled for
+NOT_SPECIALIZED = [
+    "offset", "q_len", "kv_len", "rows", "columns", "width", "heads", "rows_step", "heads_step",
+    "sink_blocks", "window_blocks", "last_full_blocks",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def search_kernel(
-    query,
-    means,
-    words_ptr,
-    scratch_ptr,
-    scratch_stride,
-    offset,
-    q_len,
-    kv_len,
-    rows,
-    columns,
-    width,
-    heads,
-    HEADS,
-    rows_step,
-    heads_step,
-    qk_scale,
-    log2_alpha,
-    sink,
-    window,
-    last_full,
-    log2_alphas_ptr,
-    GROUP: gl.constexpr,
-    FIRST_KEY: gl.constexpr,
-    WORDS: gl.constexpr,
-    ALPHAS: gl.constexpr,
-):
-    """A persistent grid over (query block, head). See scoring_kernel.search_kernel."""
+    query, means, words_ptr, scratch_ptr, scratch_stride, offset, q_len, kv_len, rows, columns, width, heads, HEADS,
+    rows_step, heads_step, qk_scale, log2_alpha, sink_blocks, window_blocks, last_full_blocks, log2_alphas_ptr,
+    GROUP: gl.constexpr, FIRST_KEY: gl.constexpr, WORDS: gl.constexpr, ALPHAS: gl.constexpr,
+):  # fmt: skip
+    """A persistent grid over (query block, head). See scoring.search_kernel."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
@@ -219,7 +189,7 @@ def search_kernel(
     program = gl.program_id(0)
     scratch = scratch_ptr + program.to(gl.int64) * scratch_stride
     sizes = (offset, q_len, kv_len, rows, columns)
-    rule = (sink, window, last_full)
+    rule = (sink_blocks, window_blocks, last_full_blocks)
     # the long rows first
     I = rows - 1 - program // heads
     batch_head = program % heads
@@ -289,6 +259,6 @@ def search_kernel(
         elif next_steps > 0:
             _start(next_I, next_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
         words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width
-        _store_words(words_row, scratch, threshold, visible, window_start, scored, sink, width, WORDS)
+        _store_words(words_row, scratch, threshold, visible, window_start, scored, sink_blocks, width, WORDS)
         I = next_I
         batch_head = next_head

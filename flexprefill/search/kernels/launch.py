@@ -25,7 +25,7 @@ LARGEST_STEP = 64  # words that a step turns scores into, reading all their scor
 GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; hopper.py is written in its experimental dialect
 
 
-class Launch(NamedTuple):
+class SearchLaunch(NamedTuple):
     """How score_words launches a kernel. The choice depends on shapes and dtype alone: nothing is tuned at run time."""
 
     hopper: bool  # hopper.search_kernel
@@ -39,17 +39,17 @@ class Launch(NamedTuple):
 
 
 # Measured on an H200 (docs/search_kernel.md)
-def _launch(query: Tensor, rule: Rule, plain: bool) -> Launch:
+def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
     head_dim = query.shape[3]
     if plain and hopper_takes(query, rule):
-        return Launch(True, 64, 128, 128, 4, 1, 4, 128)
+        return SearchLaunch(True, 64, 128, 128, 4, 1, 4, 128)
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not tensor-core ones, and registers are few
-        return Launch(False, 64, 128, 32, 4, 2, 2, None)
+        return SearchLaunch(False, 64, 128, 32, 4, 2, 2, None)
     if head_dim > 128 or rule.kv_masks:
         # a loop over the group's heads around the tiles' takes registers too
-        return Launch(False, 64, 128, 256, 4, 2, 2, None)
-    return Launch(False, 64, 128, 128, 4, 2, 3, 168)
+        return SearchLaunch(False, 64, 128, 256, 4, 2, 2, None)
+    return SearchLaunch(False, 64, 128, 128, 4, 2, 3, 168)
 
 
 def hopper_takes(query: Tensor, rule: Rule) -> bool:
@@ -103,6 +103,19 @@ def _entry_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
+class _Search(NamedTuple):
+    """One call's search, and where a kernel puts it."""
+
+    query: Tensor
+    means: Tensor
+    kv_len: int
+    rule: Rule
+    launch: SearchLaunch
+    tiles: int  # of neighbouring query blocks, of all masks
+    words: Tensor  # int32 [B, Hq, query blocks, words]
+    scratch: Tensor  # float32 [programs, query heads that share a mask, neighbouring query blocks, scores]
+
+
 def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: AttentionVariant = PLAIN) -> Tensor:
     """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what pool_keys gives. See PrefillConfig.
 
@@ -112,17 +125,12 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: 
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
-    batch, heads, q_len, head_dim = query.shape
-    columns = ceil_div(kv_len, rule.block_size)
+    batch, heads, q_len, _ = query.shape
     rows = ceil_div(q_len, rule.block_size)
-    width = ceil_div(columns, WORD_BITS)
-    sliding_window, soft_cap, alibi_slopes = variant.sliding_window, variant.soft_cap, variant.alibi_slopes
-    cut = variant.sequences is not None or sliding_window is not None
-    modified = soft_cap is not None or alibi_slopes is not None
-    launch = _launch(query, rule, plain=not cut and not modified)
+    width = ceil_div(ceil_div(kv_len, rule.block_size), WORD_BITS)
+    launch = _launch(query, rule, plain=not variant.changes_search)
     query_blocks = max(1, launch.query_rows // rule.block_size)
-    group = heads // means.shape[1]
-    members = group if rule.kv_masks else 1
+    members = heads // means.shape[1] if rule.kv_masks else 1
     tiles = batch * heads // members * ceil_div(rows, query_blocks)
     programs = min(tiles, launch.programs * multiprocessors(query.device))
     scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
@@ -130,59 +138,79 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: 
     with room_for("the search", 4 * sum(map(math.prod, shapes)), query.device, IN_CHUNKS):
         words = torch.empty(shapes[0], dtype=torch.int32, device=query.device)
         scratch = torch.empty(shapes[1], dtype=torch.float32, device=query.device)
-    # not 0, which times a hidden product's -inf would be NaN
-    qk_scale = math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
-    blocks = rule.sink_blocks, rule.window_blocks, rule.last_full_blocks
-    log2_alphas = log2_alphas_on(query.device, rule) if rule.log2_alphas else words
+    search = _Search(query, means, kv_len, rule, launch, tiles, words, scratch)
     if launch.hopper:
-        from flexprefill.search.kernels import hopper
-
-        heads_total = batch * heads
-        hopper.search_kernel[(programs,)](
-            *hopper.describe(query, means),
-            *(words, scratch, scratch_stride, kv_len - q_len, q_len, kv_len, rows, columns, width, heads_total, heads),
-            *(programs // heads_total, programs % heads_total, qk_scale, rule.log2_alpha, *blocks),
-            log2_alphas,
-            GROUP=group,
-            FIRST_KEY=rule.first_key,
-            ALPHAS=bool(rule.log2_alphas),
-            WORDS=min(LARGEST_STEP, max(8, triton.next_power_of_2(width))),
-            num_warps=launch.warps,
-            maxnreg=launch.registers,
-        )
-        return words
-    head_pad = triton.next_power_of_2(head_dim)
-    sequences: tuple[Tensor, Tensor, int] = words, words, 0
-    if variant.sequences is not None:
-        starts = variant.sequences.starts
-        sequences = starts, variant.sequences.ends, _entry_stride(starts)
-    alibi = words if alibi_slopes is None else _alibi_of_heads(alibi_slopes, rule.block_size)
-    inner_scale = rule.scale * LOG2_E if soft_cap is None else rule.scale / soft_cap
-    search_kernel[(programs,)](
-        *(query, means, words, scratch, *query.stride()[:3], scratch_stride),
-        *(q_len, kv_len, rows, columns, width, tiles, heads, group),
-        *(1.0 if modified else qk_scale, rule.log2_alpha, *blocks, rule.min_blocks, query.stride(3)),
-        *(*sequences, min(sliding_window or kv_len, kv_len)),
-        *(inner_scale, (soft_cap or 0.0) * LOG2_E, alibi, log2_alphas),
-        D=head_dim,
-        D_PAD=head_pad,
-        BLOCK=rule.block_size,
-        QUERY_BLOCKS=query_blocks,
-        TILE=launch.tile,
-        D_STEP=min(launch.d_step, head_pad),
-        WORDS=max(1, 32 // query_blocks),
-        MEMBERS=members,
-        FIRST_KEY=rule.first_key,
-        CUT=cut,
-        SEQUENCES=variant.sequences is not None,
-        SOFT_CAP=soft_cap is not None,
-        ALIBI=alibi_slopes is not None,
-        ALPHAS=bool(rule.log2_alphas),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        maxnreg=launch.registers,
-    )
+        _search_on_hopper(search)
+    else:
+        _search_anywhere(search, variant)
     return words
+
+
+def _search_on_hopper(search: _Search) -> None:
+    """Fills the words by hopper.search_kernel."""
+    from flexprefill.search.kernels import hopper
+
+    query, rule, words, kv_len = search.query, search.rule, search.words, search.kv_len
+    batch, heads, rows, width = words.shape
+    programs, _, _, scratch_stride = search.scratch.shape
+    query_tiles, means_tiles = hopper.describe_tensors(query, search.means)
+    hopper.search_kernel[(programs,)](
+        query=query_tiles, means=means_tiles, words_ptr=words, scratch_ptr=search.scratch,
+        scratch_stride=scratch_stride, offset=kv_len - query.shape[2], q_len=query.shape[2], kv_len=kv_len,
+        rows=rows, columns=ceil_div(kv_len, rule.block_size), width=width, heads=batch * heads, HEADS=heads,
+        rows_step=programs // (batch * heads), heads_step=programs % (batch * heads), qk_scale=_log2_scale(rule),
+        log2_alpha=rule.log2_alpha, sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks,
+        last_full_blocks=rule.last_full_blocks, log2_alphas_ptr=_alphas_of_heads(search),
+        GROUP=heads // search.means.shape[1], FIRST_KEY=rule.first_key,
+        WORDS=min(LARGEST_STEP, max(8, triton.next_power_of_2(width))), ALPHAS=bool(rule.log2_alphas),
+        num_warps=search.launch.warps, maxnreg=search.launch.registers,
+    )  # fmt: skip
+
+
+def _search_anywhere(search: _Search, variant: AttentionVariant) -> None:
+    """Fills the words by scoring.search_kernel."""
+    query, rule, words, kv_len, launch = search.query, search.rule, search.words, search.kv_len, search.launch
+    _, heads, q_len, head_dim = query.shape
+    programs, members, query_blocks, scratch_stride = search.scratch.shape
+    soft_cap, alibi_slopes = variant.soft_cap, variant.alibi_slopes
+    # a kernel does not read what it is not compiled for
+    starts, ends, sequence_stride = words, words, 0
+    if variant.sequences is not None:
+        starts, ends = variant.sequences.starts, variant.sequences.ends
+        sequence_stride = _entry_stride(starts)
+    modified = soft_cap is not None or alibi_slopes is not None
+    head_pad = triton.next_power_of_2(head_dim)
+    search_kernel[(programs,)](
+        query_ptr=query, means_ptr=search.means, words_ptr=words, scratch_ptr=search.scratch,
+        stride_b=query.stride(0), stride_h=query.stride(1), stride_s=query.stride(2), scratch_stride=scratch_stride,
+        q_len=q_len, kv_len=kv_len, rows=words.shape[2], columns=ceil_div(kv_len, rule.block_size),
+        width=words.shape[3], tiles=search.tiles, HEADS=heads, GROUP=heads // search.means.shape[1],
+        qk_scale=1.0 if modified else _log2_scale(rule), log2_alpha=rule.log2_alpha, sink_blocks=rule.sink_blocks,
+        window_blocks=rule.window_blocks, last_full_blocks=rule.last_full_blocks, min_blocks=rule.min_blocks,
+        stride_d=query.stride(3), starts_ptr=starts, ends_ptr=ends, sequence_stride=sequence_stride,
+        sliding_window=min(variant.sliding_window or kv_len, kv_len),
+        inner_scale=rule.scale * LOG2_E if soft_cap is None else rule.scale / soft_cap,
+        soft_cap=(soft_cap or 0.0) * LOG2_E,
+        alibi_ptr=words if alibi_slopes is None else _alibi_of_heads(alibi_slopes, rule.block_size),
+        log2_alphas_ptr=_alphas_of_heads(search), D=head_dim, D_PAD=head_pad, BLOCK=rule.block_size,
+        QUERY_BLOCKS=query_blocks, TILE=launch.tile, D_STEP=min(launch.d_step, head_pad),
+        WORDS=max(1, 32 // query_blocks), MEMBERS=members, FIRST_KEY=rule.first_key,
+        CUT=variant.sequences is not None or variant.sliding_window is not None,
+        SEQUENCES=variant.sequences is not None, SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes is not None,
+        ALPHAS=bool(rule.log2_alphas), num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+    )  # fmt: skip
+
+
+def _log2_scale(rule: Rule) -> float:
+    """The factor on products that gives log2 scores."""
+    # not 0, which times a hidden product's -inf would be NaN
+    return math.copysign(max(abs(rule.scale) * LOG2_E, SMALLEST_SCALE), rule.scale)
+
+
+def _alphas_of_heads(search: _Search) -> Tensor:
+    """The heads' log2_alphas; where all have the same, a tensor that is not read."""
+    rule = search.rule
+    return log2_alphas_on(search.query.device, rule) if rule.log2_alphas else search.words
 
 
 def _alibi_of_heads(slopes: Tensor, block_size: int) -> Tensor:

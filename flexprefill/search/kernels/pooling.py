@@ -8,22 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def pool_kernel(
-    key_ptr,
-    means_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    stride_d,
-    kv_len,
-    columns,
-    HEADS,
-    ends_ptr,
-    sequence_stride,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-):
+    key_ptr, means_ptr, stride_b, stride_h, stride_s, stride_d, kv_len, columns, HEADS, ends_ptr, sequence_stride,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
     """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous.
 
     SEQUENCES: the mean of the keys of the block's first key's sequence, to the first N of N + N + S.
@@ -56,22 +43,9 @@ def _mean_of(keys, members, inside):
 
 @triton.jit
 def pool_sequences_kernel(
-    key_ptr,
-    means_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    stride_d,
-    kv_len,
-    columns,
-    HEADS,
-    starts_ptr,
-    ends_ptr,
-    sequence_stride,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    key_ptr, means_ptr, stride_b, stride_h, stride_s, stride_d, kv_len, columns, HEADS, starts_ptr, ends_ptr,
+    sequence_stride, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The means of the sequences that start inside one key block, as reference.pool_own_keys describes them.
 
     Only these are written: the block's last sequence's where it is one of them, and at the positions of those that end

@@ -1,4 +1,8 @@
+"""Block scores: sums over the rows of a query block, kept in scratch rows of the program until all are there."""
+
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -6,6 +10,105 @@ import triton.language as tl
 from flexprefill.search.kernels.visibility import is_scored
 
 LARGE = tl.constexpr(1e30)  # products below it are far from overflow in float32
+
+
+class Scratch(NamedTuple):
+    """A program's own scratch rows, one for each query block of each query head that shares a mask."""
+
+    base: Any
+    stride: Any  # of the query blocks
+    member_stride: Any  # of the query heads
+    columns: Any  # key blocks: so many scores are written to each
+
+
+@triton.jit
+def shift_by(products, j0, base, qk_scale):
+    """The largest score of each query block's block base, 0 where the tile from j0 does not have it or it is huge."""
+    j = j0 + tl.arange(0, products.shape[0])
+    shift = tl.max(tl.where(j[:, None] == base[None, :], tl.max(products * qk_scale, 2), float("-inf")), 0)
+    return tl.where(tl.abs(shift) < LARGE, shift, 0.0)
+
+
+@triton.jit
+def no_sums(fixed):
+    """What add_sums and add_log_sums begin with: no best score, and none doubtful, [TILE, query blocks] both."""
+    best = tl.full([fixed.TILE, fixed.QUERY_BLOCKS], float("-inf"), tl.float32)
+    return best, tl.zeros([fixed.TILE, fixed.QUERY_BLOCKS], tl.int1)
+
+
+@triton.jit
+def add_sums(products, j0, shift, qk_scale, found, scratch, bounds, fixed):
+    """Stores a tile's block scores relative to 2^shift; doubtful where that says too little."""
+    best, doubtful = found
+    j = j0 + tl.arange(0, fixed.TILE)
+    sums = _sums(products, qk_scale, shift)
+    best = _store(scratch, sums, j, j[:, None] < scratch.columns, best)
+    scored = is_scored(j[:, None], bounds, fixed)
+    return best, doubtful | (scored & ((sums == 0) | (sums == float("inf"))))
+
+
+@triton.jit
+def add_log_sums(products, j0, logs, qk_scale, best, scratch, fixed):
+    """Stores log2 of a tile's block scores, of the query blocks where logs is set."""
+    j = j0 + tl.arange(0, fixed.TILE)
+    inside = (j[:, None] < scratch.columns) & logs[None, :]
+    return _store(scratch, _log_sums(products, qk_scale), j, inside, best)
+
+
+@triton.jit
+def best_of_group(scratch, logs, bounds, fixed):
+    """The greatest finite scores of each query block [TILE, query blocks], and where the sums say too little."""
+    best, doubtful = no_sums(fixed)
+    for j0 in range(bounds.first_tile, bounds.most, fixed.TILE):
+        scores, scored = _tile_scores(j0, scratch, float("-inf"), logs, bounds, fixed)
+        best = tl.maximum(best, tl.where(tl.abs(scores) < float("inf"), scores, float("-inf")))
+        doubtful = doubtful | (scored & ((scores == 0) | (scores == float("inf"))))
+    return best, doubtful
+
+
+@triton.jit
+def kth_best(k, scratch, bounds, fixed):
+    """The k-th best of the log2 scores of each query block, [query blocks]; -inf where it has no more than k.
+
+    Equal scores count together: it steps down from one distinct value to the next.
+    """
+    kth = tl.full([fixed.QUERY_BLOCKS], float("inf"), tl.float32)
+    count = tl.zeros([fixed.QUERY_BLOCKS], tl.int32)
+    for _ in range(0, tl.where(bounds.most > k, k, 0)):
+        below = tl.full([fixed.TILE, fixed.QUERY_BLOCKS], float("-inf"), tl.float32)
+        for j0 in range(bounds.first_tile, bounds.most, fixed.TILE):
+            L = _tile_scores(j0, scratch, float("-inf"), True, bounds, fixed)[0]
+            is_below = (tl.abs(L) < float("inf")) & (kth[None, :] > L)
+            below = tl.maximum(below, tl.where(is_below, L, float("-inf")))
+        kth = tl.where(count < k, tl.max(below, 0), kth)
+        equal = tl.zeros([fixed.TILE, fixed.QUERY_BLOCKS], tl.int32)
+        for j0 in range(bounds.first_tile, bounds.most, fixed.TILE):
+            L = _tile_scores(j0, scratch, float("nan"), True, bounds, fixed)[0]
+            equal += (L >= kth[None, :]).to(tl.int32)
+        count = tl.sum(equal, 0)
+    return tl.where(bounds.scored > k, kth, float("-inf"))
+
+
+@triton.jit
+def load_scores(scratch, offsets, mask, other, logs, fixed):
+    """Block scores, of the query heads that share a mask together: sums, or where logs is set log2 of sums."""
+    scores = tl.load(scratch.base + offsets, mask=mask, other=other)
+    for member in tl.static_range(1, fixed.MEMBERS):
+        more = tl.load(scratch.base + member * scratch.member_stride + offsets, mask=mask, other=other)
+        best = tl.maximum(scores, more)
+        shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
+        log_sums = shift + tl.log2(tl.exp2(scores - shift) + tl.exp2(more - shift))
+        scores = tl.where(logs, log_sums, scores + more)
+    return scores
+
+
+@triton.jit
+def _tile_scores(j0, scratch, other, logs, bounds, fixed):
+    """The block scores of the tile from j0, other where there is none, and where there is one."""
+    j = j0 + tl.arange(0, fixed.TILE)
+    scored = is_scored(j[:, None], bounds, fixed)
+    offsets = tl.arange(0, fixed.QUERY_BLOCKS)[None, :] * scratch.stride + j[:, None]
+    return load_scores(scratch, offsets, scored, other, logs, fixed), scored
 
 
 @triton.jit
@@ -28,92 +131,8 @@ def _log_sums(products, qk_scale):
 
 
 @triton.jit
-def _store(scratch_base, scores, j, inside, stride, best):
+def _store(scratch, scores, j, inside, best):
     """Stores block scores [J, query blocks] inside, and returns the running maxima of the finite ones."""
     q = tl.arange(0, scores.shape[1])
-    tl.store(scratch_base + q[None, :] * stride + j[:, None], scores, mask=inside)
+    tl.store(scratch.base + q[None, :] * scratch.stride + j[:, None], scores, mask=inside)
     return tl.maximum(best, tl.where((tl.abs(scores) < float("inf")) & inside, scores, float("-inf")))
-
-
-@triton.jit
-def load_scores(scratch_base, offsets, member_stride, mask, other, logs, MEMBERS: tl.constexpr):
-    """Block scores, of the query heads that share a mask together: sums, or where logs is set log2 of sums."""
-    scores = tl.load(scratch_base + offsets, mask=mask, other=other)
-    for member in tl.static_range(1, MEMBERS):
-        more = tl.load(scratch_base + member * member_stride + offsets, mask=mask, other=other)
-        best = tl.maximum(scores, more)
-        shift = tl.where(tl.abs(best) == float("inf"), 0.0, best)
-        log_sums = shift + tl.log2(tl.exp2(scores - shift) + tl.exp2(more - shift))
-        scores = tl.where(logs, log_sums, scores + more)
-    return scores
-
-
-@triton.jit
-def best_of_group(
-    scratch_base,
-    stride,
-    member_stride,
-    first_tile,
-    most,
-    scored,
-    rows_seen,
-    logs,
-    TILE: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    CUT: tl.constexpr,
-):
-    """The greatest finite scores of each query block [TILE, query blocks], and where the sums say too little."""
-    q = tl.arange(0, scored.shape[1])
-    best = tl.full([TILE, scored.shape[1]], float("-inf"), tl.float32)
-    doubtful = tl.zeros([TILE, scored.shape[1]], tl.int1)
-    for j0 in range(first_tile, most, TILE):
-        j = j0 + tl.arange(0, TILE)
-        mask = is_scored(j[:, None], scored, rows_seen, BLOCK, FIRST_KEY, CUT)
-        offsets = q[None, :] * stride + j[:, None]
-        scores = load_scores(scratch_base, offsets, member_stride, mask, float("-inf"), logs, MEMBERS)
-        best = tl.maximum(best, tl.where(tl.abs(scores) < float("inf"), scores, float("-inf")))
-        doubtful = doubtful | (mask & ((scores == 0) | (scores == float("inf"))))
-    return best, doubtful
-
-
-@triton.jit
-def shift_by(products, j0, base, qk_scale):
-    """The largest score of each query block's block base, 0 where the tile from j0 does not have it or it is huge."""
-    j = j0 + tl.arange(0, products.shape[0])
-    shift = tl.max(tl.where(j[:, None] == base[None, :], tl.max(products * qk_scale, 2), float("-inf")), 0)
-    return tl.where(tl.abs(shift) < LARGE, shift, 0.0)
-
-
-@triton.jit
-def add_sums(
-    products,
-    qk_scale,
-    shift,
-    scratch_base,
-    j0,
-    columns,
-    stride,
-    scored,
-    rows_seen,
-    best,
-    doubtful,
-    BLOCK: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    CUT: tl.constexpr,
-):
-    """Stores a tile's block scores relative to 2^shift; doubtful where that says too little."""
-    j = j0 + tl.arange(0, products.shape[0])
-    sums = _sums(products, qk_scale, shift)
-    best = _store(scratch_base, sums, j, j[:, None] < columns, stride, best)
-    are_scored = is_scored(j[:, None], scored, rows_seen, BLOCK, FIRST_KEY, CUT)
-    return best, doubtful | (are_scored & ((sums == 0) | (sums == float("inf"))))
-
-
-@triton.jit
-def add_log_sums(products, qk_scale, scratch_base, j0, columns, stride, logs, best):
-    """Stores log2 of a tile's block scores, of the query blocks where logs is set."""
-    j = j0 + tl.arange(0, products.shape[0])
-    inside = (j[:, None] < columns) & logs[None, :]
-    return _store(scratch_base, _log_sums(products, qk_scale), j, inside, stride, best)

@@ -1,52 +1,295 @@
+"""What the rows of a tile of query blocks see: the blocks that they score and those that they keep anyway.
+
+A whole causal prompt needs the first half of this file alone; the second half is for sequences and sliding windows.
+"""
+
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Fixed(NamedTuple):
+    """What a kernel is compiled for; of search_kernel's arguments those in capitals."""
+
+    D: Any
+    D_PAD: Any
+    BLOCK: Any
+    QUERY_BLOCKS: Any
+    TILE: Any
+    D_STEP: Any
+    WORDS: Any
+    MEMBERS: Any
+    FIRST_KEY: Any
+    CUT: Any
+    SEQUENCES: Any
+    SOFT_CAP: Any
+    ALIBI: Any
+    ALPHAS: Any
+
+
+class PromptSizes(NamedTuple):
+    """A call's lengths."""
+
+    q_len: Any
+    kv_len: Any
+    offset: Any  # position of the first query
+    rows: Any  # query blocks
+    columns: Any  # key blocks
+
+
+class BlockRule(NamedTuple):
+    """The blocks that a query block keeps whatever their scores are."""
+
+    sink_blocks: Any
+    window_blocks: Any
+    last_full_blocks: Any
+
+
+class Cuts(NamedTuple):
+    """What cuts the keys that rows see."""
+
+    starts_ptr: Any  # of each position's sequence, in one batch entry after the other
+    ends_ptr: Any
+    sequence_stride: Any  # of the batch entries
+    sliding_window: Any
+
+
+class Queries(NamedTuple):
+    """The rows of a tile of query blocks, [rows] each."""
+
+    row: Any
+    position: Any
+    start: Any  # of the row's sequence; a number where there are none
+    end: Any
+    sliding_window: Any  # keys that a row sees, a number
+
+
+class Bounds(NamedTuple):
+    """What a tile of query blocks sees, scores and keeps, [query blocks] each."""
+
+    I: Any  # the query blocks
+    visible: Any  # the blocks that the last row sees are those before it
+    window_start: Any  # the first block of the window; 0 where all is kept
+    scored: Any  # the blocks with a score are before it; 0 where all is kept whatever the scores
+    base: Any  # the block whose largest score the sums are relative to
+    most: Any  # the largest of scored, a number
+    first_tile: Any  # the first block of the first tile with a score, a number
+    edges: Any  # Edges, 0 where rows are not cut
+
+
+class Edges(NamedTuple):
+    """Where rows are cut: what else is known of each query block, [query blocks] each.
+
+    Blocks before the first row's position are seen by the rows of its sequence alone. In the next two blocks, in which
+    sequences may start and end, what a query block scores and keeps was found row by row.
+    """
+
+    low: Any  # the block of the first row's position
+    lowest: Any  # the first block that the first row sees
+    sinks_end: Any
+    first_row: Any  # its position
+    last: Any  # the last row's position
+    first_start: Any  # of the first row's sequence
+    first_end: Any
+    sliding_window: Any
+    here: Any  # whether block low has a score
+    here_kept: Any  # and whether it is kept whatever the score is
+    behind: Any  # the same of block low + 1
+    behind_kept: Any
+
+
 @triton.jit
-def gives_score(j, position, start, end, sliding_window, BLOCK: tl.constexpr, FIRST_KEY: tl.constexpr):
+def whole_prompt(I, row, prompt, rule, cuts, fixed):
+    """The Queries and the Bounds of query blocks I and their rows, where every row sees all keys up to its own."""
+    position = row + prompt.offset
+    last = prompt.offset + tl.minimum((I + 1) * fixed.BLOCK, prompt.q_len) - 1
+    visible = last // fixed.BLOCK + 1
+    all_kept = (I >= prompt.rows - rule.last_full_blocks) | (visible <= rule.sink_blocks)
+    window_start = tl.where(all_kept, 0, visible - rule.window_blocks)
+    compares = (I < prompt.rows) & (window_start > 0)
+    # blocks that the last row sees, whole if not FIRST_KEY
+    seen = visible
+    if not fixed.FIRST_KEY:
+        seen = tl.where(last + 1 == prompt.kv_len, prompt.columns, (last + 1) // fixed.BLOCK)
+    scored = tl.where(compares, seen, 0)
+    base = tl.zeros([fixed.QUERY_BLOCKS], tl.int32)
+    queries = Queries(row, position, 0, prompt.kv_len, cuts.sliding_window)
+    return queries, Bounds(I, visible, window_start, scored, base, tl.max(scored, 0), 0, 0)
+
+
+@triton.jit
+def unmasked_end(I0, queries, bounds, prompt, fixed):
+    """The tiles of blocks that every row sees whole end here."""
+    unmasked = (prompt.offset + I0 * fixed.BLOCK + 1) // fixed.BLOCK // fixed.TILE * fixed.TILE
+    if prompt.q_len < (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK:
+        unmasked = 0
+    if fixed.CUT:  # noqa: SIM102
+        if _see_unlike(I0, queries, bounds, prompt, fixed):
+            unmasked = 0
+    return unmasked
+
+
+@triton.jit
+def sees_block(j, queries, prompt, fixed):
+    """Whether each row sees the whole of block j (FIRST_KEY: its first key), and gives it a score: [J, rows]."""
+    if fixed.CUT:
+        start, end = queries.start[None, :], queries.end[None, :]
+        sees = _gives_score(j[:, None], queries.position[None, :], start, end, queries.sliding_window, fixed)
+    else:
+        needed = j * fixed.BLOCK if fixed.FIRST_KEY else tl.minimum((j + 1) * fixed.BLOCK, prompt.kv_len) - 1
+        first_to_see = needed - prompt.offset
+        sees = (queries.row[None, :] >= first_to_see[:, None]) & (queries.row[None, :] < prompt.q_len)
+    return sees
+
+
+@triton.jit
+def is_scored(j, bounds, fixed):
+    """Which blocks j have a score from a query block; j of a tile [J, 1], or of words [1, words, 32]."""
+    scored = j < _beside(bounds.scored, j)
+    if fixed.CUT:
+        scored = scored & _is_inside(j, bounds.edges, fixed)
+    return scored
+
+
+@triton.jit
+def is_kept(j, chosen, bounds, rule, fixed):
+    """Which blocks j [1, words, 32] a query block keeps: those chosen by score, and others whatever their scores."""
+    if fixed.CUT:
+        kept = _is_kept_inside(j, chosen, bounds)
+    else:
+        seen = j < _beside(bounds.visible, j)
+        kept = seen & (chosen | (j < rule.sink_blocks) | (j >= _beside(bounds.window_start, j)))
+    return kept
+
+
+@triton.jit
+def _beside(values, j):
+    """Values [query blocks] in the shape that goes with blocks j."""
+    return values[None, :] if len(j.shape) == 2 else values[:, None, None]
+
+
+@triton.jit
+def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
+    """As whole_prompt of the query blocks from I0, where rows see their own sequence in their window."""
+    BLOCK: tl.constexpr = fixed.BLOCK
+    position = row + prompt.offset
+    last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
+    visible = last // BLOCK + 1
+    first_row = prompt.offset + I * BLOCK
+    start, end = _sequence_of(row < prompt.q_len, position, batch, prompt, cuts, fixed)
+    first_start, first_end = _sequence_of(I < prompt.rows, first_row, batch, prompt, cuts, fixed)
+    queries = Queries(row, position, start, end, cuts.sliding_window)
+    # blocks before that of the first row: its own sequence's rows alone see them
+    low = first_row // BLOCK
+    inside = first_start < first_end
+    far_edge = first_row - cuts.sliding_window + 1
+    lowest = tl.where(inside, tl.maximum(first_start, far_edge) // BLOCK, low)
+    # the first block that gets a score from the first row
+    base = lowest
+    if not fixed.FIRST_KEY:
+        base = tl.where(first_start < far_edge, (far_edge + BLOCK - 1) // BLOCK, first_start // BLOCK)
+    own_visible = tl.where(inside, tl.minimum(last, first_end - 1) // BLOCK + 1, 0)
+    sinks_end = first_start // BLOCK + rule.sink_blocks
+    last_rows = (tl.maximum(first_end - prompt.offset, 0) + BLOCK - 1) // BLOCK
+    all_kept = (I >= last_rows - rule.last_full_blocks) | (own_visible <= sinks_end)
+    window_start = tl.where(all_kept, 0, own_visible - rule.window_blocks)
+    # that one and the next, row by row
+    I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
+    low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
+    here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
+    behind, behind_kept = _row_by_row(low_of_row + 1, I_of_row, queries, prompt, rule, fixed)
+    compares = (tl.minimum(window_start, low) > lowest) | (here & (here_kept == 0))
+    compares = (I < prompt.rows) & (compares | (behind & (behind_kept == 0)))
+    scored = tl.where(compares, visible, 0)
+    most = tl.max(scored, 0)
+    first_tile = tl.min(tl.where(compares, lowest, most), 0) // fixed.TILE * fixed.TILE
+    edges = Edges(
+        low, lowest, sinks_end, first_row, last, first_start, first_end, cuts.sliding_window,
+        here, here_kept, behind, behind_kept,
+    )  # fmt: skip
+    return queries, Bounds(I, visible, window_start, scored, base, most, first_tile, edges)
+
+
+@triton.jit
+def _sequence_of(inside, position, batch, prompt, cuts, fixed):
+    """Start and end of the sequences at positions; of none where not inside."""
+    if fixed.SEQUENCES:
+        starts, ends = cuts.starts_ptr + batch * cuts.sequence_stride, cuts.ends_ptr + batch * cuts.sequence_stride
+        start = tl.load(starts + position, mask=inside, other=prompt.kv_len)
+        end = tl.load(ends + position, mask=inside, other=0)
+    else:
+        start = tl.where(inside, 0, prompt.kv_len)
+        end = tl.where(inside, prompt.kv_len, 0)
+    return start, end
+
+
+@triton.jit
+def _row_by_row(j, I, queries, prompt, rule, fixed):
+    """Whether each query block's block j, [rows], gets a score, and whether it is kept anyway: [query blocks] both."""
+    BLOCK: tl.constexpr = fixed.BLOCK
+    position, start, end, sliding_window = queries.position, queries.start, queries.end, queries.sliding_window
+    last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
+    scores = _gives_score(j, position, start, end, sliding_window, fixed)
+    first_seen = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
+    sees = first_seen < tl.minimum(tl.minimum((j + 1) * BLOCK, end), position + 1)
+    last_own = tl.minimum(last, end - 1)
+    last_rows = I * BLOCK + rule.last_full_blocks * BLOCK > end - 1 - prompt.offset
+    kept = sees & ((j < start // BLOCK + rule.sink_blocks) | (j > last_own // BLOCK - rule.window_blocks) | last_rows)
+    return _any_row(scores, fixed), _any_row(kept, fixed)
+
+
+@triton.jit
+def _any_row(flags, fixed):
+    """Whether a flag of the rows [rows] is set in each query block: [query blocks]."""
+    return tl.max(tl.reshape(flags.to(tl.int32), [fixed.QUERY_BLOCKS, fixed.BLOCK]), 1) > 0
+
+
+@triton.jit
+def _see_unlike(I0, queries, bounds, prompt, fixed):
+    """Whether rows are of several sequences, or the far edge of a row's window lies behind the first tile."""
+    last = tl.max(queries.start, 0)
+    farthest = tl.maximum(last, prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK - queries.sliding_window)
+    several = tl.min(queries.start, 0) != last
+    return several | (farthest > (bounds.first_tile + fixed.TILE) * fixed.BLOCK)
+
+
+@triton.jit
+def _scoring_positions(j, start, end, sliding_window, fixed):
+    """A sequence's first and last key in block j, and the first and the last position that gives a score to it."""
+    own_first = tl.maximum(j * fixed.BLOCK, start)
+    own_last = tl.minimum((j + 1) * fixed.BLOCK, end) - 1
+    nearest = own_first if fixed.FIRST_KEY else own_last
+    farthest = (own_last if fixed.FIRST_KEY else own_first) + sliding_window - 1
+    return own_first, own_last, nearest, farthest
+
+
+@triton.jit
+def _gives_score(j, position, start, end, sliding_window, fixed):
     """Whether a row gives a score to block j: it sees all keys of it that are of its own sequence (FIRST_KEY: one)."""
-    own_first = tl.maximum(j * BLOCK, start)
-    own_last = tl.minimum((j + 1) * BLOCK, end) - 1
-    nearest = own_first if FIRST_KEY else own_last
-    farthest = (own_last if FIRST_KEY else own_first) + sliding_window - 1
+    own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, sliding_window, fixed)
     return (own_first <= own_last) & (position >= nearest) & (position <= farthest)
 
 
 @triton.jit
-def is_scored(j, scored, rows_seen, BLOCK: tl.constexpr, FIRST_KEY: tl.constexpr, CUT: tl.constexpr):
-    """Which blocks j have a score from a query block; all arguments broadcast against each other.
-
-    CUT: blocks before the first row's own position are seen by its sequence's rows alone, and about the next two, in
-    which sequences may start and end, something is said that was found row by row.
-    """
-    are_scored = j < scored
-    if CUT:
-        low, first_row, last, start, end, sliding_window, here, behind = rows_seen
-        own_first = tl.maximum(j * BLOCK, start)
-        own_last = tl.minimum((j + 1) * BLOCK, end) - 1
-        nearest = own_first if FIRST_KEY else own_last
-        farthest = (own_last if FIRST_KEY else own_first) + sliding_window - 1
-        before = (own_first <= own_last) & (tl.maximum(nearest, first_row) <= tl.minimum(farthest, last))
-        are_scored = are_scored & (((j < low) & before) | ((j == low) & here) | ((j == low + 1) & behind))
-    return are_scored
+def _is_inside(j, edges, fixed):
+    """Whether some row of a query block gives a score to block j, if any block has one."""
+    start, end = _beside(edges.first_start, j), _beside(edges.first_end, j)
+    own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, edges.sliding_window, fixed)
+    first_row, last, low = _beside(edges.first_row, j), _beside(edges.last, j), _beside(edges.low, j)
+    before = (own_first <= own_last) & (tl.maximum(nearest, first_row) <= tl.minimum(farthest, last))
+    here, behind = _beside(edges.here, j), _beside(edges.behind, j)
+    return ((j < low) & before) | ((j == low) & here) | ((j == low + 1) & behind)
 
 
 @triton.jit
-def any_row(flags, QUERY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether a flag of the rows [rows] is set in each query block: [QUERY_BLOCKS]."""
-    return tl.max(tl.reshape(flags.to(tl.int32), [QUERY_BLOCKS, BLOCK]), 1) > 0
-
-
-@triton.jit
-def rows_of_block(j, I, last, rows_own, blocks, BLOCK: tl.constexpr, FIRST_KEY: tl.constexpr):
-    """Whether each row gives a score to its block j, and whether it keeps it whatever the scores are; all [rows]."""
-    position, start, end, sliding_window, offset = rows_own
-    sink, window, last_full = blocks
-    scores = gives_score(j, position, start, end, sliding_window, BLOCK, FIRST_KEY)
-    first_seen = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
-    sees = first_seen < tl.minimum(tl.minimum((j + 1) * BLOCK, end), position + 1)
-    last_own = tl.minimum(last, end - 1)
-    last_rows = I * BLOCK + last_full * BLOCK > end - 1 - offset
-    return scores, sees & ((j < start // BLOCK + sink) | (j > last_own // BLOCK - window) | last_rows)
+def _is_kept_inside(j, chosen, bounds):
+    """As is_kept, where rows are cut."""
+    edges = bounds.edges
+    low = _beside(edges.low, j)
+    always = (j < _beside(edges.sinks_end, j)) | (j >= _beside(bounds.window_start, j))
+    kept = (j >= _beside(edges.lowest, j)) & (j < low) & (chosen | always)
+    kept = kept | ((j == low) & (chosen | _beside(edges.here_kept, j)))
+    return kept | ((j == low + 1) & (chosen | _beside(edges.behind_kept, j)))
