@@ -6,7 +6,13 @@ from flexprefill.attention.prefill import create_prefill_block_mask, explain_bac
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
-from flexprefill.errors import FlexPrefillError, MaskFileError, NotEnoughMemoryError
+from flexprefill.errors import (
+    FlexPrefillError,
+    MaskFileError,
+    NotEnoughMemoryError,
+    RanEagerlyError,
+    UnsupportedError,
+)
 from flexprefill.inspection import attention_recall
 from flexprefill.search import KeyMeans
 from flexprefill.search.blocks import search_blocks
@@ -18,33 +24,9 @@ from flexprefill.store.recording import Recording, record_masks
 from flexprefill.variant import AttentionVariant, Sequences
 
 __all__ = [
-    "AttentionVariant",
-    "BackendChoice",
-    "BlockMap",
-    "CacheStats",
-    "CachedPrompt",
-    "FlexPrefillError",
-    "GuardReport",
-    "KeyMeans",
-    "ListBuffers",
-    "MaskCache",
-    "MaskFileError",
-    "MaskFileInfo",
-    "NotEnoughMemoryError",
-    "PrefillConfig",
-    "Recording",
-    "Scorer",
-    "Sequences",
-    "__version__",
-    "attention_recall",
-    "create_prefill_block_mask",
-    "explain_backend",
-    "guard_blocks",
-    "load_masks",
-    "prefill_attention",
-    "read_mask_info",
-    "record_masks",
-    "register_scorer",
-    "save_masks",
-    "search_blocks",
-]
+    "AttentionVariant", "BackendChoice", "BlockMap", "CacheStats", "CachedPrompt", "FlexPrefillError", "GuardReport",
+    "KeyMeans", "ListBuffers", "MaskCache", "MaskFileError", "MaskFileInfo", "NotEnoughMemoryError", "PrefillConfig",
+    "RanEagerlyError", "Recording", "Scorer", "Sequences", "UnsupportedError", "__version__", "attention_recall",
+    "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention", "read_mask_info",
+    "record_masks", "register_scorer", "save_masks", "search_blocks",
+]  # fmt: skip

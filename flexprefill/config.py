@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ MASK_HEADS = ("query", "kv")
 SCORE_ROWS = ("whole", "visible")
 FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
 
+# names of scorers; search/scorers.py has the scorers themselves, and register_scorer adds to both
+SCORERS = {"flashprefill", "xattention", "exact"}
+
 LAYERS_FORMAT = "flexprefill layers 1"  # of files with a config for each layer
 
 # FlashPrefill (arXiv 2603.06199), and the last row FlashPrefill-V2 (arXiv 2608.19758)
@@ -29,6 +33,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-VL": {"alpha": 0.22},
     "FlashPrefill-V2": {"alpha": 0.1, "last_full_blocks": 8},
 }
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another kind, such as NumPy's, as Python's own; anything else as it is."""
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,11 @@ class PrefillConfig:
     guard: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, list):  # as JSON has it
-            object.__setattr__(self, "alpha", tuple(self.alpha))
+        for name, setting in vars(self).items():
+            if (plain := plain_number(setting)) is not setting:
+                object.__setattr__(self, name, plain)
+        if isinstance(self.alpha, (list, tuple)):  # a list as JSON has it
+            object.__setattr__(self, "alpha", tuple(map(plain_number, self.alpha)))
         if isinstance(self.alpha, tuple) and not self.alpha:
             raise ValueError("alpha must be a number in (0, 1], or one for each query head, got ()")
         for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
@@ -100,9 +114,12 @@ class PrefillConfig:
         for name, known in (("block_size", BLOCK_SIZES), ("mask_heads", MASK_HEADS), ("score_rows", SCORE_ROWS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        # a file's scorer need not be registered where the file is read: search_blocks asks for it
         if not isinstance(self.scorer, str) or not self.scorer.isprintable() or not self.scorer:
             raise TypeError(f"scorer must be the name of a scorer such as 'flashprefill', got {self.scorer!r}")
+        if self.scorer not in SCORERS:
+            raise ValueError(
+                f"scorer must be one of {sorted(SCORERS)}, got {self.scorer!r}; register_scorer makes another one known"
+            )
         if not isinstance(self.mean_correction, bool):
             raise TypeError(f"mean_correction must be a bool, got {self.mean_correction!r}")
         if self.guard is not None:
@@ -140,7 +157,13 @@ class PrefillConfig:
         unknown = sorted(str(name) for name in set(settings) - set(known))
         if unknown:
             raise ValueError(f"settings has unknown names {unknown}; known are {known}")
-        return cls(**settings)
+        scorer = settings.get("scorer")
+        if scorer in SCORERS or not isinstance(scorer, str) or not scorer.isprintable() or not scorer:
+            return cls(**settings)
+        # a file's scorer need not be registered where the file is read: search_blocks asks for it
+        config = cls(**{**settings, "scorer": cls.scorer})
+        object.__setattr__(config, "scorer", scorer)
+        return config
 
     @classmethod
     def load_layers(cls, path: str | os.PathLike[str]) -> dict[int, PrefillConfig]:
@@ -204,7 +227,7 @@ def save_layers(path: str | os.PathLike[str], configs: Sequence[PrefillConfig], 
 def check_config(config: PrefillConfig) -> None:
     """Raises TypeError unless config is a PrefillConfig."""
     if not isinstance(config, PrefillConfig):
-        raise TypeError(f"config must be a PrefillConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a PrefillConfig, got {type(config).__name__}; PrefillConfig(alpha=0.1) is one")
 
 
 def check_alphas(config: PrefillConfig, heads: int, kv_heads: int) -> None:

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap.geometry import ceil_div
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import UnsupportedError
 from flexprefill.runtime.compiling import constant_in_graphs
 from flexprefill.runtime.state import remembered
-from flexprefill.runtime.tracing import is_tracing
+from flexprefill.runtime.tracing import is_exporting, is_tracing
 
 Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a constant
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("auto", "triton", "flash")
 HOPPER = (9, 0)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-TILE = 128  # of queries and keys, in FlexAttention's kernels; FlashAttention-4's up to D 128
+FLEX_TILE = 128  # of queries and keys, in FlexAttention's kernels; FlashAttention-4's up to D 128
 FLASH_HEAD_DIMS = (64, 96, 128)  # those that were held against a float32 evaluation
 MAX_ELEMENTS = 2**31  # where 32-bit offsets end
 
 # FlexAttention's kernel options that beat its own defaults, by compute capability, head dimension and block size, in
-# float16 or bfloat16, for lengths that are known to be multiples of TILE. Measured on an H200: 4 to 6 % there, and
+# float16 or bfloat16, for lengths that are known to be multiples of FLEX_TILE. Measured on an H200: 4 to 6 % there, and
 # slower by 13 % where the bounds of tiles are checked; whatever is not in the table keeps the defaults.
 TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
     (HOPPER, 128, 128): (("BLOCK_M", 128), ("BLOCK_N", 128), ("num_warps", 8), ("num_stages", 3)),
@@ -100,8 +101,9 @@ class Request(NamedTuple):
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
         compiling = is_tracing()
         # lengths are symbols while compiling: each fact asked of them costs a compilation
-        whole_tiles = not compiling and q_len % TILE == 0 and kv_len % TILE == 0
-        small = max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
+        whole_tiles = not compiling and q_len % FLEX_TILE == 0 and kv_len % FLEX_TILE == 0
+        # an exported program is to take every length: what asks for small ones is not taken
+        small = not is_exporting() and max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
             query.device,
             query.dtype,
@@ -129,7 +131,7 @@ def choose_backend(backend: str, request: Request) -> BackendChoice:
 
     Raises:
         ValueError: backend is no such name.
-        FlexPrefillError: the named backend cannot do the request, or return_aux asks for what no backend here gives.
+        UnsupportedError: the named backend cannot do the request, or return_aux asks for what no backend here gives.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -149,14 +151,14 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
     """As :func:`choose_backend`, of a known name."""
     if request.device.type != "cuda":
         if backend != "auto":
-            raise FlexPrefillError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
+            raise UnsupportedError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
         if request.lse or request.max_scores:
-            raise FlexPrefillError(
+            raise UnsupportedError(
                 f"return_aux is not supported by FlexAttention on {request.device}: pass tensors on a CUDA device"
             )
         return BackendChoice("cpp", f"FlexAttention's only kernel on {request.device.type}")
     if request.block_size < 16 or request.block_size & (request.block_size - 1):
-        raise FlexPrefillError(
+        raise UnsupportedError(
             f"block_map must be of blocks of 16, 32, 64, 128, … tokens on {request.device.type}, whose kernels have "
             f"such tiles, got block_size={request.block_size}"
         )
@@ -167,7 +169,7 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         reason = "named by the caller" if backend == "flash" else "the fastest that can do the request"
         return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),))
     if backend == "flash":
-        raise FlexPrefillError(f"backend 'flash' cannot do this: {against}; 'triton' can")
+        raise UnsupportedError(f"backend 'flash' cannot do this: {against}; 'triton' can")
     return BackendChoice(
         "triton", "does every request", kernel_options=triton_options(request), passed_over=(("flash", against),)
     )
@@ -186,7 +188,7 @@ def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
     if request.device.type != "cuda":
         return BackendChoice("dense-sdpa", reason, dense=True)
     # of what it cannot do in FlexAttention, without it only these are left
-    plain = request._replace(block_size=TILE, at_offset=False, mods=False, lse=False, max_scores=False)
+    plain = request._replace(block_size=FLEX_TILE, at_offset=False, mods=False, lse=False, max_scores=False)
     against = next(against_flash(plain, named=True), None)
     if against is None:
         return BackendChoice("dense-flash", reason, dense=True)
@@ -235,8 +237,8 @@ def against_flash(request: Request, *, named: bool) -> Iterator[str]:
         yield "it takes blocks of 128 on compute capability 9.0 alone, got {}.{}".format(*capability)
     if request.dtype not in SIXTEEN_BIT:
         yield f"it takes float16 or bfloat16, got {request.dtype}"
-    if request.block_size != TILE:
-        yield f"it takes blocks of {TILE}, got block_size={request.block_size}"
+    if request.block_size != FLEX_TILE:
+        yield f"it takes blocks of {FLEX_TILE}, got block_size={request.block_size}"
     if not set(dims) <= set(FLASH_HEAD_DIMS):
         yield "it was tested with D and Dv of {}, got D={}, Dv={}".format(FLASH_HEAD_DIMS, *dims)
     if not request.positive_scale:
@@ -249,7 +251,7 @@ def against_flash(request: Request, *, named: bool) -> Iterator[str]:
         yield "it gives no max_scores"
     if request.lse and request.compiling:
         yield "its log-sum-exp is checked at the first use (see flash_lse_factor), which torch.compile cannot trace"
-    if request.at_offset and request.compiling and torch.__version__ < (2, 13):
+    if request.at_offset and request.compiling and TORCH < (2, 13):
         yield f"torch {torch.__version__} does not hand it an offset that is computed in a compiled graph"
     if request.mods and not named:
         yield "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"

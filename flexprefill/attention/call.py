@@ -90,14 +90,16 @@ class Call(NamedTuple):
         )
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> float:
-    """The scale; raises unless the tensors fit together."""
+def check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, variant: AttentionVariant | None
+) -> tuple[float, AttentionVariant]:
+    """The scale and the variant, or what None stands for; raises unless all fit together."""
     check_attention_inputs(query, key, value)
-    return resolve_scale(scale, query.shape[3])
+    return resolve_scale(scale, query.shape[3]), check_variant(variant, query, key)
 
 
 def check_call(call: Call) -> Call:
-    """The call, its variant filled in; raises unless its arguments fit tensors that do."""
+    """The call; raises unless its other arguments fit its tensors and its variant."""
     check_config(call.config)
     check_last_chunk(call.last_chunk)
     if not isinstance(call.mask_mod, BlockMask):
@@ -106,7 +108,6 @@ def check_call(call: Call) -> Call:
     if not (call.return_aux is None or isinstance(call.return_aux, AuxRequest)):
         raise TypeError(f"return_aux must be an AuxRequest or None, got {type(call.return_aux).__name__}")
     find_scorer(call.config.scorer)
-    variant = check_variant(call.variant, call.query, call.key)
     if call.config.mean_correction:
         max_scores = call.return_aux is not None and call.return_aux.max_scores
         others = (
@@ -114,7 +115,7 @@ def check_call(call: Call) -> Call:
             ("score_mod", call.score_mod is not None),
             ("max_scores", max_scores),
         )
-        for name, asked in (*others, *((name, True) for name in variant.changes_search)):
+        for name, asked in (*others, *((name, True) for name in call.variant.changes_search)):
             if asked:
                 raise ValueError(
                     f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
@@ -122,4 +123,4 @@ def check_call(call: Call) -> Call:
                 )
     if call.block_map is not None:
         check_block_map(call.block_map, call.query, call.key)
-    return call._replace(variant=variant)
+    return call

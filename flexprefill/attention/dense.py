@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from contextlib import AbstractContextManager
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
 
 _ordering = threading.Lock()
@@ -37,7 +39,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     Returns:
         [B, Hq, S_q, Dv].
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         if kernel == "dense-flash":
             return _flash_attention_4(query, key, value, scale)
         return _sdpa(query, key, value, scale)
@@ -64,19 +66,19 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         # no fused kernel takes grouped heads in float32, and the other one holds all scores at once
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         grouped = False
-    arguments = {"scale": scale, "enable_gqa": grouped}
+    sdpa = functools.partial(scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
     if q_len == 1:
-        return scaled_dot_product_attention(query, key, value, **arguments)
+        return sdpa()
     if q_len == kv_len:
         if not query.is_cuda:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
+            return sdpa(is_causal=True)
         with _order_alone(), sdpa_kernel(SDPA_ORDER, set_priority=True):
-            return scaled_dot_product_attention(query, key, value, is_causal=True, **arguments)
+            return sdpa(is_causal=True)
     if is_tracing():
         # the tensor subclass that causal_lower_right returns does not trace
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
         visible = torch.arange(kv_len, device=query.device) <= rows
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, **arguments)
+        return sdpa(attn_mask=visible)
     from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo
 
-    return scaled_dot_product_attention(query, key, value, causal_lower_right(q_len, kv_len), **arguments)
+    return sdpa(attn_mask=causal_lower_right(q_len, kv_len))

@@ -14,13 +14,14 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attent
 from flexprefill.attention.backends import Options
 from flexprefill.blockmap.block_mask import ListedBlocks, block_mask_of
 from flexprefill.blockmap.geometry import Geometry
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import RanEagerlyError
 from flexprefill.runtime.compiling import compile_whole, mixed_up_sizes, refusals_explained
 from flexprefill.runtime.state import remembered
+from flexprefill.runtime.thread_state import without_autocast, without_dispatch_modes
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.mods import ScoreMod
 
-Result = tuple[Tensor, AuxOutput | None]  # the output and what was asked for besides
+FlexResult = tuple[Tensor, AuxOutput | None]  # the output and what was asked for besides
 Layout = tuple[tuple[int, ...], tuple[bool, ...]]
 
 _making = threading.Lock()  # one compiled function of a kind, whichever thread is first
@@ -57,7 +58,7 @@ def flex_over(
     listed: ListedBlocks,
     settings: FlexSettings,
     score_mods: tuple[ScoreMod, ...] = (),
-) -> Result:
+) -> FlexResult:
     """FlexAttention over listed blocks, compiled; inside a caller's own torch.compile, a part of its graph.
 
     Args:
@@ -68,7 +69,7 @@ def flex_over(
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
     # grad mode decides whether flex writes a log-sum-exp that nobody reads
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         if is_tracing():
             return _attend((query, key, value, *listed, score_mods), settings)
         query, key, value = map(_of_a_common_kind, (query, key, value))
@@ -82,7 +83,7 @@ def flex_over(
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
             settings,
         )
-        with refusals_explained():
+        with refusals_explained(), without_dispatch_modes():
             with _making:
                 compiled = _compiled(kind)
             return compiled((query, key, value, *listed, score_mods))
@@ -119,20 +120,24 @@ class Compiled:
         self._name = 0
         self._attend = self._compile()
 
-    def _compile(self) -> Callable[..., Result]:
+    def _compile(self) -> Callable[..., FlexResult]:
         # on its own: guards on locals are cheaper
         settings = self._settings
 
-        def attend(*inputs: Any) -> Result:
+        def attend(*inputs: Any) -> FlexResult:
             return _attend(inputs, settings)
 
         return compile_whole(attend, f"inputs_{self._name}")
 
-    def __call__(self, inputs: tuple[Any, ...]) -> Result:
+    def __call__(self, inputs: tuple[Any, ...]) -> FlexResult:
         with self._turn:
             while True:
                 try:
                     return self._attend(*inputs)
+                except RanEagerlyError:
+                    # torch remembers of a function that it is not to be compiled
+                    self._attend = self._compile()
+                    raise
                 except Exception as error:
                     if not mixed_up_sizes(error) or self._name == NAMES - 1:
                         raise
@@ -158,11 +163,11 @@ def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
     return chained
 
 
-def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> Result:
+def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
     """flex_attention of (query, key, value, lists, offset, mask_mods, score_mods)."""
     if not is_tracing():
         # reached when torch.compile is off (its environment variable, a stance): eager flex is dense
-        raise FlexPrefillError(
+        raise RanEagerlyError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "
             "switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)"
         )
@@ -172,15 +177,13 @@ def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> Result:
         ListedBlocks(lists, offset, mask_mods),
         Geometry(query.shape[2], key.shape[2], settings.block_size),
     )
-    result = flex_attention(
-        query,
-        key,
-        value,
-        score_mod=_chained(score_mods),
-        block_mask=block_mask_of(listed, geometry),
-        scale=settings.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=dict(settings.kernel_options),
-        return_aux=settings.return_aux,
-    )
-    return (result, None) if settings.return_aux is None else result
+    arguments: dict[str, Any] = {
+        "score_mod": _chained(score_mods),
+        "block_mask": block_mask_of(listed, geometry),
+        "scale": settings.scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": dict(settings.kernel_options),
+    }
+    if settings.return_aux is None:
+        return flex_attention(query, key, value, **arguments), None
+    return flex_attention(query, key, value, **arguments, return_aux=settings.return_aux)

@@ -14,14 +14,14 @@ from flexprefill.blockmap.bits import unpack_bits
 from flexprefill.blockmap.block_mask import list_blocks
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.map import BlockMap
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.runtime.operators import operator
 from flexprefill.runtime.state import remembered
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.logits import PlainAttention
-from flexprefill.variant.variant import AttentionVariant
+from flexprefill.variant.variant import PLAIN, AttentionVariant
 
-LENGTH, HEAD_DIM = 128, 64  # of the input on which FlashAttention-4's is checked
+KNOWN_LENGTH, KNOWN_HEAD_DIM = 128, 64  # of the input on which FlashAttention-4's is checked
 CLOSE = 0.01  # relative; the fault is 30 %
 
 
@@ -31,11 +31,11 @@ def log_sum_exp_over(attention: PlainAttention, block_map: BlockMap) -> Tensor:
     FlexAttention's kernel for the CPU gives none.
 
     Raises:
-        FlexPrefillError: inside torch.compile with mods.
+        UnsupportedError: inside torch.compile with mods.
     """
     if attention.mask_mods or attention.score_mods:
         if is_tracing():
-            raise FlexPrefillError(
+            raise UnsupportedError(
                 f"sinks with a mask_mod or score_mod cannot be compiled for {attention.query.device}, where "
                 "FlexAttention gives no log-sum-exp: call prefill_attention outside of torch.compile, or on a CUDA "
                 "device"
@@ -47,17 +47,10 @@ def log_sum_exp_over(attention: PlainAttention, block_map: BlockMap) -> Tensor:
 
 @operator("flexprefill::kept_log_sum_exp")
 def kept_log_sum_exp_operator(
-    query: Tensor,
-    key: Tensor,
-    words: Tensor,
-    block_size: int,
-    scale: float,
-    starts: Tensor | None = None,
-    ends: Tensor | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    query: Tensor, key: Tensor, words: Tensor, block_size: int, scale: float, starts: Tensor | None = None,
+    ends: Tensor | None = None, sliding_window: int | None = None, soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As :func:`kept_log_sum_exp`, a variant's parts taken apart."""
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
     return kept_log_sum_exp(PlainAttention(query, key, scale, variant), words, block_size)
@@ -94,10 +87,12 @@ def flash_lse_factor(device: torch.device) -> float:
         FlexPrefillError: it is wrong in another way.
     """
     generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 1, LENGTH, HEAD_DIM, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-    block_map = BlockMap.causal(1, 1, q_len=LENGTH, kv_len=LENGTH, block_size=LENGTH, device=device)
-    attention = PlainAttention(query, key, HEAD_DIM**-0.5)
-    settings = FlexSettings(LENGTH, attention.scale, (("BACKEND", "FLASH"),), AuxRequest(lse=True))
+    # whatever the default dtype and device are
+    known = torch.randn(2, 1, 1, KNOWN_LENGTH, KNOWN_HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu")
+    query, key = known.to(device, torch.bfloat16)
+    block_map = BlockMap.causal(1, 1, q_len=KNOWN_LENGTH, kv_len=KNOWN_LENGTH, block_size=KNOWN_LENGTH, device=device)
+    attention = PlainAttention(query, key, KNOWN_HEAD_DIM**-0.5, PLAIN)
+    settings = FlexSettings(KNOWN_LENGTH, attention.scale, (("BACKEND", "FLASH"),), AuxRequest(lse=True))
     _, aux = flex_over(query, key, key, list_blocks(block_map.words, block_map.geometry), settings)
     assert aux is not None and aux.lse is not None  # asked for
     return factor_to(aux.lse, attention.attend(key)[1])

@@ -20,6 +20,7 @@ from flexprefill.blockmap.map import BlockMap
 from flexprefill.runtime.operators import operator
 from flexprefill.search.operator import pool_keys
 from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import PLAIN
 
 
 def add_dropped_blocks(
@@ -37,7 +38,7 @@ def add_dropped_blocks(
         The same two with the means of the dropped blocks.
     """
     if lse is None:
-        lse = log_sum_exp_over(PlainAttention(query, key, scale), block_map)
+        lse = log_sum_exp_over(PlainAttention(query, key, scale, PLAIN), block_map)
     implementation = "triton" if query.is_cuda else "reference"
     return merge_means(query, key, value, block_map.words, output, lse, block_map.block_size, scale, implementation)
 
@@ -53,16 +54,9 @@ def whole_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
 
 @operator("flexprefill::merge_means")
 def merge_means(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    words: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    block_size: int,
-    scale: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, words: Tensor, output: Tensor, lse: Tensor, block_size: int,
+    scale: float, implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :func:`add_dropped_blocks`, by "reference" or "triton".
 
     Args:
@@ -100,7 +94,7 @@ def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, ls
     block_size, columns = geometry.block_size, geometry.columns
     kept, whole = unpack_bits(words, columns), whole_blocks(geometry, query.device)
     sizes = geometry.kv_len - torch.arange(columns, device=query.device) * block_size
-    log_sizes = sizes.clamp(max=block_size).log()
+    log_sizes = sizes.clamp(max=block_size).float().log()
 
     def add_log_size(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + log_sizes[kv_idx]
@@ -109,8 +103,8 @@ def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, ls
         block = q_idx // block_size
         return (kv_idx < whole[block]) & ~kept[b, h, block, kv_idx]
 
-    mods = {"mask_mods": (is_dropped,), "score_mods": (add_log_size,)}
-    attention = PlainAttention(query, means.keys, means.scale, **mods, causal=False)
+    mods = (is_dropped,), (add_log_size,)
+    attention = PlainAttention(query, means.keys, means.scale, PLAIN, *mods, causal=False)
     of_means, sums = attention.attend(means.values)
     total = torch.logaddexp(lse.float(), sums)
     shift = torch.where(total == -torch.inf, 0, total)  # a row with nothing at all stays zero

@@ -36,24 +36,15 @@ def mark_rows_not_finite(attention: PlainAttention, block_map: BlockMap, output:
         if _may_not_be_finite(query, key, scale):
             _mark(output, log_sum_exp_over(attention, block_map))
         return
-    _marked(query, key, block_map.words, output, block_map.block_size, scale, mods, *attention.variant.parts)
+    _marked(query, key, block_map.words, output, block_map.block_size, scale, *attention.variant.parts, mods)
 
 
 @operator("flexprefill::mark_rows_not_finite", mutates=("output",))
 def _marked(
-    query: Tensor,
-    key: Tensor,
-    words: Tensor,
-    output: Tensor,
-    block_size: int,
-    scale: float,
-    mods: bool,
-    starts: Tensor | None = None,
-    ends: Tensor | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> None:
+    query: Tensor, key: Tensor, words: Tensor, output: Tensor, block_size: int, scale: float,
+    starts: Tensor | None = None, ends: Tensor | None = None, sliding_window: int | None = None,
+    soft_cap: float | None = None, alibi_slopes: Tensor | None = None, mods: bool = False,
+) -> None:  # fmt: skip
     if not _may_not_be_finite(query, key, scale):
         return
     if mods:

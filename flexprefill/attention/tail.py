@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import pad
 
-from flexprefill.attention.flex import FlexSettings, Result, flex_over
+from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
 from flexprefill.blockmap.block_mask import Cut, ListedBlocks, list_blocks, offsets_at
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.index_lists import ListBuffers, make_lists
@@ -59,7 +59,7 @@ def flex_in_parts(
     split: Split,
     settings: FlexSettings,
     buffers: ListBuffers | None = None,
-) -> Result:
+) -> FlexResult:
     """As :func:`flex_over` without mods, the last query blocks on their own and split over their keys.
 
     Args:

@@ -12,11 +12,12 @@ import torch
 
 from flexprefill.bench import report
 from flexprefill.bench.contestants import CONTESTANTS
-from flexprefill.bench.floors import Machine, read_machine
+from flexprefill.bench.floors import Rates, read_rates
 from flexprefill.bench.measure import Run, measure_length
 from flexprefill.bench.settings import Settings
 from flexprefill.errors import FlexPrefillError
 from flexprefill.plotting import plot_times
+from flexprefill.runtime.machine import describe_machine, versions
 
 
 def run(settings: Settings, output: Path, command: str) -> None:
@@ -33,14 +34,14 @@ def run(settings: Settings, output: Path, command: str) -> None:
         OSError: a file cannot be written.
     """
     names = {name: CONTESTANTS[settings.device.type][name].name for name in settings.only}
-    machine, no_floors = _machine(settings.device)
+    rates, no_floors = _rates(settings.device)
     record: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": report.describe_machine(settings.device),
-        "rates": machine and asdict(machine),
+        "machine": describe_machine(settings.device),
+        "rates": rates and asdict(rates),
         "no_floors": no_floors,
-        "versions": report.versions(),
+        "versions": versions(),
         "settings": report.describe_settings(settings),
     }
     print(report.heading(record), end="\n\n", flush=True)
@@ -50,7 +51,7 @@ def run(settings: Settings, output: Path, command: str) -> None:
     try:
         with torch.no_grad(), on_device:
             for length, density in zip(settings.lengths, settings.densities, strict=True):
-                runs.append(measure_length(settings, length, density, machine))
+                runs.append(measure_length(settings, length, density, rates))
                 report.write_json(output / "bench.json", record, runs)
                 print(report.row(runs[-1]), flush=True)
     finally:
@@ -59,9 +60,9 @@ def run(settings: Settings, output: Path, command: str) -> None:
             print(f"figures  {output / 'bench.json'}\npicture  {_draw(runs, names, output / 'bench.png', record)}")
 
 
-def _machine(device: torch.device) -> tuple[Machine | None, str | None]:
+def _rates(device: torch.device) -> tuple[Rates | None, str | None]:
     try:
-        return read_machine(device), None
+        return read_rates(device), None
     except FlexPrefillError as error:
         return None, str(error)
 

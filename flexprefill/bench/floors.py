@@ -22,7 +22,7 @@ EXPONENTIALS = 16  # a clock and multiprocessor, on all of these
 
 
 @dataclass(frozen=True)
-class Machine:
+class Rates:
     """A GPU's rates at the highest clocks.
 
     Attributes:
@@ -55,7 +55,7 @@ class Floor:
     bound: str
 
 
-def read_machine(device: torch.device) -> Machine:
+def read_rates(device: torch.device) -> Rates:
     """A CUDA device's rates, from what its driver says.
 
     Raises:
@@ -78,7 +78,7 @@ def read_machine(device: torch.device) -> Machine:
     if not (clock and memory_clock and bus_bits):
         raise FlexPrefillError(f"the driver does not tell its clocks: {told}")
     clocks = 1e3 * clock * card.multi_processor_count  # both clocks come in kHz
-    return Machine(
+    return Rates(
         matrix_flops=per_clock * clocks,
         exponentials=EXPONENTIALS * clocks,
         bytes=2 * 1e3 * memory_clock * bus_bits / 8,  # double data rate
@@ -86,7 +86,7 @@ def read_machine(device: torch.device) -> Machine:
     )
 
 
-def floor_of(work: Work, machine: Machine) -> Floor | None:
+def floor_of(work: Work, rates: Rates) -> Floor | None:
     """The floor of a work; None if its matrix work has no known rate, or nothing bounds it.
 
     Bytes that fit the cache are left out: repeats need not fetch them from memory.
@@ -94,9 +94,9 @@ def floor_of(work: Work, machine: Machine) -> Floor | None:
     if work.matrix_flops is None:
         return None
     seconds = {
-        "matrix": work.matrix_flops / machine.matrix_flops,
-        "exponentials": work.exponentials / machine.exponentials,
-        "bytes": work.bytes / machine.bytes if work.bytes > machine.cache_bytes else 0.0,
+        "matrix": work.matrix_flops / rates.matrix_flops,
+        "exponentials": work.exponentials / rates.exponentials,
+        "bytes": work.bytes / rates.bytes if work.bytes > rates.cache_bytes else 0.0,
     }
     bound = max(seconds, key=seconds.__getitem__)
     return Floor(1e3 * seconds[bound], bound) if seconds[bound] else None

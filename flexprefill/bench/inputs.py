@@ -13,7 +13,7 @@ from flexprefill.search.blocks import search_blocks
 
 STRETCH = 500  # keys that share a direction
 MAX_SEARCHES = 20
-SMALLEST_LOG2_ALPHA = -30.0
+LEAST_TRIED_LOG2_ALPHA = -30.0
 CLOSE_ENOUGH = 0.005  # of the asked density
 
 
@@ -82,14 +82,15 @@ def make_case(qkv: tuple[Tensor, Tensor, Tensor], density: float, settings: Pref
         return block_map.density().mean().item(), config, block_map
 
     found, config, block_map = searched(0.0)
-    low, high = SMALLEST_LOG2_ALPHA, 0.0
-    best = (abs(found - density), config, block_map)
+    low, high = LEAST_TRIED_LOG2_ALPHA, 0.0
+    nearest, best = abs(found - density), Case(query, key, value, config, block_map)
     if found < density:
         for _ in range(MAX_SEARCHES - 1):
             middle = (low + high) / 2
             found, config, block_map = searched(middle)
-            best = min(best, (abs(found - density), config, block_map), key=lambda candidate: candidate[0])
-            if best[0] <= CLOSE_ENOUGH * density:
+            if abs(found - density) < nearest:
+                nearest, best = abs(found - density), Case(query, key, value, config, block_map)
+            if nearest <= CLOSE_ENOUGH * density:
                 break
             low, high = (middle, high) if found > density else (low, middle)
-    return Case(query, key, value, *best[1:])
+    return best

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexprefill.bench.contestants import CONTESTANTS, Contestant, ready
-from flexprefill.bench.floors import Floor, Machine, floor_of
+from flexprefill.bench.floors import Floor, Rates, floor_of
 from flexprefill.bench.inputs import Case, make_case, make_qkv
 from flexprefill.bench.settings import Settings
 from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, take_turns
@@ -19,7 +19,7 @@ LONGEST_GRAPH = 16_384  # tokens; beyond, launches are short against the work
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """One contestant at one length; times in milliseconds.
 
     Attributes:
@@ -55,20 +55,19 @@ class Run:
     asked_density: float
     density: float | None
     config: dict[str, Any] | None
-    contestants: dict[str, Result]
+    contestants: dict[str, Measurement]
     absent: dict[str, str]
 
 
-def measure_length(settings: Settings, length: int, density: float, machine: Machine | None) -> Run:
+def measure_length(settings: Settings, length: int, density: float, rates: Rates | None) -> Run:
     """Times the chosen contestants at one length; those that fail are absent with the reason.
 
     Args:
-        machine: the rates for the floors; None leaves the floors out.
+        rates: the device's, for the floors; None leaves the floors out.
     """
     chosen = {name: CONTESTANTS[settings.device.type][name] for name in settings.only}
     try:
-        sizes = settings.heads, settings.kv_heads, settings.head_dim
-        qkv = make_qkv(length, *sizes, settings.dtype, settings.device)
+        qkv = make_qkv(length, settings.heads, settings.kv_heads, settings.head_dim, settings.dtype, settings.device)
         case = make_case(qkv, density, settings.rule)
     except RuntimeError as error:  # out of memory, above all
         why = f"no inputs of this length: {reason(error)}"
@@ -91,28 +90,28 @@ def measure_length(settings: Settings, length: int, density: float, machine: Mac
             advance(1)
     with stage(f"{length:,} tokens, timing", sum(repeats.values())) as advance:
         times, failed = take_turns(watches, repeats, advance)
-    results = {name: _result(chosen[name], case, watches[name], series, machine) for name, series in times.items()}
-    reached = case.block_map.density().mean().item()
-    return Run(length, density, reached, case.config.to_dict(), results, absent | failed)
+    results = {name: _result(chosen[name], case, watches[name], series, rates) for name, series in times.items()}
+    found = case.block_map.density().mean().item()
+    return Run(length, density, found, case.config.to_dict(), results, absent | failed)
 
 
 def _result(
-    contestant: Contestant, case: Case, watch: Watch, series: Sequence[float], machine: Machine | None
-) -> Result:
+    contestant: Contestant, case: Case, watch: Watch, series: Sequence[float], rates: Rates | None
+) -> Measurement:
     median = statistics.median(series)
     floor: Floor | None = None
-    if machine is not None and contestant.work is not None:
-        floor = floor_of(contestant.work(case), machine)
-    return Result(
-        contestant.name,
-        contestant.kind,
-        watch.timing,
-        watch.note,
-        median,
-        min(series),
-        max(series),
-        series,
-        floor and floor.ms,
-        floor and floor.bound,
-        floor and floor.ms / median,
+    if rates is not None and contestant.work is not None:
+        floor = floor_of(contestant.work(case), rates)
+    return Measurement(
+        name=contestant.name,
+        kind=contestant.kind,
+        timing=watch.timing,
+        note=watch.note,
+        median_ms=median,
+        min_ms=min(series),
+        max_ms=max(series),
+        repeats_ms=series,
+        floor_ms=None if floor is None else floor.ms,
+        bound=None if floor is None else floor.bound,
+        reached=None if floor is None else floor.ms / median,
     )

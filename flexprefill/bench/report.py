@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexprefill.bench.contestants import DENSE, WHOLE
-from flexprefill.bench.measure import Result, Run
+from flexprefill.bench.measure import Measurement, Run
 from flexprefill.bench.settings import Settings
 from flexprefill.plotting import TimeLine, token_label
 from flexprefill.runtime.files import whole_file, write_at
@@ -121,7 +121,7 @@ def write_json(path: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> No
         write_at(file, text.encode(), 0)
 
 
-def best_dense(run: Run) -> Result | None:
+def best_dense(run: Run) -> Measurement | None:
     """The fastest dense contestant, if any was measured."""
     dense = [result for result in run.contestants.values() if result.kind == DENSE]
     return min(dense, key=lambda result: result.median_ms, default=None)
@@ -141,7 +141,7 @@ def format_ms(ms: float) -> str:
     return f"{ms:,.{decimals}f}"
 
 
-def _whole(run: Run) -> Result | None:
+def _whole(run: Run) -> Measurement | None:
     return next((result for result in run.contestants.values() if result.kind == WHOLE), None)
 
 
@@ -153,7 +153,7 @@ def _density(run: Run) -> str:
     return ABSENT if run.density is None else f"{100 * run.density:.1f} %"
 
 
-def _time_cell(result: Result | None) -> str:
+def _time_cell(result: Measurement | None) -> str:
     if result is None:
         return ABSENT
     spread = 100 * half_range(result.repeats_ms) / result.median_ms
@@ -165,7 +165,7 @@ def _speedup(run: Run) -> str:
     return f"{dense.median_ms / whole.median_ms:.2f}×" if whole and dense else ABSENT
 
 
-def _floor_cell(result: Result | None) -> str:
+def _floor_cell(result: Measurement | None) -> str:
     if result is None or result.reached is None or result.bound is None:
         return ABSENT
     return f"{100 * result.reached:.0f}% {BOUNDS[result.bound]}"

@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
+from flexprefill.errors import FlexPrefillError
+from flexprefill.runtime.capturing import end_broken_capture, occupy_device
+from flexprefill.runtime.progress import Advance
+
 GRAPH_CALLS = 10  # calls in a row in a graph
 WARM_UPS = 3
 LEAD_CYCLES = 5_000_000  # some 2.5 ms, in which the host gets ahead of the device
 BUDGET_MS = 3000.0  # of each contestant at each length
 MIN_REPEATS = 3
 
-Call = Callable[[], Any]
+TimedCall = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Watch:
     """
 
     timing: str
-    call: Call
+    call: TimedCall
     measure: Callable[[], float]
     calls: int = 1
     note: str | None = None
 
 
-def make_watch(call: Call, device: torch.device, *, graph: bool, eager: bool = False) -> Watch:
+def make_watch(call: TimedCall, device: torch.device, *, graph: bool, eager: bool = False) -> Watch:
     """The watch for a call that has run at least once, on the current CUDA device or the CPU.
 
     Args:
@@ -68,7 +72,7 @@ def repeats_within_budget(repeats: int, watch: Watch, ms: float) -> int:
 
 
 def take_turns(
-    watches: Mapping[str, Watch], repeats: Mapping[str, int], advance: Callable[[int], None]
+    watches: Mapping[str, Watch], repeats: Mapping[str, int], advance: Advance
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Measures each call as often as ``repeats`` says, one of each in a round.
 
@@ -95,27 +99,27 @@ def reason(error: BaseException, *details: str) -> str:
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join([*lines[:2], *details])[:300]
-    return text if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (FlexPrefillError, ImportError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
-def _wall_ms(call: Call) -> float:
+def _wall_ms(call: TimedCall) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _device_ms(call: Call) -> float:
+def _device_ms(call: TimedCall) -> float:
     """Events around a call that the device only reaches when all of it is enqueued."""
-    torch.cuda._sleep(LEAD_CYCLES)
+    occupy_device(LEAD_CYCLES)
     return _events_ms(call)
 
 
-def _eager_ms(call: Call) -> float:
+def _eager_ms(call: TimedCall) -> float:
     torch.cuda.synchronize()
     return _events_ms(call)
 
 
-def _events_ms(call: Call) -> float:
+def _events_ms(call: TimedCall) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -124,7 +128,7 @@ def _events_ms(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def _capture(call: Call) -> torch.cuda.CUDAGraph:
+def _capture(call: TimedCall) -> torch.cuda.CUDAGraph:
     """A graph of GRAPH_CALLS calls in a row.
 
     Raises:
@@ -143,9 +147,7 @@ def _capture(call: Call) -> torch.cuda.CUDAGraph:
                 call()
     except BaseException:
         torch.cuda.set_stream(current)
-        # torch 2.11 leaves its allocator in a broken-off capture, and the next one then fails (pytorch pull 180395)
-        with contextlib.suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        end_broken_capture(pool)
         torch.cuda.synchronize()
         raise
     return graph

@@ -84,8 +84,8 @@ def encode_png(pixels: Tensor, palette: Tensor) -> bytes:
 def _panel(shares: Tensor, pixels: int, caption: str) -> str:
     steps = BLANK - 1
     cells = torch.where(shares.isnan(), BLANK, shade(shares.nan_to_num()) * steps).round().to(torch.uint8)
-    ramp = torch.lerp(rgb(DROPPED), rgb(KEPT), torch.linspace(0, 1, BLANK)[:, None])
-    palette = torch.cat([ramp, torch.ones(1, 3)]).mul(255).round().to(torch.uint8)
+    ramp = torch.lerp(rgb(DROPPED), rgb(KEPT), torch.linspace(0, 1, BLANK, dtype=torch.float32, device="cpu")[:, None])
+    palette = torch.cat([ramp, torch.ones_like(ramp[:1])]).mul(255).round().to(torch.uint8)
     picture = base64.b64encode(encode_png(cells, palette)).decode()
     scale = max(1, pixels // max(cells.shape))
     height, width = (scale * size for size in cells.shape)
@@ -98,4 +98,4 @@ def _panel(shares: Tensor, pixels: int, caption: str) -> str:
 
 def rgb(colour: str) -> Tensor:
     """A colour #rrggbb as float32 [3] in 0 … 1."""
-    return torch.tensor(list(bytes.fromhex(colour.removeprefix("#")))) / 255
+    return torch.tensor(list(bytes.fromhex(colour.removeprefix("#"))), dtype=torch.float32, device="cpu") / 255

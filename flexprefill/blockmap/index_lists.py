@@ -47,11 +47,13 @@ class ListBuffers:
         held = self._held.get(place)
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
             held = None  # before the new ones: both at once may not fit
+            # an executor keeps its threads' objects, so memory is given back by whoever allocates next
             alive = {thread.ident for thread in threading.enumerate()}
             for other in tuple(self._held):
                 if other == place or other[0] not in alive:
                     self._held.pop(other, None)
-            with _room_for(words, columns):
+            # memory made in inference mode could not be written outside of it
+            with torch.inference_mode(False), _room_for(words, columns):
                 held = self._held[place] = _allocate(words.new_zeros, words, columns)
         return held
 

@@ -18,6 +18,7 @@ from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, che
 from flexprefill.blockmap.html import map_html
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod, classify_blocks
+from flexprefill.config import plain_number
 from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.listeners import note
 from flexprefill.runtime.pytrees import register_node
@@ -66,7 +67,7 @@ class BlockMap:
             TypeError: ``dense`` is not a bool tensor.
             ValueError: its shape does not fit the lengths.
         """
-        geometry = Geometry(q_len, kv_len, block_size)
+        geometry = Geometry(*map(plain_number, (q_len, kv_len, block_size)))
         geometry.check()
         if not _is_plain(dense, torch.bool):
             raise TypeError(f"dense must be a bool tensor, got {_kind(dense)}")
@@ -83,7 +84,7 @@ class BlockMap:
         cls, batch: int, heads: int, *, q_len: int, kv_len: int, block_size: int, device: torch.device | str = "cpu"
     ) -> BlockMap:
         """The map that keeps every causally visible block: dense causal attention."""
-        geometry = Geometry(q_len, kv_len, block_size)
+        geometry = Geometry(*map(plain_number, (q_len, kv_len, block_size)))
         geometry.check()
         for name, size in (("batch", batch), ("heads", heads)):
             check_size(name, size)
@@ -263,7 +264,7 @@ class BlockMap:
             raise ValueError("== needs maps with bits, got two on the device meta, which has none")
         return torch.equal(self.words, self._words_of(other, "=="))
 
-    __hash__ = None  # compared by content, and a tensor's content can change
+    __hash__ = None  # type: ignore[assignment]  # as data classes do: compared by content, and a tensor's content can change
 
     def __repr__(self) -> str:
         if not isinstance(self.words, Tensor):
@@ -350,7 +351,7 @@ def check_is_map(name: str, block_map: object) -> None:
 def check_has_bits(name: str, block_map: object) -> None:
     """Raises unless it is a BlockMap whose bits can be read."""
     check_is_map(name, block_map)
-    if block_map.device.type == "meta":
+    if isinstance(block_map, BlockMap) and block_map.device.type == "meta":
         raise ValueError(f"{name} must have bits, got a map on the device meta, which has none")
 
 

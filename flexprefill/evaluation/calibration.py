@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flexprefill.config import PrefillConfig
-from flexprefill.evaluation.model import Decoder, causal_sdpa
+from flexprefill.evaluation.model import Attend, Decoder, causal_sdpa
 from flexprefill.inspection import attention_recall
-from flexprefill.runtime.progress import Advance
+from flexprefill.runtime.progress import Advance, ignore
 from flexprefill.search.blocks import search_blocks
 
 LEAST_LOG2 = -24  # of alphas that are tried
@@ -26,7 +26,7 @@ def calibrate(
     config: PrefillConfig = PrefillConfig(),
     *,
     every: int = 61,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> list[PrefillConfig]:
     """For each layer the config with the largest alpha of each head that keeps a share of the mass on every text.
 
@@ -56,7 +56,7 @@ def calibrate_decoder(
     recall: float,
     config: PrefillConfig = PrefillConfig(),
     *,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
 ) -> list[PrefillConfig]:
     """As :func:`calibrate`, of what a decoder's layers see with dense attention.
 
@@ -65,7 +65,7 @@ def calibrate_decoder(
     """
     layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
 
-    def keeping(texts: list[tuple[Tensor, Tensor]]):
+    def keeping(texts: list[tuple[Tensor, Tensor]]) -> Attend:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             texts.append((query, key))
             return causal_sdpa(query, key, value)

@@ -92,7 +92,7 @@ def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: P
     """
     identity = {
         "model": f"{model_digest:08x}",
-        "text": f"{zlib.crc32(text.numpy()):08x}",
+        "text": f"{zlib.crc32(text.numpy().data):08x}",
         "seed": plan.seed,
         "samples": plan.samples,
         "device": next(model.parameters()).device.type,
@@ -135,16 +135,16 @@ def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, me
     densities = torch.ones(1) if dense else torch.cat([attender.densities[0] for attender in attenders])
     recalls = torch.ones(1) if dense else torch.cat([attender.recalls[0] for attender in attenders])
     return Cell(
-        length,
-        task,
-        method.name,
-        None if task == TEXT else right.right,
-        plan.samples,
-        sum(losses) / len(losses) if losses else None,
-        densities.mean().item(),
-        recalls.mean().item(),
-        recalls.min().item(),
-        seconds / plan.samples,
+        length=length,
+        task=task,
+        method=method.name,
+        right=None if task == TEXT else right.right,
+        samples=plan.samples,
+        loss=sum(losses) / len(losses) if losses else None,
+        density=densities.mean().item(),
+        recall=recalls.mean().item(),
+        lowest_recall=recalls.min().item(),
+        seconds=seconds / plan.samples,
     )
 
 

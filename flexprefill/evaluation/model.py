@@ -26,7 +26,7 @@ BEFORE = 0.75  # share of the token before in a key, before training
 GAIN = 8.0  # the logit of a state's own token before training
 MIMETIC = 0.7  # correlation of a query head's weights with its key head's before training
 SHARP_FROM = 256  # attention is sharper behind this position, in proportion to the position's logarithm
-FORMAT = "flexprefill needle model 1"
+MODEL_FORMAT = "flexprefill needle model 1"
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, Hq, S, 64], [B, Hkv, S, 64] twice → [B, Hq, S, 64]
 
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, sizes: ModelSizes):
         super().__init__()
         self.attention_norm, self.mlp_norm = Norm(sizes.width), Norm(sizes.width)
@@ -117,10 +117,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.embedding = nn.Embedding(SIZE, sizes.width)
-        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
+        layers = [DecoderLayer(sizes) for _ in range(sizes.layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = Norm(sizes.width)
         self.head = nn.Linear(sizes.width, SIZE, bias=False)
-        self._draw_weights()
+        self._draw_weights(layers)
 
     def forward(self, tokens: Tensor, attend: Attend | Sequence[Attend] = causal_sdpa) -> Tensor:
         """Tokens to the last layer's states.
@@ -148,13 +149,13 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def _draw_weights(self) -> None:
+    def _draw_weights(self, layers: Sequence[DecoderLayer]) -> None:
         """Weights from which copying what matches is a short way (mimetic initialisation, arXiv 2305.09828): queries
         are like the keys that they read, outputs undo values, a state predicts its own token, and MLPs are silent."""
         width, group = self.sizes.width, self.sizes.heads // self.sizes.kv_heads
         nn.init.normal_(self.embedding.weight)
         self.head.weight.copy_(self.embedding.weight)
-        for layer in self.layers:
+        for layer in layers:
             attention = layer.attention
             for matrix in (attention.query, attention.key, attention.value, layer.up):
                 nn.init.normal_(matrix.weight, std=width**-0.5)
@@ -199,7 +200,7 @@ def save_model(
     """
     weights = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
     sizes = json.dumps(dataclasses.asdict(model.sizes))
-    save_file(weights, path, metadata={"format": FORMAT, "sizes": sizes, **notes})
+    save_file(weights, path, metadata={"format": MODEL_FORMAT, "sizes": sizes, **notes})
 
 
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:
@@ -217,8 +218,8 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise FlexPrefillError(f"{path} is no safetensors file: {error}") from None
-    if notes.get("format") != FORMAT:
-        raise FlexPrefillError(f"{path} is no {FORMAT!r}: its format is {notes.get('format')!r}")
+    if notes.get("format") != MODEL_FORMAT:
+        raise FlexPrefillError(f"{path} is no {MODEL_FORMAT!r}: its format is {notes.get('format')!r}")
     with torch.device("meta"):
         model = Decoder(ModelSizes(**json.loads(notes["sizes"])))
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -161,9 +162,9 @@ def repeats(generator: Generator, text: Tensor, batch: int, length: int, *, ques
 TASKS: dict[str, Task] = {
     "single": needles,
     "multi-key": lambda generator, text, batch, length: needles(generator, text, batch, length, keys=length // 64),
-    "multi-value": lambda *arguments: needles(*arguments, keys=4, values=4),
-    "multi-query": lambda *arguments: needles(*arguments, keys=8, questions=4),
-    "scattered": lambda *arguments: needles(*arguments, keys=16, questions=4, scattered=True),
+    "multi-value": partial(needles, keys=4, values=4),
+    "multi-query": partial(needles, keys=8, questions=4),
+    "scattered": partial(needles, keys=16, questions=4, scattered=True),
     "variables": variables,
     "common words": common_words,
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexprefill.blockmap.html import DROPPED, KEPT
 from flexprefill.plotting.canvas import add_axes, check_picture_path, new_figure, token_label
 
 # pixels: of a panel, and around it
 PANEL_WIDTH, PANEL_HEIGHT = 640, 640
-LEFT, RIGHT, TOP, BOTTOM, GAP = 170, 60, 150, 260, 60
+ACCURACY_LEFT, ACCURACY_RIGHT, ACCURACY_TOP, ACCURACY_BOTTOM, ACCURACY_GAP = 170, 60, 150, 260, 60
 LOOKS = {  # of methods by name: colour and marker
     "flashprefill": (KEPT, "o"),
     "mean-correction": ("#1b9e77", "s"),
@@ -57,11 +58,13 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
         raise ValueError("points must be at least one, got none")
     lengths = sorted({point.length for point in points})
     methods = list(dict.fromkeys(point.method for point in points))
-    width = LEFT + len(lengths) * PANEL_WIDTH + (len(lengths) - 1) * GAP + RIGHT
-    figure = new_figure(width, TOP + PANEL_HEIGHT + BOTTOM)
-    handles = {}
+    width = ACCURACY_LEFT + len(lengths) * PANEL_WIDTH + (len(lengths) - 1) * ACCURACY_GAP + ACCURACY_RIGHT
+    figure = new_figure(width, ACCURACY_TOP + PANEL_HEIGHT + ACCURACY_BOTTOM)
+    handles: dict[str, Any] = {}  # lines and error bars; the stub of legend knows only lines
     for panel, length in enumerate(lengths):
-        axes = add_axes(figure, LEFT + panel * (PANEL_WIDTH + GAP), BOTTOM, PANEL_WIDTH, PANEL_HEIGHT)
+        axes = add_axes(
+            figure, ACCURACY_LEFT + panel * (PANEL_WIDTH + ACCURACY_GAP), ACCURACY_BOTTOM, PANEL_WIDTH, PANEL_HEIGHT
+        )
         for method in methods:
             own = sorted(
                 (point for point in points if (point.length, point.method) == (length, method)),
@@ -81,8 +84,8 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
                 [100 * point.interval[1] - m for m, point in zip(middle, own, strict=True)],
             ]
             shares = [100 * point.density for point in own]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5, "elinewidth": 0.7}
-            handles[method] = axes.errorbar(shares, middle, yerr=around, capsize=2, **style)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5}
+            handles[method] = axes.errorbar(shares, middle, yerr=around, capsize=2, elinewidth=0.7, **style)
         axes.set_title(f"{token_label(length)} tokens", fontsize=10, loc="left")
         axes.set_xlabel("% of the causal blocks kept", fontsize=10)
         axes.set_xlim(0, 103)
@@ -93,7 +96,7 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
         axes.spines[["left", "bottom"]].set_color("#9aa3af")
         if panel == 0:
             axes.set_ylabel("% exact answers, mean of the tasks", fontsize=10)
-    figure.suptitle(title, fontsize=11, x=LEFT / width, y=0.98, ha="left")
+    figure.suptitle(title, fontsize=11, x=ACCURACY_LEFT / width, y=0.98, ha="left")
     figure.legend(
         handles.values(),
         handles,

@@ -6,15 +6,22 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.files import check_path
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from torch import Tensor
+
 # the aim for a panel's longer side, one of several and one alone; each cell gets a whole number of pixels, and
 # a map of more blocks is averaged down to as many cells
-PANEL_PIXELS, LONE_PANEL_PIXELS = 512, 1024
+SIDE_PIXELS, LONE_SIDE_PIXELS = 512, 1024
 MIN_HEIGHT = 128  # pixels; of a panel with few query blocks
 COLUMNS = 4
 DPI = 200
@@ -42,7 +49,7 @@ def token_label(tokens: int) -> str:
 
 def panel_pixels(heads: int) -> int:
     """The aim for a panel's longer side, and the most cells on it."""
-    return LONE_PANEL_PIXELS if heads == 1 else PANEL_PIXELS
+    return LONE_SIDE_PIXELS if heads == 1 else SIDE_PIXELS
 
 
 def check_picture_path(path: str | os.PathLike[str]) -> None:
@@ -62,7 +69,7 @@ def check_titles(titles: Sequence[str] | None, heads: int) -> Sequence[str]:
     return titles
 
 
-def new_figure(width: int, height: int) -> Any:
+def new_figure(width: int, height: int) -> Figure:
     """An empty figure of width × height pixels."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,13 +81,13 @@ def new_figure(width: int, height: int) -> Any:
     return figure
 
 
-def add_axes(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
+def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at these pixels of a figure."""
     whole_width, whole_height = figure.get_size_inches() * DPI
     return figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
 
 
-def panel_grid(block_map: BlockMap, factor: int) -> tuple[Any, list[Any]]:
+def panel_grid(block_map: BlockMap, factor: int) -> tuple[Figure, list[Axes]]:
     """A figure with one axes for each head, in which each cell takes a whole number of pixels."""
     heads = block_map.shape[1]
     cell_rows, cell_columns = (math.ceil(blocks / factor) for blocks in block_map.shape[2:])
@@ -103,11 +110,11 @@ def panel_grid(block_map: BlockMap, factor: int) -> tuple[Any, list[Any]]:
     return figure, panels
 
 
-def draw_cells(axes: Any, cells: Any, block_map: BlockMap, factor: int, **colours: Any) -> Any:
+def draw_cells(axes: Axes, cells: Tensor, block_map: BlockMap, factor: int, **colours: Any) -> AxesImage:
     """Draws a panel's cells, numbers [r, c] or colours [r, c, 3], with ticks in tokens, and returns the image."""
     cell, offset = factor * block_map.block_size, block_map.offset
     image = axes.imshow(
-        cells,
+        cells.numpy(),
         extent=(0, cells.shape[1] * cell, offset + cells.shape[0] * cell, offset),
         aspect="auto",
         interpolation="nearest",  # exact, since each cell is a whole number of pixels
@@ -121,21 +128,21 @@ def draw_cells(axes: Any, cells: Any, block_map: BlockMap, factor: int, **colour
     return image
 
 
-def colour_map(*colours: str) -> Any:
+def colour_map(*colours: str) -> Colormap:
     """A scale that runs through these colours, white for what has no number."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("scale", colours).with_extremes(bad="white")
 
 
-def share_norm() -> Any:
-    """Where a share stands on a scale: :func:`~flexprefill.plotting.cells.shade` in matplotlib's terms."""
+def share_norm() -> Normalize:
+    """Where a share stands on a scale: :func:`~flexprefill.blockmap.cells.shade` in matplotlib's terms."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, 0, 1)
 
 
-def add_colour_bar(figure: Any, image: Any, centre: float, label: str, ticks: Sequence[float]) -> None:
+def add_colour_bar(figure: Figure, image: AxesImage, centre: float, label: str, ticks: Sequence[float]) -> None:
     """A colour scale below the panels, its middle at pixel ``centre``."""
     bar = add_axes(figure, centre - BAR_WIDTH / 2, BAR_BOTTOM, BAR_WIDTH, BAR_HEIGHT)
     figure.colorbar(image, cax=bar, orientation="horizontal").set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
@@ -143,14 +150,14 @@ def add_colour_bar(figure: Any, image: Any, centre: float, label: str, ticks: Se
     style_bar(bar, label)
 
 
-def style_bar(bar: Any, label: str) -> None:
+def style_bar(bar: Axes, label: str) -> None:
     """The look of a colour scale's title and ticks."""
     bar.set_title(label, fontsize=8, pad=3)
     bar.tick_params(labelsize=8, length=2, width=0.5)
     bar.spines[:].set_visible(False)
 
 
-def add_patches(figure: Any, colours: dict[str, str]) -> None:
+def add_patches(figure: Figure, colours: dict[str, str]) -> None:
     """A patch of each colour below the panels, with its name."""
     from matplotlib.patches import Patch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from flexprefill.plotting.canvas import (
     panel_pixels,
     style_bar,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BOTH, ONLY_FIRST, ONLY_SECOND = "#8b98ab", "#d9480f", "#0b8a7d"
 SCALE_WIDTH, SCALE_GAP = 150, 40  # of each of three colour scales, in pixels
@@ -73,7 +76,7 @@ def plot_difference(
     iou = difference.iou
     for head, axes in enumerate(panels):
         shares = [head_shares(part.words[batch, head], part.geometry, factor) for part in parts]
-        draw_cells(axes, mix(*shares).numpy(), first, factor)
+        draw_cells(axes, mix(*shares), first, factor)
         verdict = "equal" if iou[batch, head] == 1 else f"IoU {float(iou[batch, head]):.3f}"
         axes.set_title(f"{titles[head]}, {verdict}", fontsize=11, pad=7)
     labels = {"both": BOTH, f"only {names[0]}": ONLY_FIRST, f"only {names[1]}": ONLY_SECOND}
@@ -108,7 +111,7 @@ def _parts(first: BlockMap, second: BlockMap) -> tuple[BlockMap, BlockMap, Block
     return first & second, first & differing, second & differing
 
 
-def _add_scales(figure: Any, labels: dict[str, str], factor: int) -> None:
+def _add_scales(figure: Figure, labels: dict[str, str], factor: int) -> None:
     """A scale for each colour, on the left of which are cells that neither map keeps anything of."""
     width = figure.get_size_inches()[0] * DPI
     left = (width - len(labels) * SCALE_WIDTH - (len(labels) - 1) * SCALE_GAP) / 2

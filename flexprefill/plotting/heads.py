@@ -54,11 +54,11 @@ def plot_heads(
 
     factor = cell_factor(block_map.geometry, panel_pixels(block_map.shape[1]))
     figure, panels = panel_grid(block_map, factor)
-    colours = {"cmap": colour_map(DROPPED, KEPT), "norm": share_norm()}
+    cmap, norm = colour_map(DROPPED, KEPT), share_norm()
     density = block_map.density()[batch].tolist()
     for head, axes in enumerate(panels):
         cells = head_shares(block_map.words[batch, head], block_map.geometry, factor)
-        image = draw_cells(axes, cells.numpy(), block_map, factor, **colours)
+        image = draw_cells(axes, cells, block_map, factor, cmap=cmap, norm=norm)
         axes.set_title(f"{titles[head]}, {100 * density[head]:.1f} % kept", fontsize=11, pad=7)
     if factor == 1:
         add_patches(figure, {"kept block": KEPT, "dropped block": DROPPED})

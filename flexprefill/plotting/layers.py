@@ -22,8 +22,8 @@ from flexprefill.plotting.canvas import (
     new_figure,
 )
 
-TOP = 40
-WIDTH, HEIGHT = 1000, 1000  # the aim for the panel, in pixels
+LAYERS_TOP = 40
+LAYERS_WIDTH, LAYERS_HEIGHT = 1000, 1000  # the aim for the panel, in pixels
 MIN_CELL, MAX_CELL = 8, 72
 LABEL_PIXELS = 44  # from one tick label to the next, at least
 ROUND = (1, 1.2, 1.6, 2, 3, 4, 6, 8)  # ends of a scale, whose halves are round as well
@@ -64,10 +64,10 @@ def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, l
     cells = torch.full((len(layers), heads), torch.nan)
     for row, layer in enumerate(layers):
         cells[row, : values[layer].numel()] = values[layer].float().cpu()
-    cell_width, cell_height = _cell_size(WIDTH, heads), _cell_size(HEIGHT, len(layers))
+    cell_width, cell_height = _cell_size(LAYERS_WIDTH, heads), _cell_size(LAYERS_HEIGHT, len(layers))
     width, height = heads * cell_width, len(layers) * cell_height
     total_width = LEFT + max(width, BAR_WIDTH) + RIGHT
-    figure = new_figure(total_width, TOP + height + BOTTOM)
+    figure = new_figure(total_width, LAYERS_TOP + height + BOTTOM)
     axes = add_axes(figure, LEFT, BOTTOM, width, height)
     top = _round_up(float(cells.nan_to_num().max()))
     image = axes.imshow(

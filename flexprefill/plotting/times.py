@@ -6,10 +6,13 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexprefill.blockmap.html import DROPPED, KEPT
 from flexprefill.plotting.canvas import check_picture_path, new_figure, token_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # pixels of a picture of times: the whole, the margins around the axes, and from one label to the next
 TIMES_WIDTH, TIMES_HEIGHT = 1900, 1240
@@ -126,7 +129,7 @@ def _looks(lines: Sequence[TimeLine]) -> list[dict[str, Any]]:
     return looks
 
 
-def _label_ends(axes: Any, lines: Sequence[TimeLine], colours: Sequence[str], height: int) -> None:
+def _label_ends(axes: Axes, lines: Sequence[TimeLine], colours: Sequence[str], height: int) -> None:
     """Each line's name right of the axes, moved apart where ends are close, with a thin line from its end."""
     axes.autoscale_view()  # which is otherwise put off until the picture is drawn
     ends = [(max(line.times), line.times[max(line.times)]) for line in lines]

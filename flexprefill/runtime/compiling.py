@@ -2,7 +2,8 @@
 
 Seen with torch 2.11 to 2.13. The public ways that are missing: which error a refused compilation raises
 (torch._dynamo.exc), a size that stays a constant (torch._dynamo.mark_static), a function whose result a graph takes as
-a constant without loading torch._dynamo at import (the attribute that torch.compiler.assume_constant_result sets).
+a constant without loading torch._dynamo at import (the attribute that torch.compiler.assume_constant_result sets),
+and an operator that inductor compiles to nothing (torch._inductor.lowering).
 """
 
 from __future__ import annotations
@@ -27,12 +28,25 @@ def constant_in_graphs(function: Constant) -> Constant:
     return function
 
 
+@constant_in_graphs
+def pass_on_when_compiled(name: str) -> bool:
+    """Makes an operator nothing where inductor compiles it: its outputs are its first arguments, as many as it has."""
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    namespace, short = name.split("::")
+    overload = getattr(getattr(torch.ops, namespace), short).default
+    if overload not in lowerings:
+        outputs = len(overload._schema.returns)
+        register_lowering(overload, type_promotion_kind=None)(lambda *arguments: arguments[:outputs])
+    return True
+
+
 def keep_size(tensor: Tensor, dim: int) -> None:
     """Says that a dimension's size is not to become a symbol: each number compiles anew."""
     torch._dynamo.mark_static(tensor, dim)
 
 
-def compile_whole(function: types.FunctionType, name: str) -> Callable[..., Any]:
+def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function compiled as one graph, with a code object of its own.
 
     torch.compile counts recompiles by code object: one each, so that kinds of calls do not use up each other's.
@@ -40,6 +54,7 @@ def compile_whole(function: types.FunctionType, name: str) -> Callable[..., Any]
     Args:
         name: of its variadic arguments; sizes in the graph are named after it.
     """
+    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_varnames=(name,))
     return torch.compile(types.FunctionType(code, function.__globals__, closure=function.__closure__), fullgraph=True)
 

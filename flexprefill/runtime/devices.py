@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flexprefill.runtime.state import remembered
 from flexprefill.runtime.tracing import is_tracing
 
 
-def check_device(device: object) -> torch.device:
+def check_device(device: Any) -> torch.device:
     """The device of a name.
 
     Raises:

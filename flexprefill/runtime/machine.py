@@ -1,3 +1,5 @@
+"""What machine and which versions a measurement is of."""
+
 from __future__ import annotations
 
 import importlib.metadata

@@ -13,34 +13,25 @@ Advance = Callable[[int], object]  # called with how many more steps are done
 MOMENT = 0.5  # seconds; what takes less needs no bar
 
 
-@contextlib.contextmanager
-def stage(name: str, steps: int, *, delay: float = 0) -> Iterator[Advance]:
-    """Shows on stderr that a stage goes on: a bar with tqdm, after ``delay`` seconds, else a line."""
-    if not _has_tqdm():
-        print(f"{name} …", file=sys.stderr, flush=True)
-        yield ignore
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc=name, leave=False, file=sys.stderr, delay=delay) as bar:
-        yield bar.update
+def stage(name: str, steps: int) -> AbstractContextManager[Advance]:
+    """A stage of a command that takes long: a bar in a terminal, else a line, of which a log shows how far it came."""
+    return _bar(name, steps) if _can_redraw() and _has_tqdm() else _line(name)
 
 
 def terminal_stage(name: str, steps: int) -> AbstractContextManager[Advance]:
-    """A stage of a command that is mostly quick: after a moment a bar, in a terminal that can redraw a line."""
-    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and _has_tqdm():
-        return stage(name, steps, delay=MOMENT)
-    return nullcontext(ignore)
+    """A stage of a command that is mostly quick: after a moment a bar, in a terminal; else nothing."""
+    return _bar(name, steps, delay=MOMENT) if _can_redraw() and _has_tqdm() else nullcontext(ignore)
 
 
 def asked_stage(progress: bool | Advance | None, name: str, steps: int) -> AbstractContextManager[Advance]:
-    """What a caller's argument ``progress`` asks for: a stage if it is True, else that function or nothing.
+    """What a caller's argument ``progress`` asks for: if it is True a bar wherever stderr goes, or a line without
+    tqdm; else that function or nothing.
 
     Raises:
         TypeError: it is neither.
     """
     if progress is True:
-        return stage(name, steps)
+        return _bar(name, steps) if _has_tqdm() else _line(name)
     if progress is None or progress is False:
         return nullcontext(ignore)
     if not callable(progress):
@@ -50,6 +41,24 @@ def asked_stage(progress: bool | Advance | None, name: str, steps: int) -> Abstr
 
 def ignore(steps: int) -> None:
     """For whom no one watches."""
+
+
+@contextlib.contextmanager
+def _bar(name: str, steps: int, *, delay: float = 0) -> Iterator[Advance]:
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=name, leave=False, file=sys.stderr, delay=delay) as bar:
+        yield bar.update
+
+
+def _line(name: str) -> AbstractContextManager[Advance]:
+    print(f"{name} …", file=sys.stderr, flush=True)
+    return nullcontext(ignore)
+
+
+def _can_redraw() -> bool:
+    """Whether stderr is a terminal in which a line can be written over."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _has_tqdm() -> bool:

@@ -5,6 +5,7 @@ torch.utils._pytree is private; torch has no public way to register a class with
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 def register_node(kind: type, tensors: tuple[str, ...], numbers: tuple[str, ...]) -> None:
     """Makes a frozen data class a pytree node: its attributes ``tensors`` are children, ``numbers`` are kept."""
+    missing = {field.name: field.default for field in dataclasses.fields(kind)}  # None where a tensor may be missing
 
     def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
         return [getattr(node, name) for name in tensors], tuple(getattr(node, name) for name in numbers)
@@ -24,10 +26,10 @@ def register_node(kind: type, tensors: tuple[str, ...], numbers: tuple[str, ...]
 
     def unflatten(children: Any, context: Any) -> Any:
         parts = dict(zip((*tensors, *numbers), (*children, *context), strict=True))
-        if all(child is None or isinstance(child, (Tensor, *_nodes)) for child in children):
+        if all(isinstance(parts[name], (Tensor, *_nodes)) or parts[name] is missing[name] for name in tensors):
             return kind(**parts)
         # pytree functions put anything in a leaf's place for a while
-        node = object.__new__(kind)
+        node: Any = object.__new__(kind)
         for name, part in parts.items():
             object.__setattr__(node, name, part)
         return node

@@ -1,18 +1,21 @@
-"""What the library remembers for the whole process, in one list, and how a test makes it forget.
+"""What the library holds for the whole process, in one list, and how a test puts it back.
 
-Each entry holds facts that calls would otherwise find out anew: a choice, a device's properties, a compiled function.
+*Remembered* are facts that calls would otherwise find out anew: a choice, a device's properties, a compiled function.
 What a result depends on is always part of the key, so forgetting costs time and changes nothing.
+
+*Registered* is what a caller made known by name, such as a scorer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Remembering = TypeVar("Remembering", bound=Callable[..., Any])
 
 _forgetting: dict[str, Callable[[], object]] = {}
+_registries: dict[str, Callable[[], object]] = {}
 
 
 def remembered(what: str, *, most: int) -> Callable[[Remembering], Remembering]:
@@ -26,12 +29,17 @@ def remembered(what: str, *, most: int) -> Callable[[Remembering], Remembering]:
     return decorate
 
 
-def process_state() -> Iterator[str]:
-    """What is remembered, by name."""
-    yield from _forgetting
+def registered(what: str, reset: Callable[[], object]) -> None:
+    """Enters a registry into the list, with the function that leaves in it what the library itself put there."""
+    _registries[what] = reset
+
+
+def process_state() -> tuple[list[str], list[str]]:
+    """The names of what is remembered, and of the registries."""
+    return list(_forgetting), list(_registries)
 
 
 def forget(*names: str) -> None:
-    """Forgets what is named, or everything."""
+    """Forgets or resets what is named; all that is remembered if nothing is."""
     for name in names or tuple(_forgetting):
-        _forgetting[name]()
+        (_forgetting.get(name) or _registries[name])()

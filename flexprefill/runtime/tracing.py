@@ -1,8 +1,13 @@
-"""Whether the code that asks is being traced into a graph, by its own thread."""
+"""Whether the code that asks is being traced into a graph, by its own thread; and conditions inside one.
+
+Private to torch, seen with 2.11 to 2.13: _len_torch_dispatch_stack (no public way says whether a mode traces),
+statically_known_true (none asks what a symbol is known to be) and _assert_async (none asserts without a wait).
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
@@ -14,3 +19,22 @@ def is_tracing() -> bool:
     """
     # torch.compile makes a constant of the first; torch.export traces by a mode, of which each thread has its own
     return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and _len_torch_dispatch_stack() > 0)
+
+
+def is_exporting() -> bool:
+    """Whether the graph is torch.export's, whose lengths may not be compared with numbers."""
+    return torch.compiler.is_exporting()
+
+
+def one_if_known(size: int) -> int:
+    """1 for a symbolic size that is 1 for all lengths of a graph, else the size; asking makes no guard."""
+    if isinstance(size, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return 1 if statically_known_true(size == 1) else size
+    return size
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Raises RuntimeError when a graph runs and the condition, bool without dimensions, does not hold."""
+    torch._assert_async(condition, message)

@@ -21,8 +21,9 @@ from flexprefill.runtime.operators import operator
 from flexprefill.search.rule import Sampling
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
 from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import PLAIN
 
-ROWS, FEWER_ROWS = 64, 32  # sampled of each head
+SAMPLED_ROWS, FEWER_SAMPLED_ROWS = 64, 32  # sampled of each head
 FEWER = range(2**15, 2**16)  # keys with which 64 would cost more than a twentieth of the attention
 MARGIN = 2.0  # standard errors of the mean that are taken off it
 
@@ -99,7 +100,7 @@ def guard_checked(
     """As :func:`guard_blocks`, of arguments that are known to fit together, by "reference" or "triton"."""
     assert config.guard is not None
     full_blocks = config.last_full_blocks if last_chunk else 0
-    words, *found = guard_words(
+    words, recall, lowest, widened = guard_words(
         query,
         key,
         block_map.words,
@@ -110,23 +111,16 @@ def guard_checked(
         scale,
         implementation,
     )
-    report = GuardReport(*found, config.guard)
+    report = GuardReport(recall, lowest, widened, config.guard)
     note_guard(report)
     return replace(block_map, words=words), report
 
 
 @operator("flexprefill::guard_words")
 def guard_words(
-    query: Tensor,
-    key: Tensor,
-    words: Tensor,
-    block_size: int,
-    full_blocks: int,
-    kv_masks: bool,
-    guard: float,
-    scale: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, words: Tensor, block_size: int, full_blocks: int, kv_masks: bool, guard: float,
+    scale: float, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The guarded words, and recall, lowest and widened of a GuardReport.
 
     Args:
@@ -136,9 +130,9 @@ def guard_words(
     """
     # an empty sample would say nothing: of queries that all keep everything the first block's rows are taken
     rows = min(query.shape[2], max(words.shape[2] - full_blocks, 1) * block_size)
-    sampling = Sampling(rows, FEWER_ROWS if key.shape[2] in FEWER else ROWS, guard, MARGIN, kv_masks)
+    sampling = Sampling(rows, FEWER_SAMPLED_ROWS if key.shape[2] in FEWER else SAMPLED_ROWS, guard, MARGIN, kv_masks)
     if implementation == "reference":
-        return _guard_words(PlainAttention(query, key, scale), words, block_size, sampling)
+        return _guard_words(PlainAttention(query, key, scale, PLAIN), words, block_size, sampling)
     from flexprefill.search.kernels import guard as guard_kernel  # imports triton
 
     with torch.cuda.device_of(query):
@@ -151,9 +145,9 @@ def _(query, key, words, *_):
     return torch.empty_like(words), of_heads, torch.empty_like(of_heads), torch.empty_like(of_heads, dtype=torch.bool)
 
 
-def sampled_rows(rows: int, samples: int = ROWS) -> Tensor:
+def sampled_rows(rows: int, samples: int = SAMPLED_ROWS) -> Tensor:
     """The sampled of so many query rows, evenly spread: int64 [samples]; fewer rows than that come more than once."""
-    return (2 * torch.arange(samples) + 1) * rows // (2 * samples)
+    return (2 * torch.arange(samples, device="cpu") + 1) * rows // (2 * samples)
 
 
 def _guard_words(

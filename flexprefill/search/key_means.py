@@ -82,7 +82,7 @@ class KeyMeans:
             if known * block_size == kv_len:
                 return held.means
         means = operator.pool_keys(key[:, :, known * block_size :], block_size, implementation)
-        if known:
+        if held is not None and known:
             means = torch.cat([held.means[:, :, :known], means], 2)
         self._held = _Held(kind, means, kv_len)
         return means

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div
 from flexprefill.search.grid import Grid, View
 from flexprefill.search.rule import Rule, log2_alphas_on
-from flexprefill.variant.logits import LOG2_E, log2_sum, soft_capped
+from flexprefill.variant.logits import LOG2_E, float_products, log2_sum, soft_capped
 from flexprefill.variant.sequences import Sequences
 
 
@@ -66,7 +66,7 @@ def pool_own_keys(key: Tensor, block_size: int, sequences: Sequences) -> Tensor:
         pooled.append(chosen.sum(3) / members.sum(2).clamp(min=1)[:, None, :, None])
     same = (starts[..., None] == starts[..., None, :]) & ~outside[..., None]  # [1 or B, N, b, b]
     inside = torch.where(outside[:, None, ..., None], 0, keys)
-    sums = same.float()[:, None] @ inside
+    sums = float_products(same[:, None], inside)
     pooled.append((sums / same.sum(3).clamp(min=1)[:, None, ..., None]).flatten(2, 3)[:, :, :kv_len])
     return torch.cat(pooled, 2).to(key.dtype)
 
@@ -108,10 +108,10 @@ def _of(tensor: Tensor, batch: int) -> Tensor:
 def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: slice, J: slice) -> Tensor:
     """Query blocks I [g, m, b, D] times the means of their own sequences in key blocks J: [g, m, b, n]."""
     columns, b = grid.columns, grid.block_size
-    of_first = queries @ means[:columns][J].T
-    if grid.variant.sequences is None:
+    of_first = float_products(queries, means[:columns][J].T)
+    if grid.variant.sequences is None or view is None:
         return of_first
-    of_last = queries @ means[columns : 2 * columns][J].T
+    of_last = float_products(queries, means[columns : 2 * columns][J].T)
     # one that reaches neither the block's first position nor its last lies in the rows' own block alone
     alone = means[2 * columns + grid.offset + I.start * b :][: (I.stop - I.start) * b]
     alone = pad(alone, (0, 0, 0, (I.stop - I.start) * b - alone.shape[0])).unflatten(0, (-1, b))
@@ -137,7 +137,7 @@ def _modified(products: Tensor, grid: Grid, view: View | None, kv_head: int) -> 
 
 def alibi_mean(slopes: Tensor, nearest: Tensor, count: Tensor) -> Tensor:
     """Natural log of the mean of exp(-slope · distance) over ``count`` distances from the nearest on."""
-    count = count.clamp(min=1)
+    count = count.clamp(min=1).float()
     # a geometric series; a slope of 0 is the limit
     ratio = (torch.expm1(-slopes * count) / torch.expm1(-slopes)).log() - count.log()
     return -slopes * nearest + torch.where(slopes == 0, 0, ratio)
@@ -155,11 +155,11 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
     finite = L.isfinite()
     comparable = torch.where(finite, L, -torch.inf)
     best = comparable.amax(-1, keepdim=True)
-    log2_alpha = rule.log2_alpha
+    threshold = best + rule.log2_alpha
     if rule.log2_alphas:
         # heads that share a mask have one alpha
-        log2_alpha = log2_alphas_on(L.device, rule)[:: group if rule.kv_masks else 1, None, None]
-    keep = scored & (~finite | (L >= best + log2_alpha))
+        threshold = best + log2_alphas_on(L.device, rule)[:: group if rule.kv_masks else 1, None, None]
+    keep = scored & (~finite | (L >= threshold))
     if rule.min_blocks:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])

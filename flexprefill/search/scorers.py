@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexprefill.blockmap.geometry import ceil_div
-from flexprefill.config import SCORE_ROWS
+from flexprefill.config import SCORE_ROWS, SCORERS
 from flexprefill.runtime.memory import PIECE
+from flexprefill.runtime.state import registered
 from flexprefill.search import reference
 from flexprefill.search.grid import Grid
 from flexprefill.variant.logits import LOG2_E, PlainAttention, log2_sum
+from flexprefill.variant.variant import PLAIN
 
 MEANS_SCORER = "flashprefill"  # the one whose pooled keys are their blocks' means, and which has kernels
 STRIDE = 16  # XAttention's, the paper's choice
@@ -68,6 +70,7 @@ def register_scorer(name: str, scorer: Scorer) -> None:
         raise ValueError(f"scorer.score_rows must be None or one of {SCORE_ROWS}, got {scorer.score_rows!r}")
     if name in _SCORERS or _SCORERS.setdefault(name, scorer) is not scorer:
         raise ValueError(f"name {name!r} is taken; registered are {list(_SCORERS)}")
+    SCORERS.add(name)
 
 
 def find_scorer(name: str) -> Scorer:
@@ -108,7 +111,7 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
     def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx * stride <= last_rows[q_idx]
 
-    attention = PlainAttention(queries, keys, grid.scale / stride, mask_mods=(sees,), causal=False)
+    attention = PlainAttention(queries, keys, grid.scale / stride, PLAIN, mask_mods=(sees,), causal=False)
     return _block_shares(attention, grid, grid.block_size // stride)
 
 
@@ -168,3 +171,13 @@ _SCORERS = {
     "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428", "visible"),
     "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible", True),
 }
+
+
+def _forget_scorers() -> None:
+    for name in [name for name in _SCORERS if name not in _OWN]:
+        del _SCORERS[name]
+        SCORERS.discard(name)
+
+
+_OWN = frozenset(_SCORERS)
+registered("registered scorers", _forget_scorers)

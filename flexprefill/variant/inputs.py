@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
+from flexprefill.config import plain_number
+from flexprefill.runtime.thread_state import is_fake, is_in_vmap
 from flexprefill.runtime.tracing import is_tracing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,8 +32,9 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
         _check_head_dim(name, tensor)
     for name in list(named)[1:]:
         _check_against_query(name, named[name], query)
-    if value and query.device.type == "meta":
-        raise ValueError("query must be on a device that computes, got meta")
+    if value and (query.device.type == "meta" or is_fake(query)):
+        kind = "a fake tensor of FakeTensorMode" if is_fake(query) else "meta"
+        raise ValueError(f"query must be on a device that computes, got {kind}")
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query must have a multiple of key's heads, got query {list(query.shape)} and key {list(key.shape)}"
@@ -59,6 +62,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     """
     if scale is None:
         return 1.0 / math.sqrt(operator.index(head_dim))
+    scale = plain_number(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not abs(scale) <= LARGEST_SCALE:  # false for NaN as well
@@ -72,18 +76,26 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a strided tensor, got {kind}")
+    if is_in_vmap(tensor):
+        raise TypeError(f"{name} must be a tensor outside of torch.vmap: batch entries go along dim 0, [B, H, S, D]")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if tensor.dim() != 4 or 0 in tensor.shape:
-        raise ValueError(f"{name} must be [B, H, S, D] with no size of 0, got {list(tensor.shape)}")
+        raise ValueError(f"{name} must be [B, H, S, D], 4 dimensions with no size of 0, got {list(tensor.shape)}")
     # a sign that is only noted, as of the imaginary part of a conjugate: kernels read the memory as it is
     if not is_tracing() and tensor.is_neg():
         raise ValueError(f"{name} must hold its own values, got a negated view: pass {name}.resolve_neg()")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, and a prefill has no backward pass: call under torch.no_grad() or pass "
-            f"{name}.detach()"
-        )
+    check_no_gradients(**{name: tensor})
+
+
+def check_no_gradients(**tensors: Tensor) -> None:
+    """Raises ValueError where a gradient is asked for."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, and a prefill has no backward pass: call under torch.no_grad() or pass "
+                f"{name}.detach()"
+            )
 
 
 def _check_head_dim(name: str, tensor: Tensor) -> None:

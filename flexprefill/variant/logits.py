@@ -1,4 +1,7 @@
-"""The one attention in plain PyTorch: float32, any device, slow. Whatever has no kernel is computed by it."""
+"""The one attention in plain PyTorch, any device, slow. Whatever has no kernel is computed by it.
+
+It computes in float32, or float64 for tensors of float64.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor
 
 from flexprefill.blockmap.masking import MaskMod
 from flexprefill.runtime.memory import PIECE
+from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.mods import ScoreMod
-from flexprefill.variant.variant import PLAIN, AttentionVariant
+from flexprefill.variant.variant import AttentionVariant
 
 LOG2_E = math.log2(math.e)
 
@@ -34,7 +38,7 @@ class PlainAttention:
     query: Tensor
     key: Tensor
     scale: float
-    variant: AttentionVariant = PLAIN
+    variant: AttentionVariant
     mask_mods: tuple[MaskMod, ...] = ()
     score_mods: tuple[ScoreMod, ...] = ()
     causal: bool = True
@@ -45,7 +49,7 @@ class PlainAttention:
         return self.query.shape[1] // self.key.shape[1]
 
     def logits(self, batch: slice, heads: slice, rows: Tensor | slice, keys: Tensor | slice) -> Tensor:
-        """Natural logits of some rows against some keys: float32 [batch, heads, R, K], -inf where a key is hidden.
+        """Natural logits of some rows against some keys: [batch, heads, R, K], -inf where a key is hidden.
 
         Args:
             heads: query heads, of one key head or all of several.
@@ -54,7 +58,7 @@ class PlainAttention:
         kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
         queries = self.query[batch, heads][:, :, rows].unflatten(1, (kv_heads.stop - kv_heads.start, -1))
         own_keys = self.key[batch, kv_heads][:, :, keys]
-        logits = self.scale * _products(queries, own_keys[:, :, None].transpose(3, 4)).flatten(1, 2)
+        logits = self.scale * float_products(queries, own_keys[:, :, None].transpose(3, 4)).flatten(1, 2)
         return self._modified(logits, batch, heads, _indices(rows, logits), _indices(keys, logits))
 
     def _modified(self, logits: Tensor, batch: slice, heads: slice, rows: Tensor, keys: Tensor) -> Tensor:
@@ -80,22 +84,30 @@ class PlainAttention:
         return logits.masked_fill(hidden, -torch.inf)
 
     def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The output float32 [B, Hq, S_q, Dv] over values [B, Hkv, S_kv, Dv], and natural log-sum-exps [B, Hq, S_q].
+        """The output [B, Hq, S_q, Dv] over values [B, Hkv, S_kv, Dv], and natural log-sum-exps [B, Hq, S_q].
 
         A row that sees nothing outputs zeros, and its log-sum-exp is -inf. The variant's sinks change the output alone.
         """
-        sizes, everything = self.query.shape[:3], slice(0, self.key.shape[2])
-        output = self.query.new_empty(*sizes, value.shape[3], dtype=torch.float32)
-        sums = self.query.new_empty(sizes, dtype=torch.float32)
+        sizes, dtype = self.query.shape[:3], computed_in(self.query)
+        output = self.query.new_empty(*sizes, value.shape[3], dtype=dtype)
+        sums = self.query.new_empty(sizes, dtype=dtype)
         for batch, heads, rows in self._pieces():
-            logits = self.logits(batch, heads, rows, everything)
+            keys = self._keys_before(rows)
+            logits = self.logits(batch, heads, rows, keys)
             lse = logits.logsumexp(-1)
             weights = (logits - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
             kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
             grouped = weights.unflatten(1, (kv_heads.stop - kv_heads.start, -1))
-            output[batch, heads, rows] = _products(grouped, value[batch, kv_heads][:, :, None]).flatten(1, 2)
+            output[batch, heads, rows] = float_products(grouped, value[batch, kv_heads][:, :, None, keys]).flatten(1, 2)
             sums[batch, heads, rows] = lse
         return output if self.variant.sinks is None else add_sinks(output, sums, self.variant.sinks), sums
+
+    def _keys_before(self, rows: slice) -> slice:
+        """The keys that any of some rows can see by order and window; all in a graph, which fits every length."""
+        offset, window = self.key.shape[2] - self.query.shape[2], self.variant.sliding_window
+        if is_tracing() or not self.causal:
+            return slice(0, self.key.shape[2])
+        return slice(0 if window is None else max(0, rows.start + offset - window + 1), rows.stop + offset)
 
     def _pieces(self) -> Iterator[tuple[slice, slice, slice]]:
         """Batch entries, heads and rows: all at once where that is not too much, else some rows of one key head."""
@@ -112,9 +124,16 @@ class PlainAttention:
                     yield slice(b, b + 1), slice(first_head, first_head + self.group), rows
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix products in float32."""
-    return left.float() @ right.float()
+def float_products(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products in float32, or float64 where left is, under autocast too."""
+    dtype = computed_in(left)
+    with without_autocast():
+        return left.to(dtype) @ right.to(dtype)
+
+
+def computed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype in which plain PyTorch computes with a tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _indices(chosen: Tensor | slice, like: Tensor) -> Tensor:
@@ -125,15 +144,15 @@ def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Attention over keys to attention in whose softmax one more logit of each head takes part, without a value.
 
     Args:
-        output: [B, Hq, S_q, Dv]; lse: float32 [B, Hq, S_q], natural log-sum-exps; sinks: [Hq].
+        output: [B, Hq, S_q, Dv]; lse: [B, Hq, S_q], natural log-sum-exps; sinks: [Hq].
     """
-    share = torch.sigmoid(lse - sinks.float()[:, None])
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return (output * share[..., None]).to(output.dtype)
 
 
-def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(logits / cap)."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def soft_capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """soft_cap · tanh(logits / soft_cap)."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 
 def log2_sum(logs: Tensor, dim: int) -> Tensor:

@@ -40,10 +40,10 @@ def changing_mods(variant: AttentionVariant, query: Tensor, offset: int) -> tupl
     return tuple(mods)
 
 
-def soft_cap_mod(query: Tensor, cap: float) -> ScoreMod:
-    """cap · tanh(score / cap)."""
+def soft_cap_mod(query: Tensor, soft_cap: float) -> ScoreMod:
+    """soft_cap · tanh(score / soft_cap)."""
     # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
-    caps = _of_heads(torch.full((query.shape[1],), cap, dtype=torch.float32, device=query.device))
+    caps = _of_heads(torch.full((query.shape[1],), soft_cap, dtype=torch.float32, device=query.device))
 
     def soft_capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return caps[h] * torch.tanh(score / caps[h])

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap.geometry import check_size
+from flexprefill.config import plain_number
 from flexprefill.runtime.pytrees import register_node
+from flexprefill.runtime.thread_state import is_fake
+from flexprefill.runtime.tracing import is_tracing
 
 PADDING = ("right", "left")
 INTEGERS = (torch.int32, torch.int64)
@@ -38,12 +41,16 @@ class Sequences:
             padding: the side of the padding, "right" or "left".
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong type, shape or name.
+            TypeError, ValueError: an argument is of the wrong type, shape, name or value. Values on a GPU and in a
+                graph are not looked at, because that would wait for them; lengths are cut to 0 … kv_len there.
         """
         _check_integers("seq_lengths", seq_lengths)
+        kv_len = plain_number(kv_len)
         check_size("kv_len", kv_len)
         if padding not in PADDING:
             raise ValueError(f"padding must be one of {PADDING}, got {padding!r}")
+        if _shows_values(seq_lengths) and not (0 <= seq_lengths.min() and seq_lengths.max() <= kv_len):
+            raise ValueError(f"seq_lengths must be 0 … kv_len={kv_len}, got {seq_lengths.tolist()}")
         lengths = seq_lengths.clamp(0, kv_len)[:, None]
         position = torch.arange(kv_len, device=seq_lengths.device)
         start = torch.zeros_like(lengths) if padding == "right" else kv_len - lengths
@@ -59,12 +66,18 @@ class Sequences:
                 where the last one ends. Ascending; what stands before the first or behind the last is padding.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong type or shape.
+            TypeError, ValueError: an argument is of the wrong type, shape or value. Values on a GPU and in a
+                graph are not looked at, because that would wait for them.
         """
         _check_integers("cu_seqlens", cu_seqlens)
+        kv_len = plain_number(kv_len)
         check_size("kv_len", kv_len)
         if cu_seqlens.shape[0] < 2:
             raise ValueError(f"cu_seqlens must hold a start and an end at least, got {list(cu_seqlens.shape)}")
+        if _shows_values(cu_seqlens) and not (
+            (cu_seqlens.diff() >= 0).all() and 0 <= cu_seqlens[0] and cu_seqlens[-1] <= kv_len
+        ):
+            raise ValueError(f"cu_seqlens must ascend within 0 … kv_len={kv_len}, got {cu_seqlens.tolist()}")
         position = torch.arange(kv_len, device=cu_seqlens.device)
         cu_seqlens = cu_seqlens.to(position.dtype).contiguous()
         sequence = torch.searchsorted(cu_seqlens, position, right=True)  # 0 before the first, n + 1 behind the last
@@ -101,9 +114,14 @@ class Sequences:
 register_node(Sequences, ("starts", "ends"), ())
 
 
+def _shows_values(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for nothing."""
+    return tensor.device.type == "cpu" and not is_tracing() and not is_fake(tensor)
+
+
 def _check_integers(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a tensor of int32 or int64 on key's device, got {got}")
+        raise TypeError(f"{name} must be a tensor of int32 or int64 on the attention's device, got {got}")
     if tensor.dim() != 1 or tensor.shape[0] == 0:
         raise ValueError(f"{name} must be of one dimension and not empty, got {list(tensor.shape)}")

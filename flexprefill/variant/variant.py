@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flexprefill.config import plain_number
 from flexprefill.runtime.pytrees import register_node
 from flexprefill.variant.inputs import check_heads_tensor, check_per_head
 from flexprefill.variant.sequences import Sequences
@@ -45,6 +46,9 @@ class AttentionVariant:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("sliding_window", "soft_cap"):
+            if (plain := plain_number(getattr(self, name))) is not getattr(self, name):
+                object.__setattr__(self, name, plain)
         window, cap = self.sliding_window, self.soft_cap
         if not (self.sequences is None or isinstance(self.sequences, Sequences)):
             raise TypeError(

@@ -59,7 +59,7 @@ def write_page(
     if not 1 <= len(files) <= 2:
         raise ValueError(f"files must be one or two, got {len(files)}")
     output, paths = Path(output), [Path(file) for file in files]
-    described, embedded = [], []
+    described, embedded, asked = [], [], []
     for slot, path in enumerate(paths):
         version = read_mask_info(path).format_version
         if version != READS_VERSION:
@@ -75,6 +75,8 @@ def write_page(
         described.append({"name": path.name, "size": size, "embedded": fits, "reason": reason})
         if fits:
             embedded.append(_script("text/plain", base64.b64encode(path.read_bytes()).decode(), f"bytes-{slot}"))
+        else:
+            asked.append(reason)
 
     # a script's end cannot stand in a name
     about = json.dumps(described).replace("<", "\\u003c")
@@ -87,7 +89,7 @@ def write_page(
         "data": "\n".join([_script("application/json", about, "files"), *embedded]),
     }
     output.write_text(_filled(_resource("page.html"), page), encoding="utf-8")
-    return [file["reason"] for file in described if not file["embedded"]]
+    return asked
 
 
 def _too_large(name: str, size: int, limit: int) -> str:

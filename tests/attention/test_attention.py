@@ -3,8 +3,7 @@ import sys
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -18,7 +17,7 @@ from flexprefill import (
     record_masks,
     search_blocks,
 )
-from flexprefill.attention import prefill as attention
+from flexprefill.attention import steps
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 
@@ -78,7 +77,7 @@ def no_search(monkeypatch):
     def search(*arguments):
         raise AssertionError("searched")
 
-    monkeypatch.setattr(attention, "search_checked", search)
+    monkeypatch.setattr(steps, "search_checked", search)
 
 
 # keeps a row's own block alone: what differs from dense shows

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from support.decoder import make_decoder
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
 
 from flexprefill import KeyMeans, PrefillConfig, explain_backend, prefill_attention, search_blocks
+from flexprefill.attention import flex
+from flexprefill.runtime.state import forget
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 LENGTHS = (700, 512, 1024, 333, 129, 900, 640, 1111, 256, 515)
@@ -143,25 +144,33 @@ def test_chunks_replay_as_one_cuda_graph():
     "message, tries", [("‘cur_kvSplitSize1’ was not declared in this scope", 2), ("something else", 1)]
 )
 def test_attention_whose_sizes_torch_mixes_up_is_compiled_with_other_names(monkeypatch, message, tries):
-    from flexprefill.attention import flex as compiled
+    names, ran = [], []
 
-    names, compile_once = [], compiled._compiled
-
-    def fails_at_first(signature, name):
+    def compile_whole(function, name):
         names.append(name)
-        if len(names) == 1:
-            raise torch._dynamo.exc.BackendCompilerFailed(functools.partial, RuntimeError(message), None)
-        return compile_once(signature, name)
+        compiled = compile_once(function, name)
 
-    monkeypatch.setattr(compiled, "_compiled", fails_at_first)
-    monkeypatch.setattr(compiled, "_name_of", {})
+        def fails_at_first(*inputs):
+            ran.append(name)
+            if len(ran) == 1:
+                raise torch._dynamo.exc.BackendCompilerFailed(functools.partial, RuntimeError(message), None)
+            return compiled(*inputs)
+
+        return fails_at_first
+
+    compile_once = flex.compile_whole
+    monkeypatch.setattr(flex, "compile_whole", compile_whole)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     query, key, value = make_qkv(300, heads=2, kv_heads=1, head_dim=16, device=DEVICE)
     config = PrefillConfig(dense_below=0, alpha=0.123)
-    if tries == 1:
-        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
-            prefill_attention(query, key, value, config)
-    else:
-        for _ in range(2):
-            prefill_attention(query, key, value, config)
-        assert names == [0, 1, 1]
+    forget("compiled attention, by kind of call")
+    try:
+        if tries == 1:
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+                prefill_attention(query, key, value, config)
+        else:
+            for _ in range(2):
+                prefill_attention(query, key, value, config)
+            assert names == ["inputs_0", "inputs_1"] and ran == ["inputs_0", "inputs_1", "inputs_1"]
+    finally:
+        forget("compiled attention, by kind of call")

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.machines import PUBLISHED
 from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest
@@ -17,8 +16,7 @@ from flexprefill import (
     save_masks,
     search_blocks,
 )
-from flexprefill.attention import backends
-from flexprefill.attention import prefill as attention
+from flexprefill.attention import backends, steps
 
 # keeps a row's own block alone: what differs from dense shows
 NARROW = {"alpha": 1, "sink_blocks": 0, "window_blocks": 1, "last_full_blocks": 0}
@@ -38,7 +36,7 @@ def no_search(monkeypatch):
     def search(*arguments):
         raise AssertionError("searched")
 
-    monkeypatch.setattr(attention, "search_checked", search)
+    monkeypatch.setattr(steps, "search_checked", search)
 
 
 @pytest.mark.usefixtures("no_search")

@@ -5,8 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import assert_follows_rule, corrected_attention, masked_attention, relative_error
 
 from flexprefill import FlexPrefillError, PrefillConfig, prefill_attention, search_blocks

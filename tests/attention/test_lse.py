@@ -6,8 +6,8 @@ from support.inputs import make_qkv
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill import BlockMap, FlexPrefillError, PrefillConfig, prefill_attention, search_blocks
-from flexprefill.attention import lse
-from flexprefill.attention.lse import factor_to, flash_lse_factor
+from flexprefill.attention import log_sum_exp
+from flexprefill.attention.log_sum_exp import factor_to, flash_lse_factor
 
 LN2 = math.log(2)
 
@@ -34,12 +34,10 @@ def right_lse(query, key, block_map=None):
 def flash_that_gives(spoil, calls):
     """A flex_over of the right log-sum-exp, spoilt."""
 
-    def flex_over(query, key, value, lists, offset, **arguments):
-        calls.append(arguments)
-        assert arguments["return_aux"] == AuxRequest(lse=True) and arguments["kernel_options"] == (
-            ("BACKEND", "FLASH"),
-        )
-        assert [tensor.flatten().tolist() for tensor in lists] == [[1], [0], [0], [0]] and offset is None
+    def flex_over(query, key, value, listed, settings):
+        calls.append(settings)
+        assert settings.return_aux == AuxRequest(lse=True) and settings.kernel_options == (("BACKEND", "FLASH"),)
+        assert [tensor.flatten().tolist() for tensor in listed.lists] == [[1], [0], [0], [0]] and listed.offset is None
         return value, AuxOutput(lse=spoil(right_lse(query, key)))
 
     return flex_over
@@ -52,7 +50,7 @@ def flash_that_gives(spoil, calls):
 )
 def test_the_check_finds_the_factor_once(monkeypatch, spoil, factor):
     calls = []
-    monkeypatch.setattr(lse, "flex_over", flash_that_gives(spoil, calls))
+    monkeypatch.setattr(log_sum_exp, "flex_over", flash_that_gives(spoil, calls))
     for _ in range(3):
         assert flash_lse_factor(torch.device("cpu")) == pytest.approx(factor)
     assert len(calls) == 1
@@ -71,7 +69,7 @@ def test_the_check_finds_the_factor_once(monkeypatch, spoil, factor):
     ],
 )
 def test_a_log_sum_exp_that_is_wrong_in_another_way_is_refused(monkeypatch, spoil):
-    monkeypatch.setattr(lse, "flex_over", flash_that_gives(spoil, []))
+    monkeypatch.setattr(log_sum_exp, "flex_over", flash_that_gives(spoil, []))
     for _ in range(2):  # and not only the first time
         with pytest.raises(FlexPrefillError, match="wrong log-sum-exp.*backend='triton'"):
             flash_lse_factor(torch.device("cpu"))

@@ -2,15 +2,17 @@ import dataclasses
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import corrected_attention, masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill import BlockMap, KeyMeans, PrefillConfig, create_prefill_block_mask, prefill_attention, search_blocks
-from flexprefill.attention.mean_correction import kept_log_sum_exp, merge_means
+from flexprefill.attention.log_sum_exp import kept_log_sum_exp_operator, log_sum_exp_over
+from flexprefill.attention.mean_correction import merge_means
+from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import PLAIN
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 CORRECTED = dataclasses.replace(CONFIG, mean_correction=True)
@@ -27,7 +29,7 @@ def exact_over(query, key, value, block_map, scale):
     """Output and log-sum-exps over the kept blocks alone, in float64; NaN and -inf for a row that keeps nothing."""
     rescaled = query.double() * scale * query.shape[3] ** 0.5
     output = masked_attention(rescaled, key, value, block_map).nan_to_num(0)
-    lse = kept_log_sum_exp(query, key, block_map.words, block_map.kv_len, block_map.block_size, scale)
+    lse = log_sum_exp_over(PlainAttention(query, key, scale, PLAIN), block_map)
     return torch.where(lse.isinf()[..., None], torch.nan, output).to(query.dtype), lse
 
 
@@ -72,7 +74,7 @@ def test_the_merge_equals_the_definition(implementation, data):
 def test_the_kept_log_sum_exps_are_those_of_dense_attention(q_len, kv_len):
     query, key, _ = make_qkv(q_len, kv_len, batch=2, heads=4, kv_heads=2)
     block_map = random_map(2, 4, q_len, kv_len, 64, density=0.4, seed=3)
-    lse = kept_log_sum_exp(query, key, block_map.words, kv_len, 64, 0.2)
+    lse = log_sum_exp_over(PlainAttention(query, key, 0.2, PLAIN), block_map)
     allowed = block_map.to_dense().repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :q_len, :kv_len]
     allowed = allowed & (torch.arange(kv_len) <= torch.arange(q_len)[:, None] + kv_len - q_len)
     products = 0.2 * query.double() @ key.double().repeat_interleave(2, 1).mT
@@ -149,8 +151,8 @@ def test_it_traces_into_a_callers_graph(prompt):
 def test_the_operators_pass_opcheck():
     query, key, value = make_qkv(70, 90, heads=2, head_dim=16, device=DEVICE)
     words = random_map(1, 2, 70, 90, 16, density=0.5, seed=0).words.to(DEVICE)
-    lse = kept_log_sum_exp(query, key, words, 90, 16, 0.25)
-    torch.library.opcheck(kept_log_sum_exp, (query, key, words, 90, 16, 0.25))
+    lse = kept_log_sum_exp_operator(query, key, words, 16, 0.25)
+    torch.library.opcheck(kept_log_sum_exp_operator, (query, key, words, 16, 0.25))
     torch.library.opcheck(merge_means, (query, key, value, words, query.clone(), lse, 16, 0.25, "reference"))
 
 

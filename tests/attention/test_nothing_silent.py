@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from support.watch import NotContiguous, RanEagerly, check_lists, eager_flex_raises
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexprefill import (
     BlockMap,
@@ -20,9 +19,9 @@ from flexprefill import (
     prefill_attention,
     search_blocks,
 )
-from flexprefill.attention import prefill as attention
-from flexprefill.blockmap import block_mask as flex
-from flexprefill.blockmap.block_mask import causal_mask
+from flexprefill.attention import steps
+from flexprefill.blockmap import map as maps
+from flexprefill.blockmap.block_mask import causal_mask, list_blocks
 
 SPARSE = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=1, window_blocks=1, last_full_blocks=0, dense_below=0)
 SMALL = {"heads": 2, "head_dim": 16, "device": DEVICE}
@@ -57,7 +56,8 @@ def test_eager_flex_attention_is_dense_so_the_watch_is_needed():
 
 def test_the_watch_sees_lists_that_are_not_contiguous(monkeypatch):
     query, key, value, block_map = sparse_case()
-    lists = flex.lists_of(block_map, None, None)
+    listed = list_blocks(block_map.words, block_map.geometry)
+    lists = listed.lists
     check_lists(lists)
     for place in range(4):
         transposed = list(lists)
@@ -68,12 +68,12 @@ def test_the_watch_sees_lists_that_are_not_contiguous(monkeypatch):
         check_lists([*lists[:3], lists[3][..., :-1].contiguous()])
 
     def transposed_lists(*arguments):
-        return tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in lists)
+        return listed._replace(lists=tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in lists))
 
-    monkeypatch.setattr(attention, "lists_of", transposed_lists)
+    monkeypatch.setattr(steps, "list_blocks", transposed_lists)
     with pytest.raises(NotContiguous, match="kv_num_blocks has strides"):
         prefill_attention(query, key, value, SPARSE)
-    monkeypatch.setattr(flex, "lists_of", transposed_lists)
+    monkeypatch.setattr(maps, "list_blocks", transposed_lists)
     with pytest.raises(NotContiguous):
         block_map.to_block_mask()
 

@@ -12,17 +12,19 @@ from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, explain_backend, prefill_attention, search_blocks
-from flexprefill.attention import prefill as attention
-from flexprefill.attention import tail
-from flexprefill.blockmap.block_mask import lists_of
+from flexprefill.attention import steps, tail
+from flexprefill.attention.flex import FlexSettings
+from flexprefill.blockmap.block_mask import list_blocks
 
 LN2 = math.log(2)
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
 LSE = AuxRequest(lse=True)
 
 
-def listed_attention(query, key, value, lists, offset, *, block_size, scale, return_aux, lse_scale=1.0):
+def listed_attention(query, key, value, listed, settings, *, lse_scale=1.0):
     """flex_over in plain PyTorch: partial blocks causal by the offset, full blocks whole, from the lists alone."""
+    lists, offset, _ = listed
+    block_size, scale, _, return_aux = settings
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]
     rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
@@ -44,7 +46,7 @@ def listed_attention(query, key, value, lists, offset, *, block_size, scale, ret
     key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
     products = (scale * query @ key.transpose(2, 3)).masked_fill(~(partial & causal | full), -math.inf)
     output = products.softmax(-1).nan_to_num() @ value  # rows without a block: zeros, as from the kernels
-    return (output, AuxOutput(lse=lse_scale * products.logsumexp(-1))) if return_aux is not None else output
+    return output, AuxOutput(lse=lse_scale * products.logsumexp(-1)) if return_aux is not None else None
 
 
 @st.composite
@@ -69,6 +71,7 @@ def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
     dense = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     block_map = BlockMap.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=block_size)
     buffers = ListBuffers() if with_buffers else None
+    settings_of_call = FlexSettings(block_size, 0.25, (), LSE)
 
     def flex_over(*inputs, **arguments):
         return listed_attention(*inputs, **arguments, lse_scale=lse_scale)
@@ -76,22 +79,10 @@ def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail, "flex_over", flex_over)
         for _ in range(2):  # the second one finds the buffers as the first one left them
-            output, aux = tail.flex_in_parts(
-                query,
-                key,
-                value,
-                block_map,
-                rows=rows,
-                parts=parts,
-                lse_factor=1 / lse_scale,
-                return_aux=LSE,
-                buffers=buffers,
-                scale=0.25,
-            )
-    lists, offset = lists_of(block_map, None, None), torch.tensor([kv_len - q_len])
-    whole, whole_aux = listed_attention(
-        query, key, value, lists, offset, block_size=block_size, scale=0.25, return_aux=LSE
-    )
+            split = tail.Split(rows, parts, 1 / lse_scale)
+            output, aux = tail.flex_in_parts(query, key, value, block_map, split, settings_of_call, buffers)
+    listed = list_blocks(block_map.words, block_map.geometry)._replace(offset=torch.tensor([kv_len - q_len]))
+    whole, whole_aux = listed_attention(query, key, value, listed, settings_of_call)
     expected = masked_attention(query, key, value, block_map).nan_to_num(0)
     assert relative_error(whole, expected) <= 1e-12 and relative_error(output, expected) <= 1e-6  # merged in float32
     assert torch.allclose(aux.lse / lse_scale, whole_aux.lse, rtol=1e-6)
@@ -115,7 +106,7 @@ def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, kernel, va
 @pytest.fixture
 def always(monkeypatch):
     """Splits at every length."""
-    monkeypatch.setattr(attention, "TAIL_SPLIT_FROM", 0)
+    monkeypatch.setattr(steps, "TAIL_SPLIT_FROM", 0)
 
 
 @pytest.fixture(params=["triton", "flash"])

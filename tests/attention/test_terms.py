@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import evaluate_cut_rule, relative_error
 from support.sequences import LEAN, assert_follows, cases, spoil
 
 from flexprefill import (
+    AttentionVariant,
     BlockMap,
     KeyMeans,
     PrefillConfig,
@@ -24,6 +24,7 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.blockmap.block_mask import _to_dense
+from flexprefill.blockmap.geometry import Geometry
 from flexprefill.search.grid import Grid
 from flexprefill.search.scorers import exact_scores, find_scorer
 
@@ -55,7 +56,7 @@ def test_the_reference_follows_the_rule_with_every_term(case, chosen, with_seque
     given_terms = {"window": chosen["sliding_window"], "soft_cap": chosen["soft_cap"], "slopes": chosen["alibi_slopes"]}
     keep, close = evaluate_cut_rule(query, key, starts, ends, **arguments, **given_terms)
     call = {**arguments, **on_device(chosen, query.shape[1]), "sequences": sequences, "implementation": "reference"}
-    assert_follows(search_blocks(query.to(DEVICE), key.to(DEVICE), **call), keep, close)
+    assert_follows(search_blocks(query.to(DEVICE), key.to(DEVICE), **as_variant(**call)), keep, close)
 
 
 @settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 200)
@@ -71,7 +72,7 @@ def test_the_kernel_follows_the_rule_with_every_term(case, chosen, with_sequence
     if with_sequences:
         query, key = spoil(query, sequences.padding), spoil(key, sequences.padding)
     call = {**arguments, **on_device(chosen, query.shape[1]), "sequences": sequences, "implementation": "triton"}
-    assert_follows(search_blocks(query, key, **call), keep, close)
+    assert_follows(search_blocks(query, key, **as_variant(**call)), keep, close)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_the_kernel_takes_tiles_that_every_row_sees_whole(more):
     if "alibi_slopes" in more:
         more = more | {"alibi_slopes": torch.tensor(more["alibi_slopes"], device=DEVICE)}
     reference, kernel = (
-        search_blocks(query, key, LEAN, **more, implementation=name) for name in ("reference", "triton")
+        search_blocks(query, key, LEAN, **as_variant(**more), implementation=name) for name in ("reference", "triton")
     )
     assert reference == kernel and 0.05 < kernel.density().mean() < 0.98
 
@@ -114,9 +115,8 @@ def test_exact_scores_are_the_attention_mass_of_each_block_with_every_term(case,
     query, key, _, (sequences, starts, _), arguments = case
     b = arguments["config"].block_size
     slopes = on_device(chosen, query.shape[1])["alibi_slopes"]
-    grid = Grid(query.shape[2], key.shape[2], b, 0.25, True, chosen["sliding_window"] or 0)
-    grid = grid._replace(soft_cap=chosen["soft_cap"] or 0.0, alibi_slopes=slopes)
-    grid = grid._replace(starts=sequences.starts, ends=sequences.ends)
+    variant = AttentionVariant(sequences, chosen["sliding_window"], chosen["soft_cap"], slopes)
+    grid = Grid(Geometry(query.shape[2], key.shape[2], b), 0.25, True, variant)
     query, key = query.to(DEVICE), key.to(DEVICE)
     found = exact_scores(query, key, grid).cpu()
     logits, allowed = logits_of(query, key, 0.25, chosen, starts)
@@ -142,9 +142,9 @@ def test_scores_with_terms_are_the_exact_mass_where_a_blocks_keys_are_alike(chos
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 2, 128, 16, generator=generator)
     key = 2 * torch.randn(1, 1, 8, 16, generator=generator).repeat_interleave(16, 2)
-    grid = Grid(128, 128, 16, 0.25, False, chosen.get("sliding_window", 0), soft_cap=chosen.get("soft_cap", 0.0))
-    if "alibi_slopes" in chosen:
-        grid = grid._replace(alibi_slopes=torch.tensor(chosen["alibi_slopes"]))
+    slopes = torch.tensor(chosen["alibi_slopes"]) if "alibi_slopes" in chosen else None
+    variant = AttentionVariant(None, chosen.get("sliding_window"), chosen.get("soft_cap"), slopes)
+    grid = Grid(Geometry(128, 128, 16), 0.25, False, variant)
     found = find_scorer("flashprefill").log_scores(query, key[:, :, ::16], grid)
     logits, allowed = logits_of(
         query, key, 0.25, {"sliding_window": None, "soft_cap": None, "alibi_slopes": None, **chosen}
@@ -167,7 +167,7 @@ def test_a_soft_cap_and_alibi_change_what_is_found_towards_the_mass_that_counts(
         mass = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
         recall = []
         for arguments in ({}, more):
-            dense = search_blocks(query, key, base, **arguments).to_dense()
+            dense = search_blocks(query, key, base, **as_variant(**arguments)).to_dense()
             elements = dense.repeat_interleave(16, 2).repeat_interleave(16, 3)
             recall.append(((mass * elements).sum() / mass.sum()).item())
         assert recall[1] >= recall[0]
@@ -177,11 +177,13 @@ def test_a_soft_cap_and_alibi_change_what_is_found_towards_the_mass_that_counts(
 def test_a_window_bounds_what_is_kept():
     query, key, _ = make_qkv(2000, head_dim=16, device=DEVICE)
     config = replace(LEAN, alpha=1e-6, sink_blocks=3, last_full_blocks=2)
-    dense = search_blocks(query, key, config, sliding_window=100).to_dense()
+    dense = search_blocks(query, key, config, variant=AttentionVariant(sliding_window=100)).to_dense()
     distance = torch.arange(125, device=DEVICE)[:, None] - torch.arange(125, device=DEVICE)
     # a block's first row sees 100 keys: its own and 99 before it
     assert not dense[:, :, distance > 7].any() and dense[:, :, (distance >= 0) & (distance <= 5)].all()
-    assert search_blocks(query, key, config, sliding_window=2000) == search_blocks(query, key, config)
+    assert search_blocks(query, key, config, variant=AttentionVariant(sliding_window=2000)) == search_blocks(
+        query, key, config
+    )
 
 
 def expected_attention(query, key, value, block_map, chosen, starts=None, sinks=None, score=None):
@@ -205,8 +207,9 @@ TOLERANCE = 1e-5 if DEVICE == "cpu" else 2e-3  # a GPU's float32 products may be
 def test_the_block_mask_says_of_every_element_what_the_mask_says(case, window):
     query, key, _, (sequences, starts, _), arguments = case
     query, key = query.to(DEVICE), key.to(DEVICE)
-    block_map = search_blocks(query, key, **arguments, sequences=sequences, sliding_window=window)
-    mask = create_prefill_block_mask(query, key, **arguments, sequences=sequences, sliding_window=window)
+    variant = AttentionVariant(sequences, window)
+    block_map = search_blocks(query, key, **arguments, variant=variant)
+    mask = create_prefill_block_mask(query, key, **arguments, variant=variant)
     _, allowed = logits_of(query, key, None, {**NOTHING, "sliding_window": window}, starts)
     q_len, kv_len, size = query.shape[2], key.shape[2], block_map.block_size
 
@@ -230,7 +233,7 @@ def test_attention_with_every_term_equals_dense_attention():
         bounds = torch.tensor([0, 210, 333, kv_len - 40], device=DEVICE)
         sequences = Sequences.from_cu_seqlens(bounds, kv_len)
         terms = {**on_device(chosen, 4), "sequences": sequences}
-        block_map = search_blocks(query, key, config, **terms)
+        block_map = search_blocks(query, key, config, **as_variant(**terms))
 
         def bias(score, b, h, q_idx, kv_idx):
             return score + 0.1 * (kv_idx % 3)
@@ -240,7 +243,7 @@ def test_attention_with_every_term_equals_dense_attention():
 
         for sinks in (learned, None):
             spoilt = (spoil(tensor, sequences.padding) for tensor in (query, key, value))
-            output = prefill_attention(*spoilt, config, **terms, score_mod=bias, sinks=sinks)
+            output = prefill_attention(*spoilt, config, **as_variant(**terms, sinks=sinks), score_mod=bias)
             assert not output[:, :, -40:].any()
             starts = sequences.starts.tolist()
             expected = expected_attention(query, key, value, block_map, chosen, starts, sinks, dense_bias)
@@ -253,7 +256,10 @@ def test_sinks_alone_scale_the_output():
     config = replace(LEAN, dense_below=0, block_size=128)
     block_map = search_blocks(query, key, config)
     expected = expected_attention(query, key, value, block_map, NOTHING, None, sinks)
-    assert relative_error(prefill_attention(query, key, value, config, sinks=sinks), expected) <= TOLERANCE
+    assert (
+        relative_error(prefill_attention(query, key, value, config, variant=AttentionVariant(sinks=sinks)), expected)
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,26 +278,28 @@ def test_sinks_alone_scale_the_output():
 def test_a_wrong_term_is_named(changes, error, message):
     query, key, value = make_qkv(64, device=DEVICE)
     with pytest.raises(error, match=message):
-        search_blocks(query, key, **changes)
+        search_blocks(query, key, **as_variant(**changes))
     with pytest.raises(error, match=message):
-        prefill_attention(query, key, value, **changes)
+        prefill_attention(query, key, value, **as_variant(**changes))
 
 
 def test_what_cannot_go_together_says_so():
     query, key, value = make_qkv(64, device=DEVICE)
     with pytest.raises(ValueError, match=r"sinks must be \[Hq\] with Hq=2, got \[1\]"):
-        prefill_attention(query, key, value, sinks=torch.ones(1, device=DEVICE))
+        prefill_attention(query, key, value, variant=AttentionVariant(sinks=torch.ones(1, device=DEVICE)))
     for name, term in (("sliding_window", 9), ("soft_cap", 2.0), ("alibi_slopes", torch.ones(2, device=DEVICE))):
         with pytest.raises(ValueError, match=f"{name} cannot be combined with mean_correction"):
-            prefill_attention(query, key, value, PrefillConfig(mean_correction=True), **{name: term})
+            prefill_attention(query, key, value, PrefillConfig(mean_correction=True), **as_variant(**{name: term}))
         with pytest.raises(ValueError, match=f"'xattention' does not know of {name}: 'flashprefill' and 'exact' do"):
-            search_blocks(query, key, PrefillConfig(scorer="xattention"), **{name: term})
-        assert not explain_backend(query, key, value, PrefillConfig(dense_below=1000), **{name: term}).dense
+            search_blocks(query, key, PrefillConfig(scorer="xattention"), **as_variant(**{name: term}))
+        assert not explain_backend(
+            query, key, value, PrefillConfig(dense_below=1000), **as_variant(**{name: term})
+        ).dense
     for name in ("soft_cap", "alibi_slopes"):
         term = 2.0 if name == "soft_cap" else torch.ones(2, device=DEVICE)
         # the means are of keys alone
-        assert search_blocks(query, key, LEAN, **{name: term}, means=KeyMeans()) == search_blocks(
-            query, key, LEAN, **{name: term}
+        assert search_blocks(query, key, LEAN, **as_variant(**{name: term}), means=KeyMeans()) == search_blocks(
+            query, key, LEAN, **as_variant(**{name: term})
         )
 
 
@@ -312,7 +320,7 @@ def test_the_cost_of_a_window_grows_with_the_window():
 
     def cost(length, window):
         query, key, _ = make_qkv(length, heads=1, head_dim=16)
-        grid = Grid(length, length, 16, 0.25, False, window)
+        grid = Grid(Geometry(length, length, 16), 0.25, False, AttentionVariant(sliding_window=window))
         means = find_scorer("flashprefill").pool(key, 16)
         with Count() as count:
             find_scorer("flashprefill").log_scores(query, means, grid)
@@ -320,7 +328,7 @@ def test_the_cost_of_a_window_grows_with_the_window():
 
     assert cost(4096, 64) <= 2.1 * cost(2048, 64)  # and not 4 times
     assert 1.5 * cost(4096, 64) <= cost(4096, 128) <= 2.5 * cost(4096, 64)
-    assert cost(4096, 64) * 10 < cost(4096, 0)
+    assert cost(4096, 64) * 10 < cost(4096, None)
 
 
 @pytest.fixture
@@ -336,7 +344,7 @@ def test_a_step_of_decoding_is_dense_under_its_terms(window):
     chosen = {"sliding_window": window, "soft_cap": 3.0, "alibi_slopes": (0.1,)}
     query, key, value = make_qkv(1, 90, batch=2, heads=1, head_dim=16, device=DEVICE)
     sequences = Sequences.from_lengths(torch.tensor([60, 90], device=DEVICE), 90, padding="left")
-    terms = {**on_device(chosen, 1), "sequences": sequences}
+    terms = as_variant(**on_device(chosen, 1), sequences=sequences)
     assert explain_backend(query, key, value, LEAN, **terms).dense
     everything = BlockMap.causal(2, 1, q_len=1, kv_len=90, block_size=16, device=DEVICE)
     expected = expected_attention(query, key, value, everything, chosen, sequences.starts.tolist())
@@ -354,9 +362,9 @@ def test_terms_trace_into_one_graph_for_all_lengths():
     @torch.compile(fullgraph=True, backend=count)
     def attend(query, key, value, lengths, slopes):
         sequences = Sequences.from_lengths(lengths, key.shape[2])
-        terms = {"sequences": sequences, "sliding_window": 90, "soft_cap": 3.0, "alibi_slopes": slopes}
-        mask = create_prefill_block_mask(query, key, LEAN, **terms)
-        return mask.kv_indices, mask.full_kv_indices, prefill_attention(query, key, value, LEAN, **terms)
+        variant = AttentionVariant(sequences, 90, 3.0, slopes)
+        mask = create_prefill_block_mask(query, key, LEAN, variant=variant)
+        return mask.kv_indices, mask.full_kv_indices, prefill_attention(query, key, value, LEAN, variant=variant)
 
     slopes = torch.tensor([0.1, 0.01], device=DEVICE)
     with torch.no_grad():
@@ -364,8 +372,7 @@ def test_terms_trace_into_one_graph_for_all_lengths():
             query, key, value = make_qkv(length, batch=2, head_dim=16, device=DEVICE)
             lengths = torch.tensor([length, length - 100], device=DEVICE)
             sequences = Sequences.from_lengths(lengths, length)
-            terms = {"sequences": sequences, "sliding_window": 90, "soft_cap": 3.0, "alibi_slopes": slopes}
-            mask = create_prefill_block_mask(query, key, LEAN, **terms)
+            mask = create_prefill_block_mask(query, key, LEAN, variant=AttentionVariant(sequences, 90, 3.0, slopes))
             indices, full, output = attend(query, key, value, lengths, slopes)
             assert torch.equal(indices, mask.kv_indices) and torch.equal(full, mask.full_kv_indices)
             assert output.shape == query.shape
@@ -375,8 +382,8 @@ def test_terms_trace_into_one_graph_for_all_lengths():
 def test_the_block_mask_of_sequences_and_a_window_is_their_mask():
     query, key, _ = make_qkv(200, 300, batch=2, head_dim=16, device=DEVICE)
     sequences = Sequences.from_lengths(torch.tensor([300, 171], device=DEVICE), 300, padding="left")
-    mask = create_prefill_block_mask(query, key, LEAN, sequences=sequences, sliding_window=77)
-    found = search_blocks(query, key, LEAN, sequences=sequences, sliding_window=77)
+    mask = create_prefill_block_mask(query, key, LEAN, variant=AttentionVariant(sequences, 77))
+    found = search_blocks(query, key, LEAN, variant=AttentionVariant(sequences, 77))
     # what is searched keeps no block that is empty
     assert BlockMap.from_block_mask(mask) == found
     b, h, q, k = torch.meshgrid(*(torch.arange(n, device=DEVICE) for n in (2, 1, 200, 300)), indexing="ij")
@@ -402,10 +409,10 @@ def test_terms_wait_for_nothing():
             Sequences.from_lengths(lengths, 2000, padding="left"),
             Sequences.from_cu_seqlens(bounds, 2000),
         ):
-            search_blocks(query, key, sequences=sequences)
-            search_blocks(query, key, sequences=sequences, sliding_window=300, soft_cap=20.0, alibi_slopes=slopes)
-            create_prefill_block_mask(query, key, sequences=sequences, sliding_window=300)
-            prefill_attention(query, key, value, sequences=sequences, sliding_window=300, soft_cap=20.0, sinks=slopes)
+            search_blocks(query, key, variant=AttentionVariant(sequences))
+            search_blocks(query, key, variant=AttentionVariant(sequences, 300, 20.0, slopes))
+            create_prefill_block_mask(query, key, variant=AttentionVariant(sequences, 300))
+            prefill_attention(query, key, value, variant=AttentionVariant(sequences, 300, 20.0, sinks=slopes))
         search_blocks(query, key) & mask
 
     run()
@@ -446,7 +453,7 @@ def test_the_kernel_equals_the_reference_at_length(head_dim, dtype, layout, wind
         call |= {"soft_cap": 5.0, "alibi_slopes": 2.0 ** -torch.arange(1, 9, device="cuda", dtype=torch.float32)}
     config = PrefillConfig(alpha=0.3, window_blocks=1, **settings)
     reference, kernel = (
-        search_blocks(query, key, config, **call, implementation=name) for name in ("reference", "triton")
+        search_blocks(query, key, config, **as_variant(**call), implementation=name) for name in ("reference", "triton")
     )
     assert 0 < reference.counts().sum()
     assert (reference ^ kernel).counts().sum() <= 1e-3 * reference.counts().sum()

@@ -2,9 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
-
 from support.inputs import random_map
+from torch.utils import _pytree as pytree
 
 from flexprefill import BlockMap
 from flexprefill.blockmap.bits import pack_bits, popcount, unpack_bits

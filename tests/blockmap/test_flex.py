@@ -1,9 +1,8 @@
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from flexprefill import BlockMap, PrefillConfig, create_prefill_block_mask, search_blocks
@@ -70,11 +69,11 @@ def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
     sizes = block_map.q_len, block_map.kv_len, block_map.block_size, all_partial
     plain = index_lists(block_map.words.cpu(), *sizes)
     kernel = tuple(torch.full(tensor.shape, 7, dtype=torch.int32, device=DEVICE) for tensor in plain)
-    lists_kernel.fill_lists(block_map.words.to(DEVICE), *sizes, kernel, False)
+    lists_kernel.fill_lists(kernel, block_map.words.to(DEVICE), block_map.geometry, all_partial)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, plain, strict=True))
     # lists that a fuller and an emptier map left behind
     for other in (BlockMap.causal(*block_map.shape[:2], **sizes_of(block_map)), block_map, block_map ^ block_map):
-        lists_kernel.fill_lists(other.words.to(DEVICE), *sizes, kernel, True)
+        lists_kernel.fill_lists(kernel, other.words.to(DEVICE), block_map.geometry, all_partial, reused=True)
         expected = index_lists(other.words.cpu(), *sizes)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, expected, strict=True))
 
@@ -97,7 +96,7 @@ def test_bits_that_no_map_has_write_no_entry(q_len, kv_len, block_size, reused):
     lists = [memory[256:-256].view(t.shape) for memory, t in zip(around, expected, strict=True)]
     for tensor in lists if reused else ():
         tensor.zero_()
-    lists_kernel.fill_lists(words, *sizes.values(), False, lists, reused)
+    lists_kernel.fill_lists(lists, words, everything.geometry, reused=reused)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(lists, expected, strict=True))
     assert all((memory[:256] == 7).all() and (memory[-256:] == 7).all() for memory in around)
 

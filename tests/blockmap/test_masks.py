@@ -1,9 +1,8 @@
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -119,10 +118,13 @@ def test_a_block_mask_of_pytorchs_own_is_intersected(case):
 @given(masked_maps(), st.sampled_from([1, 5000, 100000]))
 def test_pieces_change_no_classification(case, piece):
     block_map, mask_mod = case
-    before = classify_blocks(mask_mod, block_map)
+    before = classify_blocks(mask_mod, block_map.words, block_map.geometry)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "PIECE", piece)
-        assert all(torch.equal(a, b) for a, b in zip(before, classify_blocks(mask_mod, block_map), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(before, classify_blocks(mask_mod, block_map.words, block_map.geometry), strict=True)
+        )
 
 
 @settings(deadline=None, max_examples=20)
@@ -132,11 +134,11 @@ def test_the_list_kernel_takes_what_a_mask_leaves_whole(case):
     from flexprefill.blockmap.index_lists import index_lists
 
     block_map, mask_mod = case
-    uncut = classify_blocks(mask_mod, block_map).whole
+    uncut = classify_blocks(mask_mod, block_map.words, block_map.geometry).whole
     sizes = block_map.q_len, block_map.kv_len, block_map.block_size, False
     plain = index_lists(block_map.words.cpu(), *sizes, uncut.cpu())
     kernel = tuple(torch.full(tensor.shape, 7, dtype=torch.int32, device=DEVICE) for tensor in plain)
-    lists_kernel.fill_lists(block_map.words, *sizes, kernel, False, uncut)
+    lists_kernel.fill_lists(kernel, block_map.words, block_map.geometry, uncut=uncut)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, plain, strict=True))
 
 

@@ -10,6 +10,7 @@ from flexprefill import PrefillConfig
 from flexprefill.evaluation import TASKS, Share, ask, babble, load_model
 from flexprefill.evaluation.methods import Attender, Method
 
+pytestmark = pytest.mark.slow  # it answers questions on thousands of tokens
 MODEL = Path(__file__).parents[2] / "examples" / "needle_model" / "model.safetensors"
 LENGTH = 4096
 QUESTIONS = {"single": 2, "multi-key": 2, "scattered": 4}  # prompts

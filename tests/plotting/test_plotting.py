@@ -8,26 +8,13 @@ import pytest
 import torch
 
 from flexprefill import BlockMap, FlexPrefillError
-from flexprefill.blockmap.geometry import causal_blocks
-from flexprefill.blockmap.html import MAX_PANELS
-from flexprefill.plotting import (
-    BOTH,
-    COLUMNS,
-    DROPPED,
-    GAP_X,
-    KEPT,
-    LEFT,
-    ONLY_FIRST,
-    ONLY_SECOND,
-    TOP,
-    kept_shares,
-    plot_difference,
-    plot_heads,
-    plot_layers,
-    token_label,
-    token_ticks,
-)
+from flexprefill.blockmap.cells import kept_shares
+from flexprefill.blockmap.geometry import Geometry, causal_blocks
+from flexprefill.blockmap.html import DROPPED, KEPT, MAX_PANELS
 from flexprefill.plotting import layers as layer_plots
+from flexprefill.plotting import plot_difference, plot_heads, plot_layers
+from flexprefill.plotting.canvas import COLUMNS, GAP_X, LEFT, TOP, token_label, token_ticks
+from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND
 
 image = pytest.importorskip("matplotlib.image")
 to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
@@ -85,7 +72,7 @@ def test_more_heads_than_columns_go_to_further_rows(tmp_path):
 def test_a_chunk_of_queries_keeps_its_offset(tmp_path):
     dense = torch.zeros(1, 1, 16, 32, dtype=torch.bool)
     cells = panel(draw(make_map(dense), tmp_path), 0, 16, 32, 32)
-    causal = causal_blocks(16 * 16, 32 * 16, 16, "cpu")
+    causal = causal_blocks(Geometry(16 * 16, 32 * 16, 16), "cpu")
     assert_colour(cells[causal], DROPPED)
     assert_colour(cells[~causal], "white")
 
@@ -142,7 +129,7 @@ def test_one_differing_block_of_a_large_map_is_seen(tmp_path):
 def test_shares_by_layer_and_head_have_the_scales_colours(tmp_path):
     values = {4: torch.tensor([0.0, 0.05, 0.1]), 2: torch.tensor([0.1, 0.0]).double()}
     plot_layers(values, tmp_path / "layers.png", label="density")
-    cell, left, top = layer_plots.MAX_CELL, LEFT, layer_plots.TOP
+    cell, left, top = layer_plots.MAX_CELL, LEFT, layer_plots.LAYERS_TOP
     pixels = read(tmp_path / "layers.png")[top : top + 2 * cell, left : left + 3 * cell]
     found = pixels[cell // 2 :: cell, cell // 2 :: cell]
     assert_colour(found[0, 0], layer_plots.SCALE[-1])  # layer 2 is above layer 4
@@ -189,7 +176,7 @@ def test_a_notebook_shows_each_heads_blocks():
     html = block_map._repr_html_()
     assert "2 × 3 heads of 8 × 12 blocks, 180 tokens, the last 120 as queries" in html
     assert f"batch 1, head 2, {100 * block_map.density()[1, 2].item():.1f} %" in html
-    causal, kept = causal_blocks(120, 180, 16, "cpu"), block_map.to_dense()
+    causal, kept = causal_blocks(Geometry(120, 180, 16), "cpu"), block_map.to_dense()
     panels = html_panels(html)
     assert len(panels) == 6
     for index, pixels in enumerate(panels):

@@ -51,6 +51,7 @@ def long_run(calls, lengths, device, config, **shape):
     return held[0], held[1], int(different)
 
 
+@pytest.mark.slow
 def test_three_hundred_calls_on_the_cpu():
     config = PrefillConfig(block_size=16, alpha=0.9, window_blocks=1, dense_below=0)
     lengths = [33 + 7 * number for number in range(40)]

@@ -14,14 +14,12 @@ import types
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from flexprefill import BlockMap, PrefillConfig, search_blocks
-from flexprefill.blockmap import block_mask as flex
-from flexprefill.blockmap.block_mask import causal_mask, causal_mask_at, lists_of
+from flexprefill import BlockMap, PrefillConfig, create_prefill_block_mask, search_blocks
+from flexprefill.blockmap.block_mask import causal_mask, causal_mask_at, list_blocks
 
 VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 NEWEST_SEEN = (2, 15)
@@ -35,6 +33,10 @@ def trap(caught, what):
     if not caught and VERSION > NEWEST_SEEN:
         pytest.skip(f"mended in torch {torch.__version__}: {what}")
     assert caught, f"not so in torch {torch.__version__}: {what}"
+
+
+def lists_of(block_map):
+    return list_blocks(block_map.words, block_map.geometry).lists
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +68,13 @@ CLOSE = 1e-5 if DEVICE == "cpu" else 5e-3
 def test_compiled_flex_attention_reads_contiguous_lists_rightly(case, attend):
     """2.11 (CUDA), 2.13 to 2.15 (CPU)."""
     query, key, value, block_map, expected = case
-    assert relative_error(attend(query, key, value, *lists_of(block_map, None, None)), expected) <= CLOSE
+    assert relative_error(attend(query, key, value, *lists_of(block_map)), expected) <= CLOSE
 
 
 def test_trap_counts_with_other_strides_are_read_wrongly_without_a_message(case, attend):
     """2.11 (CUDA: a right first head and wrong others), 2.13 to 2.15 (CPU: the same of the partial counts)."""
     query, key, value, block_map, expected = case
-    lists = list(lists_of(block_map, None, None))
+    lists = list(lists_of(block_map))
     lists[0] = lists[0].transpose(1, 2).contiguous().transpose(1, 2)
     trap(relative_error(attend(query, key, value, *lists), expected) > 0.05, "strides of kv_num_blocks are not read")
 
@@ -89,7 +91,7 @@ def test_the_library_makes_lists_that_do_not_fall_into_it(case):
 def test_trap_lists_that_are_narrower_than_the_keys_do_not_compile_on_the_cpu(case, attend):
     """2.13 to 2.15 (CPU); on CUDA they are read (2.11)."""
     query, key, value, block_map, _ = case
-    counts, indices, full_counts, full_indices = lists_of(block_map, None, None)
+    counts, indices, full_counts, full_indices = lists_of(block_map)
     width = int(max(counts.max(), full_counts.max()))
     assert width < indices.shape[3]
     narrow = counts, indices[..., :width].contiguous(), full_counts, full_indices[..., :width].contiguous()
@@ -176,7 +178,7 @@ def test_trap_a_mask_mod_that_closes_over_an_int_is_compiled_again_for_another_a
     """2.13 to 2.15: why causal_mask_at takes a tensor. From the second value on the int is a symbol."""
     query, key, value = make_qkv(64, 100, heads=2, head_dim=16, device=DEVICE)
     block_map = search_blocks(query, key, CONFIG)
-    lists = lists_of(block_map, None, None)
+    lists = lists_of(block_map)
 
     def of_int(offset):
         return lambda b, h, q_idx, kv_idx: q_idx + offset >= kv_idx
@@ -227,12 +229,12 @@ def test_trap_a_mask_of_other_heads_than_one_or_all_is_not_refused():
 def test_trap_lists_that_are_expanded_over_heads(case, attend):
     """2.11 (CUDA), pytorch issue 172225: wrong with B > 1; right on the CPU (2.13 to 2.15). Either is no failure."""
     query, key, value, block_map, _ = case
-    lists = [tensor[:, :1].expand(-1, 2, *tensor.shape[2:]) for tensor in lists_of(block_map, None, None)]
+    lists = [tensor[:, :1].expand(-1, 2, *tensor.shape[2:]) for tensor in lists_of(block_map)]
     one = BlockMap(block_map.words[:, :1].expand(-1, 2, -1, -1).contiguous(), LENGTH, LENGTH, BLOCK)
     error = relative_error(attend(query, key, value, *lists), masked_attention(query, key, value, one))
     assert error <= CLOSE or error > 0.05
     # the library's lists of an expanded map are not expanded
-    assert all(tensor.is_contiguous() for tensor in lists_of(BlockMap(one.words, LENGTH, LENGTH, BLOCK), None, None))
+    assert all(tensor.is_contiguous() for tensor in lists_of(BlockMap(one.words, LENGTH, LENGTH, BLOCK)))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU's kernel")
@@ -256,7 +258,7 @@ def test_a_block_mask_in_a_compiled_function_may_come_from_a_custom_operators_ou
     """2.11 to 2.15: how create_prefill_block_mask works inside a model."""
 
     def indices(query, key):
-        return flex.create_prefill_block_mask(query, key, CONFIG).kv_indices
+        return create_prefill_block_mask(query, key, CONFIG).kv_indices
 
     compiled, graphs = count_compilations(indices)
     query, key, _ = make_qkv(LENGTH, heads=2, head_dim=16, device=DEVICE)
@@ -354,3 +356,138 @@ def test_trap_the_interpreters_product_of_bfloat16_is_wrong():
     wrong = not torch.allclose(out, a.bfloat16().float() @ b.bfloat16().float(), atol=1e-3)
     if not wrong:
         pytest.skip(f"mended in triton {triton.__version__}")
+
+
+# what runtime/ takes that is private to torch, one by one
+
+
+def test_a_mode_is_counted_and_can_be_left_for_a_while():
+    """2.11 to 2.13: runtime/thread_state.py."""
+    from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack
+
+    from flexprefill.runtime.thread_state import without_dispatch_modes
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        assert _len_torch_dispatch_stack() == 1
+        with without_dispatch_modes():
+            assert _len_torch_dispatch_stack() == 0
+            torch.ones(2) + 1
+        assert seen == [] and _len_torch_dispatch_stack() == 1
+        torch.ones(2)
+    assert len(seen) == 1 and _len_torch_dispatch_stack() == 0
+
+
+def test_fake_and_batched_tensors_are_told_from_others():
+    """2.11 to 2.13: runtime/thread_state.py."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from flexprefill.runtime.thread_state import is_fake, is_in_vmap
+
+    seen = []
+    torch.vmap(lambda tensor: seen.append(is_in_vmap(tensor)) or tensor)(torch.ones(2, 3))
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    assert seen == [True] and is_fake(fake)
+    assert not is_in_vmap(torch.ones(2)) and not is_fake(torch.ones(2)) and not is_fake(torch.ones(2, device="meta"))
+
+
+def test_a_marked_function_is_a_constant_of_a_graph():
+    """2.11 to 2.13: runtime/compiling.py sets what torch.compiler.assume_constant_result sets."""
+    from flexprefill.runtime.compiling import constant_in_graphs
+
+    calls = []
+
+    @constant_in_graphs
+    def untraceable(number):
+        calls.append(number)
+        return len(repr(object())) * 0 + number
+
+    compiled, graphs = count_compilations(lambda tensor: tensor + untraceable(3))
+    assert compiled(torch.ones(2)).tolist() == compiled(torch.ones(2)).tolist() == [4.0, 4.0]
+    assert calls == [3] and len(graphs) == 1
+
+
+def test_a_size_that_is_kept_does_not_become_a_symbol():
+    """2.11 to 2.13: runtime/compiling.py."""
+    from flexprefill.runtime.compiling import keep_size
+
+    sizes = []
+
+    def note(graph, inputs):
+        sizes.append([size for tensor in inputs if isinstance(tensor, torch.Tensor) for size in tensor.shape])
+        return graph.forward
+
+    compiled = torch.compile(lambda tensor: tensor * 2, backend=note, fullgraph=True)
+    for length in (5, 6, 7):
+        tensor = torch.ones(length)
+        keep_size(tensor, 0)
+        compiled(tensor)
+    assert sizes == [[5], [6], [7]]
+
+
+def test_an_operator_is_nothing_where_inductor_compiles_it():
+    """2.11 to 2.13: runtime/compiling.py."""
+    from flexprefill.attention.steps import over_kept_blocks
+    from flexprefill.runtime.compiling import pass_on_when_compiled
+
+    pass_on_when_compiled("flexprefill::over_kept_blocks")
+    empty, words = torch.empty(0), torch.ones(1, 1, 1, 1, dtype=torch.int32)
+
+    def graph(output):
+        tensor = output.view(1, 1, 8, 16)
+        # own_mods: it would raise if it ran
+        return over_kept_blocks(output + 1, empty, tensor, tensor, tensor, words, 16, 1.0, True)[0] * 2
+
+    output = torch.rand(8, 16)
+    assert torch.equal(torch.compile(graph, fullgraph=True)(output), (output + 1) * 2)
+    with pytest.raises(ValueError, match="need a graph that is compiled by inductor"):
+        torch.compile(graph, fullgraph=True, backend="eager")(output)
+
+
+def test_what_a_symbol_is_known_to_be_is_asked_without_a_guard():
+    """2.11 to 2.13: runtime/tracing.py."""
+    from flexprefill.runtime.tracing import one_if_known
+
+    class Sizes(torch.nn.Module):
+        def forward(self, tensor):
+            rows = (tensor.shape[0] + 511) // 512  # 1 for all lengths of the range
+            return tensor.new_zeros(one_if_known(rows)) + tensor.shape[0]
+
+    length = torch.export.Dim("length", min=2, max=500)
+    program = torch.export.export(Sizes(), (torch.ones(9),), dynamic_shapes=({0: length},))
+    assert program.module()(torch.ones(77)).tolist() == [77.0]
+    assert one_if_known(1) == 1 and one_if_known(5) == 5
+
+
+def test_a_condition_in_a_graph_raises_where_it_runs():
+    """2.11 to 2.13: runtime/tracing.py; on a GPU the assertion ends the process."""
+    from flexprefill.runtime.tracing import assert_in_graph
+
+    assert_in_graph(torch.tensor(True), "not this")
+    with pytest.raises(RuntimeError, match="this one"):
+        assert_in_graph(torch.tensor(False), "this one")
+
+
+def test_classes_are_nodes_with_named_children():
+    """2.11 to 2.13: runtime/pytrees.py."""
+    from torch.utils import _pytree as pytree
+
+    block_map = BlockMap.causal(1, 1, q_len=64, kv_len=64, block_size=16)
+    ((path, leaf),), spec = pytree.tree_flatten_with_path(block_map)
+    assert pytree.keystr(path) == ".words" and leaf is block_map.words
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)).unflatten([leaf]) == block_map
+
+
+def test_errors_of_refused_compilations_are_there():
+    """2.11 to 2.13: runtime/compiling.py."""
+    from flexprefill.runtime.compiling import mixed_up_sizes
+
+    failed = torch._dynamo.exc.BackendCompilerFailed(types.SimpleNamespace(__name__="x"), RuntimeError("y"), None)
+    assert issubclass(torch._dynamo.exc.FailOnRecompileLimitHit, Exception) and not mixed_up_sizes(failed)

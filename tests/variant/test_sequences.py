@@ -3,14 +3,13 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
-from support.sequences import LEAN, assert_follows, cases, layouts, spoil
+from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import evaluate_cut_rule
+from support.sequences import LEAN, assert_follows, cases, spoil
 
-from flexprefill import BlockMap, KeyMeans, PrefillConfig, Sequences, search_blocks
+from flexprefill import AttentionVariant, BlockMap, KeyMeans, PrefillConfig, Sequences, search_blocks
 from flexprefill.blockmap.masking import classify_blocks
 from flexprefill.variant.visibility import blocks_from, first_keys
 
@@ -22,7 +21,7 @@ def test_the_reference_follows_the_rule_for_each_rows_own_sequence(case):
     keep, close = evaluate_cut_rule(query, key, starts, ends, **arguments)
     padding = sequences.padding.cpu()
     query, key = (spoil(tensor, padding).to(DEVICE) for tensor in (query, key))
-    found = search_blocks(query, key, implementation="reference", sequences=sequences, **arguments)
+    found = search_blocks(query, key, implementation="reference", variant=AttentionVariant(sequences), **arguments)
     assert_follows(found, keep, close)
 
 
@@ -35,7 +34,7 @@ def test_a_right_padded_sequence_gets_the_mask_that_it_gets_alone(kv_len, offset
     q_len = kv_len if offset else int(torch.randint(1, kv_len + 1, (), generator=rng))
     query, key, _ = make_qkv(q_len, kv_len, batch=3, heads=4, kv_heads=2, head_dim=16, seed=seed, device=DEVICE)
     sequences = Sequences.from_lengths(lengths.to(DEVICE), kv_len)
-    dense = search_blocks(query, key, config, sequences=sequences).to_dense()
+    dense = search_blocks(query, key, config, variant=AttentionVariant(sequences)).to_dense()
     for n, length in enumerate(lengths.tolist()):
         own_rows = length - (kv_len - q_len)
         rows, columns = -(-max(own_rows, 0) // 16), -(-length // 16)
@@ -54,7 +53,8 @@ def test_sequences_that_start_on_block_edges_get_the_masks_that_they_get_alone(b
     query, key, _ = make_qkv(kv_len, heads=2, head_dim=16, seed=seed, device=DEVICE)
     config = replace(LEAN, min_blocks=seed % 2, score_rows=("whole", "visible")[seed % 2])
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    packed = search_blocks(query, key, config, sequences=Sequences.from_cu_seqlens(bounds, kv_len)).to_dense()
+    variant = AttentionVariant(Sequences.from_cu_seqlens(bounds, kv_len))
+    packed = search_blocks(query, key, config, variant=variant).to_dense()
     expected = torch.zeros_like(packed)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         if start < end:
@@ -65,9 +65,8 @@ def test_sequences_that_start_on_block_edges_get_the_masks_that_they_get_alone(b
     assert torch.equal(packed, expected)
     # the last of them alone, behind padding
     last = lengths[-1:]
-    left = search_blocks(
-        query, key, config, sequences=Sequences.from_lengths(torch.tensor(last, device=DEVICE), kv_len, padding="left")
-    )
+    behind = Sequences.from_lengths(torch.tensor(last, device=DEVICE), kv_len, padding="left")
+    left = search_blocks(query, key, config, variant=AttentionVariant(behind))
     if last[0]:
         place = slice((kv_len - last[0]) // 16, None)
         assert torch.equal(left.to_dense()[:, :, place, place], expected[:, :, place, place])
@@ -84,7 +83,9 @@ def test_sequences_that_start_on_block_edges_get_the_masks_that_they_get_alone(b
 def test_one_whole_sequence_changes_nothing(make, q_len):
     query, key, _ = make_qkv(q_len, 200, batch=2, heads=2, head_dim=16, device=DEVICE)
     for config in (LEAN, replace(LEAN, score_rows="visible", min_blocks=2)):
-        assert search_blocks(query, key, config, sequences=make(200)) == search_blocks(query, key, config)
+        assert search_blocks(query, key, config, variant=AttentionVariant(make(200))) == search_blocks(
+            query, key, config
+        )
 
 
 @settings(deadline=None, max_examples=60)
@@ -94,13 +95,13 @@ def test_what_is_left_of_blocks_is_what_the_elements_say(case, window):
     q_len, kv_len = query.shape[2], key.shape[2]
     sizes = {"q_len": q_len, "kv_len": kv_len, "block_size": arguments["config"].block_size, "device": DEVICE}
     block_map = BlockMap.causal(query.shape[0], 1, **sizes)
-    for starts in (sequences.starts, None):
-        first = first_keys(starts, window or 0, q_len, kv_len, DEVICE)
+    for hiding in (sequences, None):
+        first = first_keys(hiding, window, block_map.geometry, DEVICE)
         if first is None:
             continue
         rows = first.expand(query.shape[0], -1)
-        by_elements = classify_blocks(lambda b, h, q, k: k >= rows[b, q], block_map)  # noqa: B023
-        for fast, slow in zip(blocks_from(first, block_map), by_elements, strict=True):
+        by_elements = classify_blocks(lambda b, h, q, k: k >= rows[b, q], block_map.words, block_map.geometry)  # noqa: B023
+        for fast, slow in zip(blocks_from(first, block_map.geometry), by_elements, strict=True):
             assert torch.equal(fast.expand_as(slow), slow)
 
 
@@ -113,6 +114,10 @@ def test_what_cannot_be_sequences_is_refused():
         (lambda: Sequences.from_lengths(lengths, 8, padding="middle"), ValueError, "padding must be one of.*'middle'"),
         (lambda: Sequences.from_lengths(lengths, 0), ValueError, "kv_len must be at least 1"),
         (lambda: Sequences.from_lengths(lengths, 8.0), TypeError, "kv_len must be an int"),
+        (lambda: Sequences.from_lengths(torch.tensor([3, 9]), 8), ValueError, r"0 … kv_len=8, got \[3, 9\]"),
+        (lambda: Sequences.from_lengths(torch.tensor([-1, 5]), 8), ValueError, r"0 … kv_len=8, got \[-1, 5\]"),
+        (lambda: Sequences.from_cu_seqlens(torch.tensor([0, 6, 5]), 8), ValueError, r"ascend .* got \[0, 6, 5\]"),
+        (lambda: Sequences.from_cu_seqlens(torch.tensor([0, 9]), 8), ValueError, r"within 0 … kv_len=8, got \[0, 9\]"),
         (lambda: Sequences.from_cu_seqlens(lengths[:1], 8), ValueError, "cu_seqlens must hold a start and an end"),
     ):
         with pytest.raises(error, match=message):
@@ -128,7 +133,7 @@ def test_what_cannot_be_sequences_is_refused():
         ({"sequences": sequences, "config": PrefillConfig(scorer="xattention")}, ValueError, "does not know of seq"),
     ):
         with pytest.raises(error, match=message):
-            search_blocks(query, key, **arguments)
+            search_blocks(query, key, **as_variant(**arguments))
 
 
 def test_other_lengths_compile_nothing_anew():
@@ -140,12 +145,14 @@ def test_other_lengths_compile_nothing_anew():
 
     @torch.compile(fullgraph=True, backend=count)
     def search(query, key, lengths):
-        return search_blocks(query, key, LEAN, sequences=Sequences.from_lengths(lengths, key.shape[2])).words
+        return search_blocks(
+            query, key, LEAN, variant=AttentionVariant(Sequences.from_lengths(lengths, key.shape[2]))
+        ).words
 
     query, key, _ = make_qkv(200, batch=2, head_dim=16, device=DEVICE)
     for lengths in ([200, 100], [3, 0], [70, 71]):
         lengths = torch.tensor(lengths, device=DEVICE)
-        expected = search_blocks(query, key, LEAN, sequences=Sequences.from_lengths(lengths, 200))
+        expected = search_blocks(query, key, LEAN, variant=AttentionVariant(Sequences.from_lengths(lengths, 200)))
         assert torch.equal(search(query, key, lengths), expected.words)
     assert len(graphs) == 1
 
@@ -161,7 +168,7 @@ def scores_of(monkeypatch, query, key, config, **call):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        found = search_blocks(query, key, config, implementation="triton", **call)
+        found = search_blocks(query, key, config, implementation="triton", **as_variant(**call))
     scratch = arrays[-1]  # [programs, heads of a mask, query blocks of a program, blocks]
     programs, members, neighbours, _ = scratch.shape
     batch, heads, rows, columns = found.shape

@@ -1,0 +1,62 @@
+"""The thread's state kept out of what is computed: results depend on arguments alone (docs/robustness.md).
+
+Private to torch, seen with 2.11 to 2.13: _len_torch_dispatch_stack and _disable_current_modes (no public way asks for
+TorchDispatchModes or runs without them), FakeTensor and is_batchedtensor (none asks what a tensor is made by).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+
+from flexprefill.runtime.tracing import is_tracing
+
+
+def without_autocast() -> AbstractContextManager[object]:
+    """Float32 products stay float32 inside, and tensors keep their dtypes."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _without_autocast()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of several dtypes as autocast's, where it is on, as scaled_dot_product_attention takes them."""
+    tensors = query, key, value
+    if not all(isinstance(tensor, Tensor) for tensor in tensors) or query.dtype == key.dtype == value.dtype:
+        return tensors
+    kind = query.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def without_dispatch_modes() -> AbstractContextManager[object]:
+    """No TorchDispatchMode, such as a FlopCounterMode, sees what is called inside. Not while a graph is traced.
+
+    torch.compile runs a function eagerly under one, and goes on to do so when it is gone.
+    """
+    if _len_torch_dispatch_stack() > 0:
+        return _disable_current_modes()
+    return contextlib.nullcontext()
+
+
+def is_in_vmap(tensor: Tensor) -> bool:
+    """Whether torch.vmap hides a dimension of a tensor."""
+    return not is_tracing() and torch._C._functorch.is_batchedtensor(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is of a FakeTensorMode, which has shapes and no numbers; not while a graph is traced."""
+    return type(tensor).__name__ == "FakeTensor" and not is_tracing()
