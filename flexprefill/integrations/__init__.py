@@ -1,1 +1,1 @@
-"""flexprefill inside other libraries. Each module needs the library of its name and loads it."""
+"""flexprefill inside other libraries: ``transformers`` and ``distributed`` are for users, the others are parts."""

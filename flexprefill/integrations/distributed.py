@@ -197,10 +197,18 @@ def context_parallel_attention(
     keys, values = gather_context(key, layout), gather_context(value, layout)
     outputs = []
     for rows, block_map in zip(_chunks(query, layout), maps, strict=True):
-        seen = keys[:, :, : block_map.kv_len], values[:, :, : block_map.kv_len]
-        last = block_map.kv_len == layout.length
-        chosen = {"variant": variant, "block_map": block_map, "scale": scale, "last_chunk": last, "backend": backend}
-        outputs.append(prefill_attention(rows, *seen, config, **chosen))
+        output = prefill_attention(
+            rows,
+            keys[:, :, : block_map.kv_len],
+            values[:, :, : block_map.kv_len],
+            config,
+            variant=variant,
+            block_map=block_map,
+            scale=scale,
+            last_chunk=block_map.kv_len == layout.length,
+            backend=backend,
+        )
+        outputs.append(output)
     return torch.cat(outputs, 2)
 
 
@@ -263,12 +271,12 @@ def _own_heads(variant: AttentionVariant, query: DTensor) -> AttentionVariant:
         raise TypeError(f"variant must be an AttentionVariant or None, got {type(variant).__name__}")
     heads = query.shape[1] // query.device_mesh.size()
     first = query.device_mesh.get_local_rank() * heads
-    parts = {}
+    own: list[Tensor | None] = []
     for name, tensor in (("alibi_slopes", variant.alibi_slopes), ("sinks", variant.sinks)):
         if tensor is not None:
             check_per_head(f"variant.{name}", tensor, query)
-            parts[name] = tensor[first : first + heads]
-    return replace(variant, **parts)
+        own.append(None if tensor is None else tensor[first : first + heads])
+    return replace(variant, alibi_slopes=own[0], sinks=own[1])
 
 
 def _chunks(tensor: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:

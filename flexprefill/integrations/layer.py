@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import operator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -9,13 +11,20 @@ from torch import Tensor
 from flexprefill.attention.backends import Request, choose_dense
 from flexprefill.attention.dense import dense_attention
 from flexprefill.attention.prefill import prefill_attention
+from flexprefill.blockmap.block_mask import cut_by
 from flexprefill.blockmap.map import all_blocks
 from flexprefill.config import PrefillConfig
+from flexprefill.integrations.exact import attend_exactly
+from flexprefill.runtime.compiling import constant_in_graphs
 from flexprefill.runtime.listeners import is_recording, note
+from flexprefill.runtime.state import remembered
 from flexprefill.search.blocks import search_blocks
-from flexprefill.variant.inputs import check_attention_inputs
+from flexprefill.variant.inputs import DTYPES, HEAD_DIMS, check_attention_inputs, check_no_gradients
+from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import PLAIN, AttentionVariant
+
+logger = logging.getLogger("flexprefill")
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,15 @@ class Layer:
     Attributes:
         config: which blocks it keeps; None keeps all.
         scale: factor on the dot products.
-        variant: without sequences. Where its window is shorter than the keys it is attended exactly, without a search.
+        variant: where its window is shorter than the keys the layer is attended exactly, without a search. It has
+            sequences where prompts are packed in a row.
+        kind: of the layer and its model, for the log.
     """
 
     config: PrefillConfig | None
     scale: float
     variant: AttentionVariant = PLAIN
+    kind: str = "layer"
 
 
 def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -47,12 +59,17 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
     Raises:
         TypeError, ValueError: as :func:`flexprefill.prefill_attention`.
     """
-    check_attention_inputs(query, key, value)
     config, variant, scale = layer.config or PrefillConfig(), layer.variant, layer.scale
     if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
         variant = replace(variant, sliding_window=None)
+    searches = variant.sliding_window is None and layer.config is not None
+    if not _has_kernels(query, value) and (not searches or _is_too_wide(query, value)):
+        if searches:
+            _say_dense(layer.kind, *_head_dims(query, value))
+        return _attend_exactly(query, key, value, scale, variant)
+    check_attention_inputs(query, key, value)
     block_map = None
-    if variant.sliding_window is not None or layer.config is None:
+    if not searches:
         if variant == PLAIN:
             return _attend_dense(query, key, value, scale)
         block_map = all_blocks(query, key, config.block_size)
@@ -69,3 +86,45 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, lse=False, max_scores=False)
     choice = choose_dense(request, "the layer keeps all blocks")
     return dense_attention(query, key, value, scale=scale, kernel=choice.name)
+
+
+def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, scale: float, variant: AttentionVariant) -> Tensor:
+    """What no kernel of the search or of FlexAttention takes."""
+    if is_recording():
+        kept = all_blocks(query, key, PrefillConfig.block_size)
+        words, _ = cut_by(kept.words, hiding_masks(variant, kept.words, kept.geometry))
+        note(replace(kept, words=words))
+    if variant == PLAIN:
+        check_no_gradients(query=query, key=key, value=value)
+        return dense_attention(query, key, value, scale=scale, kernel="dense-sdpa")
+    return attend_exactly(query, key, value, scale, variant)
+
+
+def _head_dims(query: Tensor, value: Tensor) -> tuple[int, int]:
+    return operator.index(query.shape[3]), operator.index(value.shape[3])
+
+
+def _has_kernels(query: Tensor, value: Tensor) -> bool:
+    """Whether search and sparse attention take tensors like these."""
+    return query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in _head_dims(query, value))
+
+
+def _is_too_wide(query: Tensor, value: Tensor) -> bool:
+    return max(_head_dims(query, value)) > HEAD_DIMS[-1]
+
+
+@constant_in_graphs
+def _say_dense(kind: str, head_dim: int, value_dim: int) -> bool:
+    return _say_dense_once(kind, head_dim, value_dim)
+
+
+@remembered("layers that were said to be dense", most=256)
+def _say_dense_once(kind: str, head_dim: int, value_dim: int) -> bool:
+    logger.warning(
+        "%s is dense: its head dimension D=%d, Dv=%d is above 256, which is the most that search and sparse "
+        "attention take",
+        kind,
+        head_dim,
+        value_dim,
+    )
+    return True

@@ -11,13 +11,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill.blockmap.block_mask import Cut, list_blocks
 from flexprefill.blockmap.map import BlockMap
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import UnsupportedError
 from flexprefill.runtime.listeners import is_recording
+from flexprefill.variant.sequences import Sequences
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
 PADDING_BETWEEN = (
-    "attention_mask must have padding before or behind a prompt only, got padding between tokens: pad on the left to "
-    "continue padded prompts by more than one token"
+    "attention_mask must have padding before or behind a prompt only, got padding between tokens: leave the hole out; "
+    "padding may stand anywhere in a call that continues a filled cache (past_key_values), outside of torch.compile"
 )
 
 
@@ -31,15 +32,16 @@ class Span(NamedTuple):
 class Prompts:
     """The prompts of a batch, as the mask_mod that shows each query its own prompt's keys up to itself.
 
-    A mask_mod is what a BlockMask carries through the code of a model, so here it carries the numbers, too.
-
     Args:
         batch: how many prompts.
         offset: the slot of the first query.
-        window: how many keys a query sees at most, its own among them; None is all of them.
+        window: how many slots a query sees at most, its own among them; None is all of them.
         spans: the slots of each prompt; where only the device knows them, inside torch.compile, int32 [B, 2] of the
             first one and the end. None if each prompt fills all slots up to the last query.
         device: of the mask.
+        real: where a prompt's span has padding among its tokens, bool [B, slots], True where a slot holds a token;
+            None where none has.
+        sequences: of the slots, where prompts are packed in a row; the prompts then fill all slots.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class Prompts:
         window: int | None,
         spans: tuple[Span, ...] | Tensor | None,
         device: torch.device | str,
+        real: Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> None:
         self.batch, self.offset, self.window, self.spans, self.device = batch, offset, window, spans, device
+        self.real, self.sequences = real, sequences
+        self._packed: tuple[Tensor, Sequences | None] | None = None
         if spans is not None:
             on_device = spans if isinstance(spans, Tensor) else torch.tensor(spans, dtype=torch.int32, device=device)
             self._first, self._end = on_device.T.contiguous()
@@ -62,7 +68,38 @@ class Prompts:
             seen = seen & (behind < self.window)
         if self.spans is not None:
             seen = seen & (kv_idx >= self._first[b]) & (kv_idx < self._end[b])
+        if self.real is not None:
+            seen = seen & self.real[b, kv_idx]
+        if self.sequences is not None:
+            starts = self.sequences.starts
+            seen = seen & (kv_idx >= starts[b if starts.shape[0] > 1 else torch.zeros_like(b), q_idx + self.offset])
         return seen
+
+    def packed_as(self, sequences: Sequences) -> Prompts:
+        """The same prompts, packed in a row.
+
+        Raises:
+            UnsupportedError: they are packed already, otherwise.
+        """
+        ours = self.sequences
+        if ours is not None and not bool((ours.starts == sequences.starts).all() & (ours.ends == sequences.ends).all()):
+            raise UnsupportedError("cu_seq_lens_q must say the sequences that position_ids say, got others")
+        return Prompts(self.batch, self.offset, self.window, self.spans, self.device, sequences=sequences)
+
+    def packed_by(self, positions: Tensor, kv_len: int) -> Prompts:
+        """The same prompts, packed where positions start anew at 0; waits for the device once for all layers.
+
+        Args:
+            positions: of a single row, [1, kv_len]; others say nothing.
+        """
+        if self.batch != 1 or positions.shape != (1, kv_len):
+            return self
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can wait
+            return self
+        if self._packed is None or self._packed[0] is not positions:
+            self._packed = positions, sequences_of(positions)
+        sequences = self._packed[1]
+        return self if sequences is None else self.packed_as(sequences)
 
     def to_block_mask(self, q_len: int) -> BlockMask:
         """The BlockMask of ``q_len`` queries over the slots up to the last: [B, 1, q_len, offset + q_len].
@@ -81,6 +118,16 @@ class Prompts:
             seq_lengths=lengths,
             compute_q_blocks=False,
         )
+
+
+def sequences_of(positions: Tensor) -> Sequences | None:
+    """The sequences of a row of positions, [1, S], each of which starts at 0; None for anything else."""
+    starts_anew = positions[0].diff() != 1
+    if not bool(starts_anew.any()) or not bool((positions[0, 1:][starts_anew] == 0).all() & (positions[0, 0] == 0)):
+        return None
+    starts = starts_anew.nonzero()[:, 0] + 1
+    bounds = torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), positions.shape[1])])
+    return Sequences.from_cu_seqlens(bounds, positions.shape[1])
 
 
 def bounds_of(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +177,7 @@ def attend_each(
         [B, Hq, S_q, Dv], zeros where a query is padding.
 
     Raises:
-        FlexPrefillError: masks are recorded, and the prompts differ in their places.
+        UnsupportedError: masks are recorded, and the prompts differ in their places.
     """
     spans = prompts.spans
     if spans is None:
@@ -138,21 +185,37 @@ def attend_each(
         return attend(query, key[:, :, used], value[:, :, used], None)
     if isinstance(spans, Tensor):
         return _attend_moved(attend, query, key, value, prompts.offset, *spans.unbind(1))
-    if is_recording() and len(set(spans)) > 1:
-        raise FlexPrefillError(
+    with_gaps = entries_with_gaps(prompts)
+    if is_recording() and (len(set(spans)) > 1 or (with_gaps and len(spans) > 1)):
+        raise UnsupportedError(
             "record_masks cannot record a batch of prompts with different padding, whose maps differ in size: "
             "record them one by one"
         )
     output = query.new_zeros(*query.shape[:3], value.shape[3])
+    for entry in with_gaps:
+        assert prompts.real is not None
+        slots = prompts.real[entry].nonzero()[:, 0]
+        own_rows = slots[slots >= prompts.offset] - prompts.offset
+        if len(own_rows) > 0:
+            alone = query[entry, None][:, :, own_rows], key[entry, None][:, :, slots], value[entry, None][:, :, slots]
+            output[entry, :, own_rows] = attend(*alone, None)[0]
     for span in sorted(set(spans)):
         rows = slice(max(span.first - prompts.offset, 0), span.end - prompts.offset)
-        if rows.stop <= rows.start:
+        entries = [entry for entry, its in enumerate(spans) if its == span and entry not in with_gaps]
+        if rows.stop <= rows.start or not entries:
             continue
-        entries = [entry for entry, its in enumerate(spans) if its == span]
         used = slice(*span)
         alone = query[entries, :, rows], key[entries, :, used], value[entries, :, used]
         output[entries, :, rows] = attend(*alone, None)
     return output
+
+
+def entries_with_gaps(prompts: Prompts) -> list[int]:
+    """The prompts that have padding among their tokens; waits for the device where any may have."""
+    if prompts.real is None or not isinstance(prompts.spans, tuple):
+        return []
+    tokens = prompts.real.sum(1).tolist()
+    return [entry for entry, span in enumerate(prompts.spans) if span.end - span.first != tokens[entry]]
 
 
 def _attend_moved(

@@ -14,9 +14,8 @@ the blocks that it keeps alone.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,25 +23,28 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill.config import PrefillConfig, check_config
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import UnsupportedError
+from flexprefill.integrations.exact import attend_exactly
 from flexprefill.integrations.layer import Layer, attend_layer
-from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, attend_each, bounds_of, spans_of
+from flexprefill.integrations.model_classes import check_model
+from flexprefill.integrations.prompt_mask import PromptMask
+from flexprefill.integrations.prompts import Prompts, attend_each
+from flexprefill.integrations.transformers_internals import (
+    RESERVED,
+    AttentionInterface,
+    AttentionMaskInterface,
+    forget_name,
+    is_taken,
+    sdpa_attention_forward,
+    watch_models,
+)
+from flexprefill.integrations.transformers_masks import as_int, has_shapes_alone, prompt_mask
+from flexprefill.runtime.listeners import is_recording
+from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.inputs import resolve_scale
-from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import AttentionVariant
-
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-except ImportError as error:
-    raise ImportError(
-        "flexprefill.integrations.transformers needs transformers 5: pip install 'flexprefill[transformers]'"
-    ) from error
-
-# transformers asks for these parts of a name, and would take ours for one of its own
-RESERVED = ("flash", "sdpa", "eager", "flex_attention", "|", "/")
 
 # by model_type: the setting that was published for a model of the kind
 PUBLISHED = {
@@ -56,7 +58,6 @@ PUBLISHED = {
     }.items()
 }
 
-logger = logging.getLogger("flexprefill")
 _registered: set[str] = set()
 
 
@@ -87,14 +88,12 @@ def register(
         check_config(config)
     _check_name(name)
     layers = _checked_layers(layers)
-    if name not in _registered and name in {
-        *AttentionInterface._global_mapping,
-        *AttentionMaskInterface._global_mapping,
-    }:
+    if name not in _registered and is_taken(name):
         raise ValueError(f"name {name!r} is an attention implementation of transformers' or another library's")
     AttentionInterface.register(name, _attention_function(config, layers))
     AttentionMaskInterface.register(name, prompt_mask)
     _registered.add(name)
+    watch_models(_check_model)
 
 
 def unregister(name: str = "flexprefill") -> None:
@@ -108,91 +107,61 @@ def unregister(name: str = "flexprefill") -> None:
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     if name not in _registered:
         raise ValueError(f"name {name!r} is not registered; registered are {sorted(_registered)}")
-    # transformers has no function for it: del on an interface reaches the local names alone
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(name, None)
+    forget_name(name)
     _registered.remove(name)
+    if not _registered:
+        watch_models(None)
 
 
-def prompt_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    config: Any = None,
-    device: torch.device | str = "cpu",
-    **others: Any,
-) -> BlockMask | Tensor | None:
-    """The mask function of transformers' AttentionMaskInterface.
+def _check_model(model: nn.Module, implementation: object) -> None:
+    if implementation in _registered:
+        check_model(model, str(implementation))
 
-    Args: as transformers gives them; ``attention_mask`` is the padding mask, bool [B, tokens].
 
-    Returns:
-        None if the queries are the last of all keys and see all keys before them; else a BlockMask whose mask_mod is
-        a Prompts. For a single query, and without causality, the mask of the implementation sdpa.
+@dataclass(frozen=True)
+class AskedAttention:
+    """What transformers asks an attention function for besides tensors and mask."""
 
-    Raises:
-        FlexPrefillError: the mask is one that a search over prompts cannot follow; where that shows only when a
-            compiled graph runs, it is a RuntimeError.
-        ValueError: padding stands between tokens.
-    """
-    if q_length == 1 or "allow_is_bidirectional_skip" in others:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            device=device,
-            **others,
+    dropout: float = 0.0
+    scaling: float | None = None
+    is_causal: bool | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    s_aux: Tensor | None = None
+    position_bias: Tensor | None = None
+    output_attentions: bool | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AskedAttention:
+        """Of the keyword arguments of a call, of which the others do not change what attention is."""
+        wanted = {name: given[name] for name in ASKED if name in given}
+        for name, plain in (("scaling", _as_float), ("softcap", _as_float), ("sliding_window", as_int)):
+            if wanted.get(name) is not None:
+                wanted[name] = plain(wanted[name])
+        asked = cls(**wanted)
+        if asked.dropout > 0:
+            raise UnsupportedError(f"dropout must be 0, got {asked.dropout}: a prefill is inference, call model.eval()")
+        if asked.position_bias is not None:
+            raise UnsupportedError(
+                "position_bias is not supported, as models with learned position biases (T5) have it: load them with "
+                'attn_implementation="sdpa" or "eager"'
+            )
+        if asked.output_attentions:
+            raise UnsupportedError("output_attentions is not supported: attention weights are never held")
+        return asked
+
+    def variant(self, prompts: Prompts | None = None) -> AttentionVariant:
+        """What attention is besides causal."""
+        window, sequences = (None, None) if prompts is None else (prompts.window, prompts.sequences)
+        return AttentionVariant(
+            sequences=sequences,
+            sliding_window=window,
+            soft_cap=self.softcap,
+            sinks=None if self.s_aux is None else self.s_aux.detach(),
         )
-    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
-        raise FlexPrefillError(f"layers that attend in chunks (attention_chunk_size={local_size}) are not supported")
-    if is_tracing() and isinstance(q_offset, Tensor):
-        raise FlexPrefillError(
-            "past_key_values must be no filled static cache for a prompt inside torch.compile, because its length is "
-            "on the device: compile the steps of decoding alone, as generate() does"
-        )
-    if not allow_is_causal_skip:
-        # transformers says so, too, of every prompt that is compiled without a cache, in case it is packed
-        _require(
-            not others.get("use_vmap") and _is_causal(mask_function, batch_size, q_length, q_offset, device),
-            "attention_mask must be causal with padding alone: flexprefill takes no packed sequences (position_ids "
-            "that start anew) and no images whose tokens see each other",
-        )
-    offset = int(q_offset) - kv_offset  # waits for the device if the cache is a static one
-    used = offset + q_length
-    window = local_size if local_size is not None and local_size < used else None
-    spans = None
-    if attention_mask is not None:
-        real = attention_mask[:, kv_offset : kv_offset + used]
-        # slots that the padding mask does not reach are padding
-        real = nn.functional.pad(real, (0, used - real.shape[1]))
-        if is_tracing():
-            spans, whole = bounds_of(real)
-            _require(whole, PADDING_BETWEEN)
-            if offset > 0:
-                _require(
-                    (spans[:, 0] == 0).all(),
-                    "attention_mask must have no padding before a prompt that follows a cache inside torch.compile: "
-                    "pad on the right, or compile without chunks",
-                )
-        else:
-            spans = spans_of(real)
-            if set(spans) == {Span(0, used)}:
-                spans = None
-    if spans is None and window is None and used == kv_length:
-        return None
-    return Prompts(batch_size, offset, window, spans, device).to_block_mask(q_length)
+
+
+ASKED = tuple(field.name for field in fields(AskedAttention))  # torch.compile does not trace fields()
 
 
 def _attention_function(
@@ -206,39 +175,25 @@ def _attention_function(
         key: Tensor,
         value: Tensor,
         attention_mask: BlockMask | Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        **others: Any,
+        **given: Any,
     ) -> tuple[Tensor, None]:
         """query [B, Hq, S_q, D], key and value [B, Hkv, slots, D] → ([B, S_q, Hq, Dv], None)."""
-        _check_supported(dropout, position_bias, others)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        plain = softcap is None and s_aux is None
-        if plain and (not causal or query.shape[2] == 1):
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
-            )
-        if not causal:
-            raise FlexPrefillError("softcap and s_aux are supported for causal attention only")
-        scale = resolve_scale(scaling, query.shape[3])
-        variant = AttentionVariant(soft_cap=softcap, sinks=None if s_aux is None else s_aux.detach())
-        if query.shape[2] == 1:
-            with torch.no_grad():
-                output = _attend_plainly(query, key, value, attention_mask, scale, variant)
-            return output.transpose(1, 2), None
-
-        prompts = _prompts_of(attention_mask)
-        index = getattr(module, "layer_idx", None)
-        setting = layers[index] if index in layers else config or _published(module)
-        window = sliding_window if prompts is None else prompts.window
-        layer = Layer(setting, scale, replace(variant, sliding_window=window))
+        asked = AskedAttention.of(given)
+        if has_shapes_alone(query):
+            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+        query, key, value = of_one_dtype(query, key, value)
+        prompts = _prompts_of(attention_mask, query, key)
+        causal = getattr(module, "is_causal", True) if asked.is_causal is None else asked.is_causal
+        if query.shape[2] == 1 or (prompts is None and not causal):
+            mask = attention_mask if isinstance(attention_mask, Tensor) else None
+            return _attend_all(module, query, key, value, mask, asked), None
         if prompts is None:
-            output = attend_layer(layer, query, key, value)
+            prompts = _whole_prompt(attention_mask, query, key, asked)
+        prompts = _packed_by(prompts, given, query)
+        setting = _setting_of(module, config, layers)
+        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), asked.variant(prompts), _kind_of(module))
+        if prompts.real is not None and prompts.window is not None:
+            output = _attend_among_gaps(layer, query, key, value, prompts)
         else:
             output = attend_each(functools.partial(attend_layer, layer), query, key, value, prompts)
         return output.transpose(1, 2).contiguous(), None
@@ -246,79 +201,104 @@ def _attention_function(
     return flexprefill_attention
 
 
-def _attend_plainly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, variant: AttentionVariant
+def _attend_all(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: AskedAttention
 ) -> Tensor:
-    """Attention of queries that see what a mask says, in plain PyTorch: [B, Hq, S_q, Dv] of query's dtype.
+    """Dense attention [B, S_q, Hq, Dv] of a single query, or without causality, to all that a mask shows."""
+    if mask is not None and mask.shape[-1] != key.shape[2]:
+        raise UnsupportedError(
+            f"key must have the length that attention_mask {list(mask.shape)} was made for, got {key.shape[2]} keys"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)  # under autocast they differ
+    if asked.softcap is None and asked.s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, scaling=asked.scaling, is_causal=asked.is_causal
+        )[0]
+    scale = resolve_scale(asked.scaling, query.shape[3])
+    return attend_exactly(query, key, value, scale, asked.variant(), causal=False, mask=mask).transpose(1, 2)
 
-    Args:
-        mask: bool, True where a key is seen, or numbers to add to the scores; broadcast to [B, Hq, S_q, S_kv]. None
-            shows all keys.
+
+def _attend_among_gaps(layer: Layer, query: Tensor, key: Tensor, value: Tensor, prompts: Prompts) -> Tensor:
+    """Attention within a window that counts slots, padding among them, as transformers' own masks do."""
+    if is_recording():
+        raise UnsupportedError(
+            "record_masks cannot record a layer with a sliding window where padding stands between tokens"
+        )
+    assert prompts.real is not None
+    used = prompts.offset + query.shape[2]
+    mask = prompts.real[:, None, None]
+    output = attend_exactly(query, key[:, :, :used], value[:, :, :used], layer.scale, layer.variant, mask=mask)
+    return output.masked_fill(~prompts.real[:, None, prompts.offset :, None], 0)
+
+
+def _prompts_of(attention_mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> Prompts | None:
+    """The prompts of the mask function's mask, if it is for queries and keys like these; None for another mask."""
+    if isinstance(attention_mask, PromptMask):
+        attention_mask.check_lengths(query, key)
+        return attention_mask.prompts
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        return None
+    raise UnsupportedError(f"attention_mask must be the mask function's own, got {type(attention_mask).__name__}")
+
+
+def _whole_prompt(attention_mask: object, query: Tensor, key: Tensor, asked: AskedAttention) -> Prompts:
+    """What a model means that calls causal attention without a mask.
+
+    Raises:
+        UnsupportedError: it has a mask that cannot be searched with, or one is missing.
     """
-    if mask is None:
-        return PlainAttention(query, key, scale, variant, causal=False).attend(value)[0].to(query.dtype)
-    of_each = mask.expand(*query.shape[:3], key.shape[2])
+    if isinstance(attention_mask, Tensor):
+        raise UnsupportedError(
+            "attention_mask must be None or a padding mask [B, tokens] for a prompt, which no other mask can be "
+            f"searched with, got Tensor {list(attention_mask.shape)}"
+        )
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if q_len != kv_len:
+        raise UnsupportedError(
+            f"attention_mask must be given where keys are more than queries, got None for {q_len} queries and {kv_len} "
+            "keys: it says where the queries stand"
+        )
+    window = None if asked.sliding_window is None or asked.sliding_window >= kv_len else asked.sliding_window
+    return Prompts(query.shape[0], 0, window, None, query.device)
 
-    def shown(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return of_each[b, h, q_idx, kv_idx]
 
-    def added(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + of_each[b, h, q_idx, kv_idx]
+def _packed_by(prompts: Prompts, given: Mapping[str, Any], query: Tensor) -> Prompts:
+    """The prompts, packed as the arguments of a flattening collator say.
 
-    hides = mask.dtype == torch.bool
-    mods = {"mask_mods": (shown,) if hides else (), "score_mods": () if hides else (added,)}
-    return PlainAttention(query, key, scale, variant, **mods, causal=False).attend(value)[0].to(query.dtype)
+    transformers' mask functions look at ``position_ids`` where there is neither a cache nor a padding mask, and at
+    ``cu_seq_lens_q`` nowhere. FlashAttention's implementations read both, and so does this.
+
+    Raises:
+        UnsupportedError: ``cu_seq_lens_q`` cannot be followed.
+    """
+    bounds, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
+    in_a_row = prompts.spans is None and prompts.offset == 0
+    if bounds is None:
+        if is_tracing() or not in_a_row or prompts.sequences is not None or positions is None:
+            return prompts
+        return prompts.packed_by(positions, query.shape[2])
+    if is_tracing() or not in_a_row or not torch.equal(bounds, given.get("cu_seq_lens_k", bounds)):
+        raise UnsupportedError(
+            "cu_seq_lens_q must be cu_seq_lens_k, of sequences packed in a row, without a filled cache, "
+            "attention_mask or torch.compile"
+        )
+    return prompts.packed_as(Sequences.from_cu_seqlens(bounds.to(query.device), query.shape[2]))
+
+
+def _setting_of(
+    module: nn.Module, config: PrefillConfig | None, layers: Mapping[int, PrefillConfig | None]
+) -> PrefillConfig | None:
+    index: Any = getattr(module, "layer_idx", None)
+    return layers[index] if index in layers else config or _published(module)
+
+
+def _kind_of(module: nn.Module) -> str:
+    return f"{type(module).__name__} of {getattr(getattr(module, 'config', None), 'model_type', 'a model')}"
 
 
 def _published(module: nn.Module) -> PrefillConfig:
-    return PUBLISHED.get(getattr(getattr(module, "config", None), "model_type", None), PrefillConfig())
-
-
-def _is_causal(
-    mask_function: Callable[..., Tensor], batch_size: int, q_length: int, q_offset: int, device: torch.device | str
-) -> Tensor:
-    """Whether each query sees the key before its own and none sees the next: bool, no dimensions.
-
-    So it is with a causal mask and with a window. Sequences that are packed hide their first token's predecessor, and
-    tokens that see each other see the next.
-    """
-    batch = torch.arange(batch_size, device=device)[:, None]
-    position = torch.arange(1, q_length, device=device)[None] + q_offset
-    head = torch.zeros_like(position)
-    before, after = (
-        mask_function(batch, head, position, position - 1),
-        mask_function(batch, head, position - 1, position),
-    )
-    return (before & ~after).all()
-
-
-def _require(condition: bool | Tensor, message: str) -> None:
-    """Raises FlexPrefillError unless it holds; inside torch.compile RuntimeError, when the graph runs."""
-    if is_tracing() and isinstance(condition, Tensor):
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise FlexPrefillError(message)
-
-
-def _prompts_of(attention_mask: BlockMask | Tensor | None) -> Prompts | None:
-    if attention_mask is None:
-        return None
-    if isinstance(attention_mask, BlockMask) and isinstance(attention_mask.mask_mod, Prompts):
-        return attention_mask.mask_mod
-    shape = f" {list(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else ""
-    raise FlexPrefillError(
-        "attention_mask must be None or a padding mask [B, tokens] for a prompt, which no other mask can be searched "
-        f"with, got {type(attention_mask).__name__}{shape}"
-    )
-
-
-def _check_supported(dropout: float, position_bias: Tensor | None, others: dict[str, Any]) -> None:
-    if dropout > 0:
-        raise FlexPrefillError(f"dropout must be 0, got {dropout}: a prefill is inference, call model.eval()")
-    if position_bias is not None:
-        raise FlexPrefillError("position_bias is not supported")
-    if others.get("output_attentions"):
-        raise FlexPrefillError("output_attentions is not supported: attention weights are never held")
+    return PUBLISHED.get(getattr(getattr(module, "config", None), "model_type", ""), PrefillConfig())
 
 
 def _check_name(name: object) -> None:
@@ -341,3 +321,10 @@ def _checked_layers(layers: object) -> dict[int, PrefillConfig | None]:
         if not (setting is None or isinstance(setting, PrefillConfig)):
             raise TypeError(f"layers[{index}] must be a PrefillConfig or None, got {type(setting).__name__}")
     return dict(layers)
+
+
+def _as_float(number: Any) -> Any:
+    """A float of a tensor of one element or of NumPy's; whatever else as it is."""
+    if isinstance(number, Tensor):
+        return number if is_tracing() or has_shapes_alone(number) else float(number)
+    return number if number is None or isinstance(number, (int, float)) else float(number)

@@ -40,6 +40,7 @@ def need_packages(arguments):
         pytest.importorskip("accelerate", reason="transformers' tensor parallelism needs accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(2, "--models"), (4, "--attend")])  # the example attends by two
 def test_processes_on_the_cpu_are_like_one(arguments):
     need_packages(arguments)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill.integrations.prompts import Prompts, Span, attend_each, bounds_of, spans_of
 

@@ -118,9 +118,10 @@ def table():
     lines = [
         "# What works together",
         "",
-        "Written by `python tests/support/combinations.py` from what `tests/house/test_combinations.py` ran, not by hand. Each call",
-        "of it combines as many features as go together, for lengths that are no multiples of a block, and its",
-        "output is compared with dense attention in float64 under the same boolean mask and score function. A letter",
+        "Written by `python tests/support/combinations.py` from what `tests/house/test_combinations.py` ran, not by",
+        "hand. Each call of it combines as many features as go together, for lengths that are no multiples of a block,",
+        "and its output is compared with dense attention in float64 under the same boolean mask and score function. A",
+        "letter",
         "says that two features were right together in such a call: **C** on the CPU, **T** by FlexAttention's Triton",
         "kernel, **F** by FlashAttention-4 in it. `–`: refused, with the message below. `!`: did not run, see below.",
         "Features: [masks.md](masks.md), [scorers.md](scorers.md), [mean_correction.md](mean_correction.md).",

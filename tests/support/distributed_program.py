@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from support.inputs import make_qkv
-from support.oracle import relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from flexprefill import PrefillConfig, prefill_attention, record_masks, search_blocks
+from flexprefill import AttentionVariant, PrefillConfig, Sequences, prefill_attention, record_masks, search_blocks
 from flexprefill.integrations.distributed import (
     ContextLayout,
     context_parallel_attention,
@@ -21,6 +19,8 @@ from flexprefill.integrations.distributed import (
     shard_context,
     tensor_parallel_attention,
 )
+from support.inputs import make_qkv
+from support.oracle import relative_error
 
 
 class Machine(NamedTuple):
@@ -71,10 +71,11 @@ def check_layout(layout, length, config, device):
     assert max(counts) - min(counts) <= slack
 
 
-def exact_attention(query, key, value, config):
+def exact_attention(query, key, value, config, variant=None):
     """In float32, over the blocks that are found in the given dtype."""
-    block_map = search_blocks(query, key, config)
-    return prefill_attention(query.float(), key.float(), value.float(), config, block_map=block_map)
+    block_map = search_blocks(query, key, config, variant=variant)
+    inputs = query.float(), key.float(), value.float()
+    return prefill_attention(*inputs, config, variant=variant, block_map=block_map)
 
 
 def check_context_parallel(machine, attend):
@@ -84,37 +85,66 @@ def check_context_parallel(machine, attend):
         layout = ContextLayout.of(length, config)
         check_layout(layout, length, config, machine.device)
         own = [shard_context(tensor, layout) for tensor in (query, key, value)]
+        for variant in (None, variant_of(query)):
+            whole = search_blocks(query, key, config, variant=variant)
+            maps = context_parallel_search(*own[:2], layout, config, variant=variant)
+            for block_map, (start, end) in zip(maps, layout.spans(), strict=True):
+                assert (block_map.q_len, block_map.kv_len) == (end - start, end)
+                rows = slice(start // size, start // size + block_map.shape[2])
+                assert torch.equal(block_map.to_dense(), whole.to_dense()[:, :, rows, : block_map.shape[3]])
         whole = search_blocks(query, key, config)
-        for block_map, (start, end) in zip(
-            context_parallel_search(*own[:2], layout, config), layout.spans(), strict=True
-        ):
-            assert (block_map.q_len, block_map.kv_len) == (end - start, end)
-            rows = slice(start // size, start // size + block_map.shape[2])
-            assert torch.equal(block_map.to_dense(), whole.to_dense()[:, :, rows, : block_map.shape[3]])
         if length > 1000 or length == machine.lengths[0]:
             assert whole.density().max() < 0.9
         if attend and length == machine.lengths[0]:
             output = gather_context(context_parallel_attention(*own, layout, config), layout)
             expected = prefill_attention(query, key, value, config)
             machine.assert_close(output, expected, lambda: exact_attention(query, key, value, config))  # noqa: B023
+            variant = variant_of(query)
+            output = gather_context(context_parallel_attention(*own, layout, config, variant=variant), layout)
+            expected = prefill_attention(query, key, value, config, variant=variant)
+            machine.assert_close(
+                output,
+                expected,
+                lambda: exact_attention(query, key, value, config, variant),  # noqa: B023
+            )
+            refused = AttentionVariant(Sequences.from_lengths(torch.tensor([length], device=query.device), length))
+            try:
+                context_parallel_search(*own[:2], layout, config, variant=refused)
+            except ValueError as error:
+                assert "variant must be without sequences" in str(error)
+            else:
+                raise AssertionError("sequences were not refused")
+
+
+def variant_of(query):
+    """A variant with a number for each head."""
+    heads = torch.arange(1, query.shape[1] + 1, device=query.device, dtype=torch.float32)
+    return AttentionVariant(
+        sliding_window=query.shape[2] // 3, soft_cap=5.0, alibi_slopes=0.02 / heads, sinks=heads / 4
+    )
 
 
 def check_tensor_parallel(machine, mesh):
     inputs = machine.qkv(machine.lengths[0], heads=2 * mesh.size(), kv_heads=mesh.size())
-    sharded = (distribute_tensor(tensor, mesh, (Shard(1),)) for tensor in inputs)
-    output = tensor_parallel_attention(*sharded, machine.config)
-    assert output.placements == (Shard(1),) and output.shape == inputs[0].shape
-    expected = prefill_attention(*inputs, machine.config)
-    machine.assert_close(output.full_tensor(), expected, lambda: exact_attention(*inputs, machine.config))
+    sharded = [distribute_tensor(tensor, mesh, (Shard(1),)) for tensor in inputs]
+    for variant in (None, variant_of(inputs[0])):
+        output = tensor_parallel_attention(*sharded, machine.config, variant=variant)
+        assert output.placements == (Shard(1),) and output.shape == inputs[0].shape
+        expected = prefill_attention(*inputs, machine.config, variant=variant)
+        machine.assert_close(
+            output.full_tensor(),
+            expected,
+            lambda: exact_attention(*inputs, machine.config, variant),  # noqa: B023
+        )
 
 
 def check_model(machine, mesh, family):
     """A model of transformers, saved and loaded in parts by transformers' own tensor parallelism."""
     import transformers as hf
-    from support.families import make_model
     from transformers.distributed import DistributedConfig
 
     from flexprefill.integrations.transformers import register
+    from support.families import make_model
 
     register(machine.config, name="sparse")
     attend, seen = hf.AttentionInterface()["sparse"], []

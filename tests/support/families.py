@@ -33,6 +33,91 @@ FAMILIES = {
     "gpt_oss": lambda: hf.GptOssConfig(**SIZES, **WINDOWED, **EXPERTS, head_dim=HEAD_DIM, num_local_experts=4),
     "phi3": lambda: hf.Phi3Config(**SIZES),
 }
+
+# names of the same sizes in older configs
+GPT2_SIZES = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": None}
+BART_SIZES = {
+    "vocab_size": 96,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FULL_HEADS = {**SIZES, "num_key_value_heads": 4}
+OPT_SIZES = {**FULL_HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}
+EXPERTS_OF_HYBRIDS = {"num_experts": 2, "num_experts_per_tok": 2}
+# tried besides, in the table of docs/transformers.md alone
+MORE_FAMILIES = {
+    "gemma": lambda: hf.GemmaConfig(**SIZES, head_dim=HEAD_DIM),
+    "gemma4": lambda: hf.Gemma4TextConfig(
+        **SIZES,
+        **WINDOWED,
+        head_dim=32,
+        global_head_dim=512,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=0,
+    ),
+    "cohere2": lambda: hf.Cohere2Config(**SIZES, **WINDOWED),
+    "granite": lambda: hf.GraniteConfig(**SIZES),
+    "olmo2": lambda: hf.Olmo2Config(**SIZES),
+    "glm4": lambda: hf.Glm4Config(**SIZES, head_dim=HEAD_DIM),
+    "phi": lambda: hf.PhiConfig(**FULL_HEADS),
+    "stablelm": lambda: hf.StableLmConfig(**FULL_HEADS),
+    "starcoder2": lambda: hf.Starcoder2Config(**SIZES),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**FULL_HEADS),
+    "gpt2": lambda: hf.GPT2Config(**GPT2_SIZES),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**GPT2_SIZES),
+    "opt": lambda: hf.OPTConfig(**OPT_SIZES),
+    "biogpt": lambda: hf.BioGptConfig(**FULL_HEADS),
+    "bart": lambda: hf.BartConfig(**BART_SIZES, is_decoder=True, is_encoder_decoder=False),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **FULL_HEADS,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+    ),
+    "jamba": lambda: hf.JambaConfig(
+        **SIZES,
+        **EXPERTS_OF_HYBRIDS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+        mamba_dt_rank=8,
+    ),
+    "lfm2": lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
+        **{**SIZES, "num_hidden_layers": 3}, head_dim=HEAD_DIM, attention_window_size=WINDOW
+    ),
+}
+# whose classes compute their attention themselves, by what their small config is made of
+OWN_ATTENTION = {
+    "bloom": lambda: hf.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
+    "gptj": lambda: hf.GPTJConfig(**GPT2_SIZES, rotary_dim=16),
+    "falcon": lambda: hf.FalconConfig(**SIZES),
+    "codegen": lambda: hf.CodeGenConfig(**GPT2_SIZES, rotary_dim=16),
+    "mpt": lambda: hf.MptConfig(vocab_size=96, d_model=64, n_layers=2, n_heads=4),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=96, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+    "xglm": lambda: hf.XGLMConfig(vocab_size=96, d_model=64, num_layers=2, attention_heads=4, ffn_dim=96),
+    "gpt_neox_japanese": lambda: hf.GPTNeoXJapaneseConfig(**FULL_HEADS),
+    "trocr": lambda: hf.TrOCRConfig(**BART_SIZES),
+    "git": lambda: hf.GitConfig(**SIZES),
+    "rembert": lambda: hf.RemBertConfig(**SIZES, is_decoder=True, input_embedding_size=32, output_embedding_size=32),
+}
+
 # whose attention sdpa does not compute
 EAGER = {"gemma2", "gpt_oss"}
 # whose first layer has a window and whose second has none
@@ -42,10 +127,10 @@ ALTERNATING = {"gemma2", "gemma3", "gpt_oss"}
 def make_model(family, implementation, dtype=torch.float32, **sizes):
     """A model of its family's config, with some of the config's sizes replaced."""
     torch.manual_seed(0)
-    config = FAMILIES[family]()
+    config = {**FAMILIES, **MORE_FAMILIES, **OWN_ATTENTION}[family]()
     for name, size in sizes.items():
         setattr(config, name, size)
-    if getattr(config, "layer_types", None):
+    if len(getattr(config, "layer_types", None) or ()) > config.num_hidden_layers:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     config._experts_implementation = "eager"  # in every dtype
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
@@ -58,4 +143,4 @@ def make_model(family, implementation, dtype=torch.float32, **sizes):
 
 
 def reference_of(family):
-    return "eager" if family in EAGER else "sdpa"
+    return "eager" if family in EAGER or family not in FAMILIES else "sdpa"

@@ -2,7 +2,7 @@
 
 import torch
 
-from flexprefill import BlockMap
+from flexprefill import AttentionVariant, BlockMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,3 +39,10 @@ def random_map(q_len, kv_len, block_size, *, batch=1, heads=2, share=0.5, seed=0
     shape = (batch, heads, -(-q_len // block_size), -(-kv_len // block_size))
     dense = torch.rand(shape, generator=generator) < share
     return BlockMap.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=block_size), dense
+
+
+def as_variant(**call):
+    """A call's arguments, those of an AttentionVariant put into one."""
+    names = ("sequences", "sliding_window", "soft_cap", "alibi_slopes", "sinks")
+    parts = {name: call.pop(name) for name in names if name in call}
+    return call | {"variant": AttentionVariant(**parts)} if parts else call

@@ -5,8 +5,8 @@ import types
 
 import torch
 
-from flexprefill.attention import backends
 from flexprefill.attention.backends import Request
+from flexprefill.runtime.state import forget
 
 PUBLISHED = Request(
     device=torch.device("cuda", 0),
@@ -27,8 +27,7 @@ PUBLISHED = Request(
 
 
 def forget_choices():
-    for function in (backends.choose_once, backends._choose_dense_once, backends.flash_attention_4_fault):
-        function.cache_clear()
+    forget("choices of a backend", "choices of a dense kernel", "whether flash-attn-4 is there")
 
 
 def pretend(monkeypatch, *, capability=(9, 0), flash=True):

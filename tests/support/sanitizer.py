@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests, where support is
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -25,12 +26,12 @@ def find_sanitizer():
 def run_kernels(device="cuda"):
     """Every Triton and Gluon kernel of the library, odd and even sizes, whole prompts and chunks, each checked."""
     import torch
-    from support.inputs import make_qkv
 
-    from flexprefill import BlockMap, KeyMeans, ListBuffers, PrefillConfig, Sequences, search_blocks
+    from flexprefill import AttentionVariant, BlockMap, KeyMeans, ListBuffers, PrefillConfig, Sequences, search_blocks
     from flexprefill.attention import tail_kernel
     from flexprefill.attention.mean_correction import merge_means
     from flexprefill.search.kernels import launch as kernels
+    from support.inputs import make_qkv
 
     make = functools.partial(make_qkv, heads=4, kv_heads=2, device=device)
     ran = 0
@@ -61,7 +62,8 @@ def run_kernels(device="cuda"):
         bounds = torch.tensor([0, kv_len // 3, kv_len - 1], device=device)
         terms = {"sliding_window": 100, "soft_cap": 3.0, "alibi_slopes": torch.full((4,), 0.01, device=device)}
         for sequences in (None, Sequences.from_cu_seqlens(bounds, kv_len)):
-            found = search_blocks(query, key, PrefillConfig(), implementation="triton", sequences=sequences, **terms)
+            variant = AttentionVariant(sequences, **terms)
+            found = search_blocks(query, key, PrefillConfig(), variant=variant, implementation="triton")
             assert BlockMap.from_block_mask(found.to_block_mask()) == found
             ran += 1
     words = search_blocks(*make(1024, head_dim=64, dtype=torch.bfloat16)[:2]).words

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
-from support.inputs import DEVICE, make_qkv
 
 from flexprefill import PrefillConfig, Sequences
+from support.inputs import DEVICE, make_qkv
 
 LEAN = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 

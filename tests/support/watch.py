@@ -50,23 +50,22 @@ def check_lists(lists):
 @contextlib.contextmanager
 def lists_are_contiguous():
     """All that goes from the library to FlexAttention: to the compiled function, and into BlockMasks."""
-    from flexprefill.attention import lse, tail
-    from flexprefill.attention import prefill as attention
-    from flexprefill.blockmap import block_mask as flex
+    from flexprefill.attention import log_sum_exp, steps, tail
+    from flexprefill.blockmap import map as block_map
 
     def checked(function, place):
         def call(*arguments, **settings):
-            check_lists(arguments[place])
+            check_lists(arguments[place].lists)
             return function(*arguments, **settings)
 
         return call
 
     with contextlib.ExitStack() as stack:
         for module, name, place in (
-            (attention, "flex_over", 3),
+            (steps, "flex_over", 3),
             (tail, "flex_over", 3),
-            (lse, "flex_over", 3),
-            (flex, "block_mask_of", 0),
+            (log_sum_exp, "flex_over", 3),
+            (block_map, "block_mask_of", 0),
         ):
             before = getattr(module, name)
             setattr(module, name, checked(before, place))

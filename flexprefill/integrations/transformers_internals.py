@@ -1,0 +1,119 @@
+"""What the integration takes from inside transformers, in one place. Seen with transformers 5.17.
+
+The public ways that are missing: to take back a registered attention (``del`` on an interface reaches the names of one
+object alone), to ask which names are taken, to know inside a mask function whether queries see what follows them, and
+to be asked whether a model's class can take a registered implementation (a model asks its own
+``get_correct_attn_implementation``, which knows transformers' names alone). The functions imported here are documented
+for models, not for other packages.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError(
+        "flexprefill.integrations.transformers needs transformers from 5.17 on: pip install 'flexprefill[transformers]'"
+    ) from error
+
+__all__ = [
+    "RESERVED",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "attention_classes_without",
+    "causal_mask_function",
+    "forget_name",
+    "has_own_attention",
+    "is_bidirectional",
+    "is_taken",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "watch_models",
+]
+
+# transformers asks for these parts of a name, and would take ours for one of its own
+RESERVED = ("flash", "sdpa", "eager", "flex_attention", "|", "/")
+
+_INTERFACES = (AttentionInterface, AttentionMaskInterface)
+
+
+def is_taken(name: str) -> bool:
+    """Whether an attention or a mask function is registered under a name, for all models."""
+    return any(name in interface._global_mapping for interface in _INTERFACES)
+
+
+def forget_name(name: str) -> None:
+    """Takes back what was registered under a name."""
+    for interface in _INTERFACES:
+        interface._global_mapping.pop(name, None)
+
+
+def is_bidirectional(arguments: Mapping[str, Any]) -> bool:
+    """Whether a mask function is asked for the mask of queries that see what follows them, as in an encoder.
+
+    transformers passes this argument then and at no other time.
+    """
+    return "allow_is_bidirectional_skip" in arguments
+
+
+Check = Callable[[Any, object], None]
+_METHOD = "get_correct_attn_implementation"
+_asked = getattr(PreTrainedModel, _METHOD)
+
+
+def watch_models(check: Check | None) -> None:
+    """Calls ``check(model, implementation)`` when a model is made or given an implementation; None stops it.
+
+    It wraps ``PreTrainedModel.get_correct_attn_implementation``, and puts back what was there.
+    """
+    if check is None:
+        setattr(PreTrainedModel, _METHOD, _asked)
+        return
+
+    @functools.wraps(_asked)
+    def get_correct_attn_implementation(model: Any, requested_attention: Any, *others: Any, **named: Any) -> Any:
+        answer = _asked(model, requested_attention, *others, **named)
+        check(model, answer)
+        return answer
+
+    setattr(PreTrainedModel, _METHOD, get_correct_attn_implementation)
+
+
+def _source_of(model_class: type) -> str:
+    """The source of the module that a class is from; empty if there is none."""
+    try:
+        return inspect.getsource(sys.modules[model_class.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+def has_own_attention(model_class: type) -> bool:
+    """Whether a class's module has attention of its own that never asks for the AttentionInterface.
+
+    ``PreTrainedModel._can_set_attn_implementation`` reads the source as well, and takes only one spelling.
+    """
+    source = _source_of(model_class)
+    named = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return named is not None and not re.search(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface", source)
+
+
+def attention_classes_without(model_class: type, implementation: str) -> str | None:
+    """The name of a table from which a class takes its attention by the implementation's name, which is not in it.
+
+    Tables of a vision tower are those of classes with Vision in their names.
+    """
+    source = _source_of(model_class)
+    for name in re.findall(r"\b(\w*ATTENTION_CLASSES)\[\s*(?:self\.)?config\._attn_implementation", source):
+        table = getattr(sys.modules[model_class.__module__], name, {})
+        if ("VISION" in name) == ("Vision" in model_class.__name__) and implementation not in table:
+            return name
+    return None
