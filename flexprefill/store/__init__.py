@@ -1,4 +1,4 @@
-"""Mask files: the maps of a model's layers in one safetensors file. docs/format.md is the format, byte by byte."""
+"""Maps kept: in memory (cache), of a model's run (recording), and in safetensors files (docs/format.md)."""
 
 from flexprefill.store.contents import MaskFileInfo
 from flexprefill.store.reading import load_masks, read_mask_info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1) -> Iterator[Result]:
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1) -> Generator[Result, None, None]:
     """The results of ``work`` on each item in order; so many threads work while the caller has an earlier result."""
     with ThreadPoolExecutor(threads, "flexprefill-masks") as pool:
         begun: deque[Future[Result]] = deque()

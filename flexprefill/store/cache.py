@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -132,6 +133,15 @@ class MaskCache:
         self._stats = CacheStats()
         self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the maps are shared, which nobody changes, and the copy has a lock of its own."""
+        with self._lock:
+            entries = {place: replace(entry, stream=None, made=None) for place, entry in self._entries.items()}
+            return {**self.__dict__, "_entries": entries, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _entries=OrderedDict(state["_entries"]), _lock=threading.RLock())
+
     def prompt(self, token_ids: Tensor | Sequence[int] | None = None, *, key: Hashable = None) -> CachedPrompt:
         """One prompt, whose layers are then searched with :meth:`CachedPrompt.search_blocks`.
 
@@ -178,7 +188,7 @@ class MaskCache:
     def layers(self) -> list[int]:
         """The layers that have a map, ascending."""
         with self._lock:
-            return sorted({place[0] for place in self._entries})
+            return sorted({place[0] for place in self._entries if isinstance(place[0], int)})
 
     def stats(self) -> CacheStats:
         """Counts since the cache was made, and what it holds now."""

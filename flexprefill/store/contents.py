@@ -24,7 +24,6 @@ from flexprefill.store.tokens import token_tensor
 FORMAT = "flexprefill-masks"
 FORMAT_VERSION = 2
 SCORING = {"flashprefill": "flashprefill-v1"}  # by scorer; others go by their own names
-SIZES = ("q_len", "kv_len", "block_size")
 TABLES = ("density", "crc32", "checksums")  # of version 2, after the layers
 
 
@@ -90,7 +89,7 @@ def describe(
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config and config.to_dict()),
         "config_hash": "" if config is None else hash_config(config),
-        "model": "" if model is None else check_model(model),
+        "model": "" if model is None else check_model_name(model),
         "token_ids_hash": "" if token_ids is None else hash_token_ids(token_ids),
         "scoring": SCORING.get(scorer, scorer),
         "library": json.dumps(library),
@@ -139,9 +138,18 @@ def read_description(strings: Mapping[str, str]) -> MaskFileInfo:
         config,
         layers,
         user,
+        model=strings["model"] or None,
+        config_hash=strings["config_hash"] or None,
+        token_ids_hash=strings["token_ids_hash"] or None,
+        dtype=strings["dtype"] or None,
+        scoring=strings["scoring"] or None,
         library=parse_object(strings["library"], of=is_text),
-        **{name: strings[name] or None for name in ("model", "config_hash", "token_ids_hash", "dtype", "scoring")},
     )
+
+
+def geometry_of(sizes: Mapping[str, Any]) -> Geometry:
+    """Of a layer's entry in :attr:`MaskFileInfo.layers`."""
+    return Geometry(sizes["q_len"], sizes["kv_len"], sizes["block_size"])
 
 
 def tensor_name(layer: int) -> str:
@@ -152,9 +160,11 @@ def planned_tensors(version: int, layers: Mapping[int, Mapping[str, Any]]) -> di
     """Dtype and shape of each tensor of a file with these layers, in the order of version 2's bytes."""
     plan: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer, sizes in layers.items():
-        lengths = [sizes[name] for name in SIZES]
-        form = ("I32", words_shape(*lengths)) if version == 1 else ("U8", (triangle_bytes(*lengths),))
-        plan[tensor_name(layer)] = form[0], (*sizes["shape"], *form[1])
+        geometry = geometry_of(sizes)
+        if version == 1:
+            plan[tensor_name(layer)] = "I32", (*sizes["shape"], *words_shape(geometry))
+        else:
+            plan[tensor_name(layer)] = "U8", (*sizes["shape"], triangle_bytes(geometry))
     if version > 1:
         heads = sum(math.prod(sizes["shape"]) for sizes in layers.values())
         plan |= dict(zip(TABLES, (("F32", (heads,)), ("U32", (heads,)), ("U32", (2,))), strict=True))
@@ -172,7 +182,7 @@ def check_entries(info: MaskFileInfo, entries: Mapping[str, Entry]) -> None:
         raise ValueError(f"its tensors should follow each other as {list(plan)}")
 
 
-def check_model(model: str) -> str:
+def check_model_name(model: str) -> str:
     """The model's name; raises unless it can stand in a file."""
     if not isinstance(model, str):
         raise TypeError(f"model must be a name or None, got {model!r}")
@@ -204,11 +214,11 @@ def _checked_layer(text: str) -> int:
 
 
 def _checked_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    if sizes.keys() != {*SIZES, "shape"}:
-        raise ValueError(f"a layer must have {SIZES} and shape, got {list(sizes)}")
+    if sizes.keys() != {*Geometry._fields, "shape"}:
+        raise ValueError(f"a layer must have {Geometry._fields} and shape, got {list(sizes)}")
     shape = sizes["shape"]
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
         raise ValueError(f"a layer's shape must be two numbers from 1 to 2**31 - 1, got {shape!r}")
-    lengths = {name: sizes[name] for name in SIZES}
-    Geometry(**lengths).check()
-    return lengths | {"shape": tuple(shape)}
+    geometry = geometry_of(sizes)
+    geometry.check()
+    return geometry._asdict() | {"shape": tuple(shape)}

@@ -19,43 +19,43 @@ STREAM_BITS = 64
 WORDS_AT_A_TIME = 2**18  # some megabytes, which stay in the cache
 
 
-def words_shape(q_len: int, kv_len: int, block_size: int) -> tuple[int, int]:
+def words_shape(geometry: Geometry) -> tuple[int, int]:
     """(M, W): rows of a head, and words in a row."""
-    return ceil_div(q_len, block_size), ceil_div(ceil_div(kv_len, block_size), WORD_BITS)
+    return geometry.rows, ceil_div(geometry.columns, WORD_BITS)
 
 
-def triangle_bits(q_len: int, kv_len: int, block_size: int) -> int:
+def triangle_bits(geometry: Geometry) -> int:
     """The sum of :func:`visible_blocks`, in constant time whatever the sizes are."""
-    rows, columns = ceil_div(q_len, block_size), ceil_div(kv_len, block_size)
-    before = ceil_div(kv_len - q_len, block_size)  # row I < rows - 1 sees before + I + 1 blocks, the last row all
-    return (rows - 1) * before + rows * (rows - 1) // 2 + columns
+    rows = geometry.rows
+    before = ceil_div(geometry.offset, geometry.block_size)  # row I < rows - 1 sees before + I + 1 blocks, the last all
+    return (rows - 1) * before + rows * (rows - 1) // 2 + geometry.columns
 
 
-def triangle_bytes(q_len: int, kv_len: int, block_size: int) -> int:
+def triangle_bytes(geometry: Geometry) -> int:
     """Bytes of a head's stream: its visible blocks, row after row, a bit each; zero bits fill the last byte."""
-    return ceil_div(triangle_bits(q_len, kv_len, block_size), 8)
+    return ceil_div(triangle_bits(geometry), 8)
 
 
 class TrianglePacking:
-    """From the words of heads of these sizes to their streams.
+    """From the words of heads of this geometry to their streams.
 
     Attributes:
-        words: M · W.
+        words_per_head: M · W.
         bits: blocks in a head's stream.
         size: bytes of a head's stream.
         most: heads to pack at a time, for :func:`even_step`.
     """
 
-    def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
-        rows, width = words_shape(q_len, kv_len, block_size)
-        self.words = rows * width
-        self.bits = triangle_bits(q_len, kv_len, block_size)
+    def __init__(self, geometry: Geometry) -> None:
+        rows, width = words_shape(geometry)
+        self.words_per_head = rows * width
+        self.bits = triangle_bits(geometry)
         self.size = ceil_div(self.bits, 8)
         self._odd = (rows, width) if width % 2 else None
-        place, start, visible = _rows_in_stream(q_len, kv_len, block_size)
+        place, start, visible = _rows_in_stream(geometry)
 
         # each row's words of 64 bits; the last row has one more, of no bits, for what the one before does not hold
-        words_of_row = ceil_div(visible, STREAM_BITS)
+        words_of_row = _words_for(visible)
         words_of_row[-1] += 1
         row, word = _numbered(words_of_row)
         self._word = row * ceil_div(width, 2) + word
@@ -87,21 +87,21 @@ class TrianglePacking:
 
 
 class TriangleUnpacking:
-    """From the streams of heads of these sizes to their words.
+    """From the streams of heads of this geometry to their words.
 
     Attributes:
         size: bytes of a head's stream.
         most: heads to unpack at a time, for :func:`even_step`.
     """
 
-    def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
-        self._shape = words_shape(q_len, kv_len, block_size)
-        self._in_last = triangle_bits(q_len, kv_len, block_size) % STREAM_BITS
-        self.size = triangle_bytes(q_len, kv_len, block_size)
-        place, start, visible = _rows_in_stream(q_len, kv_len, block_size)
+    def __init__(self, geometry: Geometry) -> None:
+        self._shape = words_shape(geometry)
+        self._in_last = triangle_bits(geometry) % STREAM_BITS
+        self.size = triangle_bytes(geometry)
+        place, start, visible = _rows_in_stream(geometry)
 
         # each row's words of 64 bits, and one more of no bits, since the last one may go on in the stream's next
-        width = ceil_div(visible, STREAM_BITS)
+        width = _words_for(visible)
         row, word = _numbered(width + 1)
         self._word = place[row] + word
         self._mask = _low_bits(visible[row] - STREAM_BITS * word)
@@ -134,13 +134,13 @@ class TriangleUnpacking:
 
 
 class PlainUnpacking:
-    """From the words of heads of these sizes as they are (version 1) to their words; attributes as above."""
+    """From the words of heads of this geometry as they are (version 1) to their words; attributes as above."""
 
-    def __init__(self, q_len: int, kv_len: int, block_size: int) -> None:
-        words = math.prod(words_shape(q_len, kv_len, block_size))
-        self.size = 4 * words
-        self.most = max(1, WORDS_AT_A_TIME // words)
-        self._future = ~pack_bits(causal_blocks(Geometry(q_len, kv_len, block_size), "cpu")).flatten().numpy()
+    def __init__(self, geometry: Geometry) -> None:
+        words_per_head = math.prod(words_shape(geometry))
+        self.size = 4 * words_per_head
+        self.most = max(1, WORDS_AT_A_TIME // words_per_head)
+        self._future = ~pack_bits(causal_blocks(geometry, "cpu")).flatten().numpy()
 
     def unpack(self, stream: Stream, words: Words) -> bool:
         """Copies [heads, M · W]; returns whether no bit in the causal future or past the end is set."""
@@ -163,10 +163,15 @@ class _Scratch:
         return pair[0, :rows], pair[1, :rows]
 
 
-def _rows_in_stream(q_len: int, kv_len: int, block_size: int) -> tuple[Numbers, Numbers, Numbers]:
+def _rows_in_stream(geometry: Geometry) -> tuple[Numbers, Numbers, Numbers]:
     """The stream's word and the bit in it where each row starts, and how many bits it has: [M] each."""
-    visible = visible_blocks(Geometry(q_len, kv_len, block_size), "cpu").numpy().astype(np.int64)
+    visible = visible_blocks(geometry, "cpu").numpy().astype(np.int64)
     return *np.divmod(visible.cumsum() - visible, STREAM_BITS), visible
+
+
+def _words_for(bits: Numbers) -> Numbers:
+    """How many words of a stream hold so many bits."""
+    return -(-bits // STREAM_BITS)
 
 
 def _numbered(counts: Numbers) -> tuple[Numbers, Numbers]:

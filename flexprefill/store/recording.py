@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.listeners import listen
-
-if TYPE_CHECKING:
-    from flexprefill.search.guard import GuardReport
+from flexprefill.search.guard import GuardReport
 
 
 class Recording(Mapping[int, BlockMap]):
@@ -30,6 +29,13 @@ class Recording(Mapping[int, BlockMap]):
         self._guards: dict[str, GuardReport] = {}
         self._stack = threading.local()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what was recorded, without the threads that did."""
+        return {name: part for name, part in self.__dict__.items() if name not in ("_stack", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _stack=threading.local(), _lock=threading.Lock())
 
     def __getitem__(self, layer: int) -> BlockMap:
         if layer not in range(len(self.modules)):
@@ -76,11 +82,10 @@ class Recording(Mapping[int, BlockMap]):
             self._maps[name] = block_map
 
 
-@contextlib.contextmanager
-def record_masks(model: nn.Module) -> Iterator[Recording]:
+def record_masks(model: nn.Module) -> AbstractContextManager[Recording]:
     """Collects the map of every attention layer of a model while it runs.
 
-        with record_masks(model) as masks:
+        with torch.no_grad(), record_masks(model) as masks:
             model(tokens)
         save_masks("masks.safetensors", masks)
 
@@ -95,6 +100,11 @@ def record_masks(model: nn.Module) -> Iterator[Recording]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return _record(model)
+
+
+@contextlib.contextmanager
+def _record(model: nn.Module) -> Iterator[Recording]:
     recording = Recording()
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():

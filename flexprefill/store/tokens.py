@@ -1,3 +1,5 @@
+"""A prompt's tokens as the caller has them, to what is compared."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,10 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 
 from flexprefill import MaskCache, PrefillConfig, search_blocks
 

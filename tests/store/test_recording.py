@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from support.inputs import DEVICE
@@ -130,5 +133,14 @@ def test_an_exception_in_the_model_leaves_no_hooks():
 def test_recording_nothing_is_an_error():
     with pytest.raises(FlexPrefillError, match="record_masks saw no mask"), record_masks(nn.Linear(3, 3)) as masks:
         masks  # noqa: B018
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"), record_masks("model"):
-        pass
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        record_masks("model")  # before anything is entered
+
+
+@torch.no_grad()
+def test_a_recording_is_copied_and_pickled():
+    model, hidden = Model().to(DEVICE), torch.randn(1, 300, 32, device=DEVICE)
+    with record_masks(model) as masks:
+        model(hidden)
+    for copied in (copy.deepcopy(masks), pickle.loads(pickle.dumps(masks))):
+        assert dict(copied) == dict(masks) and copied.modules == masks.modules

@@ -70,7 +70,7 @@ def hostile_files(folder):
     triangles = np.zeros((1, 1, 1), np.uint8)
     code = "__import__('os').system('touch /tmp/flexprefill-was-here')"
     class_name = {"__class__": code, "__reduce__": [code]}
-    settings = {"config": PrefillConfig(scorer=code).to_dict(), "config_class": class_name}
+    settings = {"config": PrefillConfig.from_dict({"scorer": code}).to_dict(), "config_class": class_name}
     for name, config in settings.items():
         write_mask_file(folder / name, {0: (triangles, 16, 16, 16)}, config=config)
     write_mask_file(folder / "user", {0: (triangles, 16, 16, 16)}, user=json.dumps({"__reduce__": code}), model=code)

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from flexprefill import (
     read_mask_info,
     save_masks,
 )
-from flexprefill.blockmap.geometry import visible_blocks
+from flexprefill.blockmap.geometry import Geometry, visible_blocks
 from flexprefill.store.heads import triangle_bits
 
 DATA = Path(__file__).parents[1] / "data"
@@ -93,7 +94,7 @@ def test_another_program_can_open_the_file(path, masks):
         assert stored.dtype == torch.uint8
         for head in range(4):  # the documented place of each bit
             dense = masks[0].to_dense()[0, head]
-            rows = zip(dense, visible_blocks(900, 1000, 16, "cpu").tolist(), strict=True)
+            rows = zip(dense, visible_blocks(masks[0].geometry, "cpu").tolist(), strict=True)
             bits = [bit for row, visible in rows for bit in row[:visible].tolist()]
             stream = sum(bit << k for k, bit in enumerate(bits))
             assert bytes(stored[0, head].tolist()) == stream.to_bytes(-(-len(bits) // 8), "little")
@@ -106,23 +107,23 @@ def test_no_byte_more_than_the_triangle_needs(tmp_path):
     assert 2 * triangle < (tmp_path / "long").stat().st_size < 2 * triangle + 3000
 
 
-SIZES = st.sampled_from([1, 3, 16, 128]).flatmap(
+GEOMETRIES = st.sampled_from([1, 3, 16, 128]).flatmap(
     lambda size: st.integers(1, 70 * size).flatmap(
-        lambda kv_len: st.tuples(st.integers(1, kv_len), st.just(kv_len), st.just(size))
+        lambda kv_len: st.builds(Geometry, st.integers(1, kv_len), st.just(kv_len), st.just(size))
     )
 )
 
 
 @settings(deadline=None, max_examples=300)
-@given(SIZES)
-def test_the_bits_of_a_triangle_are_what_its_rows_see(sizes):
-    assert triangle_bits(*sizes) == visible_blocks(*sizes, "cpu").sum().item()
+@given(GEOMETRIES)
+def test_the_bits_of_a_triangle_are_what_its_rows_see(geometry):
+    assert triangle_bits(geometry) == visible_blocks(geometry, "cpu").sum().item()
 
 
 @settings(deadline=None, max_examples=80)
 @given(
     layers=st.dictionaries(
-        st.integers(0, 2**31 - 1), st.tuples(SIZES, st.integers(1, 2), st.integers(1, 3)), min_size=1, max_size=3
+        st.integers(0, 2**31 - 1), st.tuples(GEOMETRIES, st.integers(1, 2), st.integers(1, 3)), min_size=1, max_size=3
     ),
     share=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**31),
@@ -131,8 +132,8 @@ def test_the_bits_of_a_triangle_are_what_its_rows_see(sizes):
 def test_any_maps_survive_whole_and_in_part(tmp_path_factory, layers, share, seed, data):
     path = tmp_path_factory.getbasetemp() / "any"
     masks = {
-        layer: random_map(*sizes, batch=batch, heads=heads, share=share, seed=seed)[0]
-        for layer, (sizes, batch, heads) in layers.items()
+        layer: random_map(*geometry, batch=batch, heads=heads, share=share, seed=seed)[0]
+        for layer, (geometry, batch, heads) in layers.items()
     }
     save_masks(path, masks)
     assert load_masks(path) == masks and list(load_masks(path)) == sorted(masks)
@@ -509,6 +510,15 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, version):
         load_masks(path)
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, masks):
+    """A mapped file would end the process here."""
+    path = tmp_path / "masks"
+    save_masks(path, dict.fromkeys(range(20), masks[0]))
+    half = path.stat().st_size // 2
+    with pytest.raises(MaskFileError, match=f"no readable mask file: it ends at byte {half}"):
+        load_masks(path, progress=lambda steps: os.truncate(path, half))
+
+
 def outcome(path, start, change):
     """What loading the file says with these bytes changed for a while."""
     with path.open("r+b", buffering=0) as file:
@@ -641,6 +651,79 @@ def test_a_link_stays_and_the_umask_decides_who_reads(tmp_path, masks):
     assert (tmp_path / "link").is_symlink() and load_masks(tmp_path / "file") == {3: masks[0]}
     (tmp_path / "plain").touch()
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_replaced_file_keeps_its_mode(tmp_path, masks, monkeypatch, nameless):
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    path, modes = tmp_path / "masks", []
+
+    def note_mode(layer):
+        modes.extend(file.stat().st_mode & 0o7777 for file in tmp_path.glob(".flexprefill-*"))
+        return masks[0]
+
+    for umask in (0o077, 0):
+        before = os.umask(umask)
+        try:
+            save_masks(path, masks)
+            assert path.stat().st_mode & 0o7777 == 0o666 & ~umask
+            for mode in (0o640, 0o600, 0o664, 0o400):
+                path.chmod(mode)
+                save_masks(path, Lazy([0], note_mode))
+                assert path.stat().st_mode & 0o7777 == mode
+            path.unlink()
+        finally:
+            os.umask(before)
+    # nobody who could not read the old file can open the new one while it is written
+    assert modes == ([] if nameless else 2 * [0o640, 0o600, 0o664, 0o400])
+
+
+@pytest.mark.parametrize("refused", ["open", "replace"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, masks, monkeypatch, refused, number):
+    path = tmp_path / "masks"
+    real = getattr(os, refused)
+    making = os.O_CREAT | getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
+
+    def refuse(name, argument, *arguments, **places):
+        if refused == "replace" or argument & making:
+            raise OSError(number, os.strerror(number), name)
+        return real(name, argument, *arguments, **places)
+
+    monkeypatch.setattr(os, refused, refuse)  # root may write to any folder
+    with pytest.raises(OSError, match=f"folder {tmp_path} is not writable") as raised:
+        save_masks(path, masks)
+    assert raised.value.errno == number and raised.value.filename == str(path)
+    assert ".flexprefill" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_told_by_the_path_given(tmp_path, masks):
+    path = tmp_path / "missing" / "masks"
+    with pytest.raises(FileNotFoundError) as raised:
+        save_masks(path, masks)
+    assert raised.value.filename == str(path)
+
+
+LINUX_ALONE = [name for name in dir(os) if name.startswith(("posix_fa", "POSIX_FADV", "preadv", "pwritev"))]
+
+
+@pytest.mark.parametrize("missing", [["posix_fadvise"], ["O_TMPFILE"], [*LINUX_ALONE, "O_TMPFILE"], ["/proc"]])
+def test_what_other_systems_lack_is_not_needed(tmp_path, masks, monkeypatch, missing):
+    exists = os.path.exists
+    for name in missing:
+        if name == "/proc":
+            monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc") and exists(path))
+        else:
+            monkeypatch.delattr(os, name, raising=False)
+    path = tmp_path / "masks"
+    for _ in range(2):
+        save_masks(path, masks)
+    assert load_masks(path) == masks and list(tmp_path.iterdir()) == [path]
+    assert torch.equal(load_masks(path, layers=[0], heads=[2])[0].words, masks[0].words[:, 2:3])
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(MaskFileError, match="should take"):
+        load_masks(path)
 
 
 def test_only_a_file_is_ever_replaced(tmp_path, masks):
