@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 if it was interrupted from the keyboard, or 141 if whoever read its output had enough.
 
     Raises:
-        SystemExit: with code 0 after ``--help`` and ``--version``, with code 2 after an argument that does not
-            fit, and whatever else the library refuses.
+        SystemExit: with code 0 after ``--help`` and ``--version``, with code 2 after the help that no arguments at
+            all get, after an argument that does not fit, and whatever else the library refuses.
     """
     _prepare_streams()
     parser = argparse.ArgumentParser(prog="flexprefill", description="Block-sparse prefill attention for PyTorch.")
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(parser=command, execute=module.execute)
     argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        parser.print_help()
     arguments = parser.parse_args(argv)
     arguments.command = shlex.join(["flexprefill", *argv])
 

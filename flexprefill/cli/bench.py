@@ -1,4 +1,4 @@
-"""flexprefill bench."""
+"""flexprefill bench: times every part of a call, the whole and dense attention side by side."""
 
 from __future__ import annotations
 

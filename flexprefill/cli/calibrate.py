@@ -1,4 +1,4 @@
-"""flexprefill calibrate."""
+"""flexprefill calibrate: finds an alpha for each head of a model."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def execute(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         texts=arguments.texts,
     )
-    heads = len(configs[0].alpha)
-    rows = [[str(layer), *(f"{alpha:.3g}" for alpha in config.alpha)] for layer, config in enumerate(configs)]
-    print_table(["layer", *(f"head {head}" for head in range(heads))], rows)
+    by_layer = [config.alpha if isinstance(config.alpha, tuple) else (config.alpha,) for config in configs]
+    rows = [[str(layer), *(f"{alpha:.3g}" for alpha in alphas)] for layer, alphas in enumerate(by_layer)]
+    print_table(["layer", *(f"head {head}" for head in range(len(by_layer[0])))], rows)
     print(f"written to {arguments.output}")
     return 0
 

@@ -1,9 +1,8 @@
-"""flexprefill diff."""
+"""flexprefill diff: how two mask files differ."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-from flexprefill.cli.masks import add_choice_arguments, as_panels, check_choice, describe_geometry, read_layer, row_name
-from flexprefill.cli.table import print_table, printable
+from flexprefill.cli.masks import (
+    add_choice_arguments,
+    as_panels,
+    check_choice,
+    describe_geometry,
+    read_info,
+    read_layer,
+    row_name,
+)
+from flexprefill.cli.table import print_csv, print_json, print_table, print_text, printable
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import MapDifference, compare_maps
 from flexprefill.plotting import plot_difference, plot_layers
 from flexprefill.runtime.progress import terminal_stage
-from flexprefill.store import MaskFileInfo, read_mask_info
+from flexprefill.store import MaskFileInfo
 
 NAME = "diff"
 SUMMARY = "where two mask files differ, by layer and head"
@@ -66,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     paths, layer, head = (arguments.first, arguments.second), arguments.layer, arguments.head
-    infos = [read_mask_info(path) for path in paths]
+    infos = [read_info(path) for path in paths]
     for path, info in zip(paths, infos, strict=True):
         check_choice(path, info, layer, head)
     numbers = sorted({*infos[0].layers, *infos[1].layers}) if layer is None else [layer]
@@ -83,16 +90,20 @@ def execute(arguments: argparse.Namespace) -> int:
             "equal": code == EQUAL,
             "layers": [layer.to_dict(head) for layer in layers],
         }
-        print(json.dumps(record))
+        print_json(record)
+        return code
+    overview = layer is None and head is None
+    if arguments.csv:
+        print_csv(_layer_records(layers) if overview else _head_records(layers, head))
         return code
     if arguments.png:
-        _draw(paths, infos, layers, head, arguments.png, overview=layer is None and head is None)
+        _draw(paths, infos, layers, head, arguments.png, overview=overview)
         print(f"picture  {arguments.png}")
         return code
     for name, path in zip("AB", paths, strict=True):
         print(printable(f"{name}  {path}"))
     print()
-    if layer is None and head is None:
+    if overview:
         _print_layers(infos, layers)
     else:
         _print_heads(infos, layers, head)
@@ -109,6 +120,31 @@ def _compare(paths: Sequence[Path], infos: Sequence[MaskFileInfo], number: int, 
     if shapes[0] != shapes[1]:
         return LayerDifference(number, "other shape")
     return LayerDifference(number, "compared", compare_maps(*maps))
+
+
+def _layer_records(layers: Sequence[LayerDifference]) -> list[dict[str, Any]]:
+    """Each layer in one line, for CSV."""
+    records = []
+    for layer in layers:
+        found = layer.difference
+        counts = dict.fromkeys(("both", "only_first", "only_second", "iou", "iou_least", "heads_differing"))
+        if found is not None:
+            counts = {name: int(getattr(found, name).sum()) for name in ("both", "only_first", "only_second")}
+            counts |= {"iou": float(found.iou.mean()), "iou_least": float(found.iou.min())}
+            counts["heads_differing"] = int(((found.only_first + found.only_second) > 0).sum())
+        records.append({"layer": layer.number, "status": layer.status, "equal": layer.equal, **counts})
+    return records
+
+
+def _head_records(layers: Sequence[LayerDifference], head: int | None) -> list[dict[str, Any]]:
+    """Each head in one line, for CSV; a layer that was not compared has one line."""
+    records = []
+    nothing = dict.fromkeys(("batch", "head", "iou", "both", "only_first", "only_second"))
+    for layer in layers:
+        for entry in layer.to_dict(head).get("heads", [nothing]):
+            equal = layer.difference is not None and not entry["only_first"] + entry["only_second"]
+            records.append({"layer": layer.number, "status": layer.status, "equal": equal, **entry})
+    return records
 
 
 def _print_layers(infos: Sequence[MaskFileInfo], layers: Sequence[LayerDifference]) -> None:
@@ -153,7 +189,7 @@ def _print_shapes(infos: Sequence[MaskFileInfo], layers: Sequence[LayerDifferenc
     for layer in layers:
         if layer.status == "other shape":
             here, there = (describe_geometry(info.layers[layer.number]) for info in infos)
-            print(f"layer {layer.number}: A has {here}; B has {there}")
+            print_text(f"layer {layer.number}: A has {here}; B has {there}")
 
 
 def _draw(

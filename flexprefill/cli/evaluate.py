@@ -1,11 +1,12 @@
-"""flexprefill eval."""
+"""flexprefill eval: does a model still find the needle."""
 
 from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ TEXT_BYTES = 2**22
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lists = {
+    lists: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
         "lengths": (whole(MIN_LENGTH), "TOKENS", "4096,8192,16384,32768", f"at least {MIN_LENGTH} each"),
         "alphas": (parse_share, "SHARES", "0.05,0.1,0.2,0.5", "of the search"),
         "methods": (str, "NAMES", ",".join((DENSE, *KINDS)), "to compare"),

@@ -1,82 +1,64 @@
-"""flexprefill inspect."""
+"""flexprefill inspect: what a mask file holds, by layer and head."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from flexprefill.blockmap.geometry import Geometry, visible_blocks
-from flexprefill.blockmap.map import BlockMap
+from flexprefill.blockmap.geometry import visible_blocks
+from flexprefill.cli.layers import (
+    LayerSummary,
+    Record,
+    head_records,
+    layer_record,
+    quick_dict,
+    quick_head_records,
+    quick_layer_record,
+    read_layers,
+)
 from flexprefill.cli.masks import (
     add_choice_arguments,
     as_panels,
     check_choice,
     describe_geometry,
-    geometry,
+    read_info,
     read_layer,
     row_name,
 )
-from flexprefill.cli.table import print_table, printable
+from flexprefill.cli.table import print_csv, print_json, print_table, print_text, printable
 from flexprefill.config import PrefillConfig
-from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
+from flexprefill.inspection import PATTERNS, HeadSummary
 from flexprefill.plotting import plot_heads, plot_layers, token_label
 from flexprefill.runtime.progress import terminal_stage
-from flexprefill.store import MaskFileInfo, read_mask_info
+from flexprefill.store import MaskFileInfo
+from flexprefill.store.contents import geometry_of
 
 NAME = "inspect"
 SUMMARY = "what a mask file holds, by layer and head"
 DESCRIPTION = (
     "Prints what a mask file holds: one line a layer, or with --layer or --head one line a head: the density (kept "
     "share of the causal blocks), the kept blocks by pattern, and how alike heads and neighbouring layers are "
-    "(IoU, intersection over union of their blocks). --png draws the density by layer and head, or with --layer or "
-    "--head the maps themselves. Exit code 0, or 2 if the file cannot be read or has no such layer or head."
+    "(IoU, intersection over union of their blocks). A head that keeps every causal block is called dense. --quick "
+    "reads no masks: it prints the sizes, settings and densities that the file says of itself. --png draws the "
+    "density by layer and head, or with --layer or --head the maps themselves. Exit code 0, or 2 if the file cannot "
+    "be read or has no such layer or head."
 )
 PROFILE_LINES = 16
-BAR_WIDTH = 40
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """What the command tells of one layer.
-
-    Attributes:
-        heads: a summary of each chosen head, under its own number.
-        similarity: IoU of each chosen head with each other, float64 [B, H, H].
-        before: number of the layer above it in the file, and IoU of the heads of equal number, float64 [B, H];
-            None for the first, and where shapes differ.
-    """
-
-    number: int
-    heads: list[HeadSummary]
-    similarity: Tensor
-    before: tuple[int, Tensor] | None
-
-    def nearest(self, index: int) -> tuple[int, float] | None:
-        """Which other head is most like the one at this place in ``heads``, and their IoU; None if it is alone."""
-        batch, own = divmod(index, self.similarity.shape[1])
-        others = self.similarity[batch, own].clone()
-        others[own] = -1
-        best = int(others.argmax())
-        return None if best == own else (best, float(others[best]))
+PROFILE_BAR_WIDTH = 24  # the table then fits into 60 columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a file that save_masks wrote")
     add_choice_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="read no masks: only what the file says of itself")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     path, layer, head = arguments.file, arguments.layer, arguments.head
-    info = read_mask_info(path)
+    if arguments.quick and arguments.png:
+        arguments.parser.error("argument --quick: not allowed with argument --png")
+    info = read_info(path)
     check_choice(path, info, layer, head)
     numbers = list(info.layers) if layer is None else [layer]
     overview = layer is None and head is None
@@ -84,47 +66,63 @@ def execute(arguments: argparse.Namespace) -> int:
         _draw(path, info, numbers, head, arguments.png, overview=overview)
         print(f"picture  {arguments.png}")
         return 0
-    layers = _read_layers(path, info, numbers, head)
-    if arguments.json:
-        print(json.dumps(_record(path, info, layers)))
+    if arguments.quick:
+        _tell_quick(arguments, info, numbers, overview)
         return 0
-    print(_heading(path, info, numbers))
+    layers = read_layers(path, info, numbers, head)
+    if arguments.json:
+        told = [{"layer": layer.number, **info.layers[layer.number], **layer.to_dict()} for layer in layers]
+        print_json(_about(path, info) | {"layers": told})
+        return 0
+    if overview:
+        records = [layer_record(layer) for layer in layers]
+    else:
+        records = [record for layer in layers for record in head_records(layer)]
+    if arguments.csv:
+        print_csv(records)
+        return 0
+    print_text(_heading(path, info, numbers))
     print()
     if overview:
-        _print_layers(info, layers)
+        _print_layers(records)
     else:
-        _print_heads(info, layers, head)
+        _print_heads(info, records, head, one_layer=len(layers) == 1)
     if layer is not None and head is not None:
         for summary in layers[0].heads:
             print()
             _print_profile(info, layer, summary)
     print()
-    print(_legend(info.config, layers, overview))
+    print_text(_legend(info.config, layers, overview))
     return 0
 
 
-def _read_layers(path: Path, info: MaskFileInfo, numbers: Sequence[int], head: int | None) -> list[Layer]:
-    """The chosen layers, of which two are held at a time."""
-    layers: list[Layer] = []
-    before: tuple[int, BlockMap] | None = None
-    with terminal_stage("inspecting layers", len(numbers)) as advance:
-        for number in numbers:
-            block_map = read_layer(path, number, head)
-            summaries = summarize_heads(block_map, config=info.config)
-            if head is not None:
-                summaries = [dataclasses.replace(summary, head=head) for summary in summaries]
-            like_before = None
-            if before is not None and info.layers[before[0]] == info.layers[number]:
-                like_before = (before[0], compare_maps(before[1], block_map).iou)
-            layers.append(Layer(number, summaries, head_similarity(block_map), like_before))
-            before = (number, block_map)
-            advance(1)
-    return layers
+def _tell_quick(arguments: argparse.Namespace, info: MaskFileInfo, numbers: Sequence[int], overview: bool) -> None:
+    """What the header says, in the form that was asked for."""
+    by_layer = {number: quick_head_records(info, number, arguments.head) for number in numbers}
+    if arguments.json:
+        layers = [{"layer": number, **info.layers[number], **quick_dict(heads)} for number, heads in by_layer.items()]
+        print_json(_about(arguments.file, info) | {"layers": layers})
+        return
+    if overview:
+        records = [quick_layer_record(heads) for heads in by_layer.values()]
+    else:
+        records = [record for heads in by_layer.values() for record in heads]
+    if arguments.csv:
+        print_csv(records)
+        return
+    print_text(_heading(arguments.file, info, numbers))
+    print()
+    if not info.density:
+        print_text(f"A file of format {info.format_version} does not say its densities: --quick has no table of them.")
+    elif overview:
+        _print_layers(records)
+    else:
+        _print_heads(info, records, arguments.head, one_layer=len(numbers) == 1)
 
 
-def _record(path: Path, info: MaskFileInfo, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Everything, ready for JSON."""
-    record: dict[str, Any] = {
+def _about(path: Path, info: MaskFileInfo) -> Record:
+    """What the file says of itself as a whole, ready for JSON."""
+    return {
         "file": str(path),
         "format_version": info.format_version,
         "config": info.config and info.config.to_dict(),
@@ -136,18 +134,6 @@ def _record(path: Path, info: MaskFileInfo, layers: Sequence[Layer]) -> dict[str
         "library": info.library,
         "metadata": info.metadata,
     }
-    record["layers"] = [
-        {
-            "layer": layer.number,
-            **info.layers[layer.number],
-            "density": fmean(summary.density for summary in layer.heads),
-            "similarity": layer.similarity.tolist(),
-            "layer_before": layer.before and {"layer": layer.before[0], "iou": layer.before[1].tolist()},
-            "heads": [summary.to_dict() for summary in layer.heads],
-        }
-        for layer in layers
-    ]
-    return record
 
 
 def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
@@ -169,59 +155,48 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     return "\n".join(map(printable, lines))  # a file's own words are anybody's
 
 
-def _print_layers(info: MaskFileInfo, layers: Sequence[Layer]) -> None:
-    header = ["layer", "density", "min–max", *PATTERNS, "heads' IoU", "IoU above"]
-    rows = []
-    for layer in layers:
-        densities = [summary.density for summary in layer.heads]
-        kept = max(1, sum(summary.kept for summary in layer.heads))
-        heads = layer.similarity.shape[1]
-        off_diagonal = layer.similarity[:, ~torch.eye(heads, dtype=torch.bool)]
-        rows.append(
-            [
-                str(layer.number),
-                _percent(fmean(densities)),
-                f"{100 * min(densities):.1f}–{100 * max(densities):.1f}",
-                *(f"{100 * sum(summary.patterns[name] for summary in layer.heads) / kept:.1f}" for name in PATTERNS),
-                f"{off_diagonal.mean():.2f}" if heads > 1 else "",
-                f"{layer.before[1].mean():.2f}" if layer.before else "",
-            ]
-        )
+def _print_layers(records: Sequence[Record]) -> None:
+    header = ["layer", "density", "min–max", "dense", *PATTERNS, "heads' IoU", "IoU above"]
+    rows = [
+        [
+            str(record["layer"]),
+            _percent(record["density"]),
+            f"{100 * record['density_least']:.1f}–{100 * record['density_most']:.1f}",
+            str(record.get("dense_heads") or ""),
+            *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+            _shown(record.get("iou_of_heads"), 1, 2),
+            _shown(record.get("iou_above"), 1, 2),
+        ]
+        for record in records
+    ]
     print_table(header, rows)
 
 
-def _print_heads(info: MaskFileInfo, layers: Sequence[Layer], head: int | None) -> None:
-    header = [
-        "head" if len(layers) == 1 else f"head {head}",
-        "density",
-        "blocks a row",
-        *PATTERNS,
-        "nearest",
-        "IoU above",
-    ]
+def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None, *, one_layer: bool) -> None:
+    header = ["head" if one_layer else f"head {head}", "density", "", "blocks a row", *PATTERNS, "nearest", "IoU above"]
     rows = []
-    for layer in layers:
-        for index, summary in enumerate(layer.heads):
-            nearest = layer.nearest(index)
-            counts = summary.counts
-            rows.append(
-                [
-                    row_name(info, layer.number, summary.batch, summary.head, one_layer=len(layers) == 1),
-                    _percent(summary.density),
-                    f"{int(counts.min())}/{int(counts.median())}/{int(counts.max())}",
-                    *(f"{100 * share:.1f}" for share in summary.shares.values()),
-                    f"{nearest[0]} ({nearest[1]:.2f})" if nearest else "",
-                    f"{layer.before[1].flatten()[index]:.2f}" if layer.before else "",
-                ]
-            )
+    for record in records:
+        blocks = [record.get(f"blocks_{which}") for which in ("least", "median", "most")]
+        nearest = record.get("nearest")
+        rows.append(
+            [
+                row_name(info, record["layer"], record["batch"], record["head"], one_layer=one_layer),
+                _percent(record["density"]),
+                "dense" if record.get("dense") else "",
+                "" if None in blocks else "/".join(map(str, blocks)),
+                *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+                "" if nearest is None else f"{nearest} ({record['nearest_iou']:.2f})",
+                _shown(record.get("iou_above"), 1, 2),
+            ]
+        )
     print_table(header, rows)
 
 
 def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None:
     """How many blocks query blocks keep along the prompt, each line an equal number of them."""
     sizes = info.layers[layer]
-    q_len, kv_len, block_size = geometry(sizes)
-    visible = visible_blocks(Geometry(q_len, kv_len, block_size), "cpu")
+    geometry = geometry_of(sizes)
+    visible = visible_blocks(geometry, "cpu")
     rows = summary.counts.shape[0]
     step = -(-rows // PROFILE_LINES)
     means = [float(part.float().mean()) for part in summary.counts.split(step)]
@@ -229,23 +204,31 @@ def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None
     kept = [int(part.sum()) for part in summary.counts.split(step)]
     lines = []
     for index, mean in enumerate(means):
-        first, last = index * step * block_size, min((index + 1) * step * block_size, q_len)
+        first = index * step * geometry.block_size
+        last = min(first + step * geometry.block_size, geometry.q_len)
         lines.append(
             [
-                f"{token_label(first + kv_len - q_len)} – {token_label(last + kv_len - q_len)}",
+                f"{token_label(first + geometry.offset)} – {token_label(last + geometry.offset)}",
                 f"{mean:.1f}",
                 _percent(kept[index] / seen[index]),
-                ("#" * round(BAR_WIDTH * mean / max(1.0, *means))).ljust(BAR_WIDTH),
+                "#" * round(PROFILE_BAR_WIDTH * mean / max(1.0, *means)),
             ]
         )
     print_table(["query tokens", "blocks a row", "density", ""], lines)
 
 
-def _legend(config: PrefillConfig | None, layers: Sequence[Layer], overview: bool) -> str:
+def _legend(config: PrefillConfig | None, layers: Sequence[LayerSummary], overview: bool) -> str:
     """What the columns are; only what the table has."""
     rule = "by the file's settings" if config else "by the default settings: the file has none"
-    blocks_a_row = "" if overview else "blocks a row: key blocks that a query block keeps, least/median/most\n"
-    lines = [f"{blocks_a_row}sink … scattered: % of the kept blocks ({rule})"]
+    dense = [summary.dense for layer in layers for summary in layer.heads]
+    lines = []
+    if any(dense):
+        lines.append("dense: heads that keep every causal block" if overview else "dense: keeps every causal block")
+    if not overview:
+        lines.append("blocks a row: key blocks that a query block keeps, least/median/most")
+    if not all(dense):
+        whose = " of heads that are not dense" if overview and any(dense) else ""
+        lines.append(f"sink … scattered: % of the kept blocks{whose} ({rule})")
     if len(layers) > 1:
         lines.append("IoU above: same heads, with the layer of the line above, where shapes agree")
     return "\n".join(lines)
@@ -268,3 +251,7 @@ def _draw(
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
+
+
+def _shown(value: float | None, factor: int, digits: int) -> str:
+    return "" if value is None else f"{factor * value:.{digits}f}"

@@ -10,30 +10,46 @@ from typing import Any
 import torch
 
 from flexprefill.blockmap.map import BlockMap
+from flexprefill.cli.kinds import kind_of
 from flexprefill.cli.values import whole
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import FlexPrefillError, MaskFileError
 from flexprefill.runtime.progress import terminal_stage
-from flexprefill.store import MaskFileInfo, load_masks
+from flexprefill.store import MaskFileInfo, load_masks, read_mask_info
+from flexprefill.store.contents import geometry_of
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options --layer, --head, and either --json or --png."""
+    """The options --layer, --head, and one of --csv, --json and --png."""
     parser.add_argument("--layer", type=whole(0), metavar="L", help="only this layer (default: all)")
     parser.add_argument("--head", type=whole(0), metavar="H", help="only this query head (default: all)")
     output = parser.add_mutually_exclusive_group()
+    output.add_argument("--csv", action="store_true", help="print the table as CSV, its numbers in full")
     output.add_argument("--json", action="store_true", help="print JSON instead of a table")
     output.add_argument("--png", type=_picture, metavar="OUT", help="draw into this file instead")
+
+
+def read_info(path: Path) -> MaskFileInfo:
+    """As :func:`flexprefill.read_mask_info`; its error says what a file is that is no mask file."""
+    try:
+        return read_mask_info(path)
+    except MaskFileError as error:
+        kind = kind_of(path)
+        if kind is None:
+            raise
+        raise MaskFileError(
+            f"{path} is no mask file but {kind}; flexprefill.save_masks(path, masks) makes mask files"
+        ) from error
 
 
 def check_choice(path: Path, info: MaskFileInfo, layer: int | None, head: int | None) -> None:
     """Raises FlexPrefillError unless the file has this layer, and this head in every layer that is asked for."""
     if layer is not None and layer not in info.layers:
-        raise FlexPrefillError(f"argument --layer: {path} has the layers {_ranges(list(info.layers))}, not {layer}")
+        raise FlexPrefillError(f"argument --layer: {path} has the layers {ranges(list(info.layers))}, not {layer}")
     for number in info.layers if layer is None else [layer]:
         heads = info.layers[number]["shape"][1]
         if head is not None and head >= heads:
             raise FlexPrefillError(
-                f"argument --head: layer {number} of {path} has the heads {_ranges(range(heads))}, not {head}"
+                f"argument --head: layer {number} of {path} has the heads {ranges(range(heads))}, not {head}"
             )
 
 
@@ -61,7 +77,7 @@ def as_panels(path: Path, info: MaskFileInfo, layers: Sequence[int], head: int |
         FlexPrefillError: the layers are not of one length.
     """
     first = info.layers[layers[0]]
-    other = [layer for layer in layers if geometry(info.layers[layer]) != geometry(first)]
+    other = [layer for layer in layers if geometry_of(info.layers[layer]) != geometry_of(first)]
     if other:
         raise FlexPrefillError(
             f"argument --layer: the layers of {path} are not of one length and need a picture each, "
@@ -76,24 +92,20 @@ def as_panels(path: Path, info: MaskFileInfo, layers: Sequence[int], head: int |
                 for index in range(block_map.shape[1]) if head is None else [head]:
                     titles.append(f"layer {layer}, {head_name(info, layer, batch, index)}")
             advance(1)
-    return BlockMap(torch.cat(words)[None], *geometry(first)), titles
-
-
-def geometry(sizes: dict[str, Any]) -> tuple[int, int, int]:
-    """(q_len, kv_len, block_size) of a layer's entry in MaskFileInfo.layers."""
-    return sizes["q_len"], sizes["kv_len"], sizes["block_size"]
+    q_len, kv_len, block_size = geometry_of(first)
+    return BlockMap(torch.cat(words)[None], q_len, kv_len, block_size), titles
 
 
 def describe_geometry(sizes: dict[str, Any]) -> str:
     """A layer's lengths and heads, in words."""
-    q_len, kv_len, block_size = geometry(sizes)
+    q_len, kv_len, block_size = geometry_of(sizes)
     batch, heads = sizes["shape"]
     tokens = f"{kv_len:,} tokens" if q_len == kv_len else f"the last {q_len:,} of {kv_len:,} tokens"
     entries = "" if batch == 1 else f"{batch} batch entries of "
     return f"{tokens} in blocks of {block_size}, {entries}{heads} head{'s' if heads > 1 else ''}"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers, those in a row as first … last."""
     runs: list[list[int]] = []
     for number in numbers:

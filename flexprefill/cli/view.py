@@ -1,4 +1,4 @@
-"""The command ``flexprefill view``."""
+"""flexprefill view: mask files as one HTML page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import webbrowser
 from pathlib import Path
 
+from flexprefill.cli.masks import read_info
 from flexprefill.viewer import EMBED_LIMIT, write_page
 
 NAME = "view"
@@ -36,6 +37,8 @@ def execute(arguments: argparse.Namespace) -> int:
         FlexPrefillError, OSError: as :func:`flexprefill.viewer.write_page`.
     """
     files = [file for file in (arguments.file, arguments.other) if file is not None]
+    for file in files:
+        read_info(file)  # for its error
     output = arguments.output or Path(f"{arguments.file.stem}.html")
     requests = write_page(output, files)
     print(f"wrote {output} ({output.stat().st_size:,} bytes)")

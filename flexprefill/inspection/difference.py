@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap.bits import popcount
 from flexprefill.blockmap.map import BlockMap, check_has_bits
+from flexprefill.inspection.patterns import Lanes, as_lanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +65,8 @@ def compare_maps(first: BlockMap, second: BlockMap) -> MapDifference:
         ValueError: they differ in shape, lengths, block size or device.
     """
     _check_maps(first, second)
-    both = _totals((first & second).words)
-    return MapDifference(both.cpu(), (_totals(first.words) - both).cpu(), (_totals(second.words) - both).cpu())
+    both, ours, theirs = (_totals(_countable(block_map)).cpu() for block_map in (first & second, first, second))
+    return MapDifference(both, ours - both, theirs - both)
 
 
 def head_similarity(first: BlockMap, second: BlockMap | None = None) -> Tensor:
@@ -96,13 +98,14 @@ def head_similarity(first: BlockMap, second: BlockMap | None = None) -> Tensor:
     symmetric = second is first
     heads, others = first.shape[1], second.shape[1]
     both = torch.zeros(first.shape[0], heads, others, dtype=torch.int64, device=first.device)
+    words, other_words = _countable(first), _countable(second)
     for head in range(heads):
         start = head if symmetric else 0
-        shared = _totals(first.words[:, head, None] & second.words[:, start:])
+        shared = _totals(words[:, head, None] & other_words[:, start:])
         both[:, head, start:] = shared
         if symmetric:
             both[:, start:, head] = shared
-    union = _totals(first.words)[:, :, None] + _totals(second.words)[:, None] - both
+    union = _totals(words)[:, :, None] + _totals(other_words)[:, None] - both
     return _iou(both, union).cpu()
 
 
@@ -111,8 +114,16 @@ def _check_maps(first: BlockMap, second: BlockMap) -> None:
         check_has_bits(name, block_map)
 
 
-def _totals(words: Tensor) -> Tensor:
-    """Set bits of each head: int64 [B, H] of [B, H, M, W]; head by head, since a popcount needs a few copies."""
+def _countable(block_map: BlockMap) -> Tensor | Lanes:
+    """A map's words as they are counted fastest: in NumPy on the CPU, where torch's threads cost more than they do."""
+    return as_lanes(block_map) if block_map.device.type == "cpu" else block_map.words
+
+
+def _totals(words: Tensor | Lanes) -> Tensor:
+    """Set bits of each head: int64 [B, H] of [B, H, M, W]."""
+    if not isinstance(words, Tensor):
+        return torch.from_numpy(np.bitwise_count(words).sum((-1, -2), dtype=np.int64))
+    # head by head, since a popcount needs a few copies
     return torch.stack([popcount(head).sum((-1, -2), dtype=torch.int64) for head in words.unbind(1)], 1)
 
 

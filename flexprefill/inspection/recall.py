@@ -13,6 +13,7 @@ from flexprefill.blockmap.map import BlockMap, check_block_map
 from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.variant.inputs import check_attention_inputs, resolve_scale
 from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import PLAIN
 
 
 def attention_recall(
@@ -46,9 +47,9 @@ def attention_recall(
     """
     check_attention_inputs(query, key)
     check_block_map(block_map, query, key)
-    attention = PlainAttention(query, key, resolve_scale(scale, query.shape[3]))
+    attention = PlainAttention(query, key, resolve_scale(scale, query.shape[3]), PLAIN)
     (batch, heads, q_len, _), geometry, group = query.shape, block_map.geometry, attention.group
-    chosen = torch.arange(q_len) if rows is None else _row_tensor(rows, q_len)
+    chosen = torch.arange(q_len, device="cpu") if rows is None else _row_tensor(rows, q_len)
     block_of = chosen // geometry.block_size
     row_blocks = [(block, chosen[block_of == block]) for block in block_of.unique().tolist()]
     kept_mass = torch.zeros(batch, heads, device=query.device, dtype=torch.float32)
@@ -72,4 +73,4 @@ def _row_tensor(rows: Iterable[int], q_len: int) -> Tensor:
         raise TypeError(f"rows must be a list of ints or None, got {rows!r}")
     if not listed or not 0 <= min(listed) <= max(listed) < q_len:
         raise ValueError(f"rows must be at least one of the queries 0 … {q_len - 1}, got {rows!r}")
-    return torch.tensor(listed)
+    return torch.tensor(listed, device="cpu")

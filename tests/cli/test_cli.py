@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from flexprefill import BlockMap, PrefillConfig, cli, save_masks
-from flexprefill.cli.masks import _ranges
+from flexprefill.cli.masks import ranges
 from flexprefill.inspection import compare_maps, head_similarity, summarize_heads
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 CONFIG = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=2, last_full_blocks=1)
-COMMAND = [sys.executable, "-c", "import sys; from flexprefill.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-m", "flexprefill"]
 
 
 def make_map(seed, *, batch=1, heads=3, blocks=20):
@@ -210,7 +210,7 @@ def test_files_that_are_none_end_with_code_2(files, capsys, tmp_path):
 
 
 def test_numbers_in_a_row_are_told_as_a_range():
-    assert _ranges([0, 1, 2, 5, 7, 8]) == "0 … 2, 5, 7 … 8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0 … 2, 5, 7 … 8"
 
 
 # pictures
@@ -232,7 +232,8 @@ def test_a_difference_is_drawn_at_its_place(files, masks, capsys, tmp_path):
     from matplotlib import image
     from matplotlib.colors import to_rgb
 
-    from flexprefill.plotting import LEFT, ONLY_FIRST, ONLY_SECOND, TOP
+    from flexprefill.plotting.canvas import LEFT, TOP
+    from flexprefill.plotting.difference import ONLY_FIRST, ONLY_SECOND
 
     picture = tmp_path / "diff.png"
     code, _ = run(capsys, "diff", files["a"], files["changed"], "--layer", "1", "--head", "2", "--png", str(picture))
@@ -276,6 +277,7 @@ def in_terminal(arguments, **environment):
     return sent.decode()
 
 
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 COLOUR = re.compile(r"\x1b\[[\d;]*3\d[\d;]*m")
 
 
@@ -299,6 +301,24 @@ def test_a_table_fits_in_80_columns(files, capsys):
         sent = re.sub(r"\x1b\[[\d;]*m", "", in_terminal(arguments)).splitlines()
         (row,) = [line.split() for line in sent if re.match(r"(0|head 0) +\d", line)]
         assert row in [line.split() for line in run(capsys, *arguments)[1].splitlines()]
+
+
+def test_a_narrow_terminal_gets_several_tables_and_whole_words(files, capsys):
+    pytest.importorskip("rich")
+    for arguments in (
+        ["inspect", files["a"]],
+        ["inspect", files["a"], "--layer", "1"],
+        ["inspect", files["a"], "--layer", "1", "--head", "1"],
+        ["diff", files["a"], files["longer"]],
+    ):
+        plain = run(capsys, *arguments)[1]
+        for width in (40, 60):
+            sent = ESCAPE.sub("", in_terminal(arguments, COLUMNS=str(width))).replace("\r", "")
+            lines = [line for line in sent.splitlines() if ".safetensors" not in line]  # no path is broken
+            assert max(map(len, lines)) <= width
+            assert {word for line in lines for word in line.split()} <= set(plain.split())
+            figures = [word for word in plain.split() if re.search(r"\d", word) and ".safetensors" not in word]
+            assert set(figures) <= set(sent.split())
 
 
 def test_pipes_and_terminals_without_rich_get_plain_text(files, capsys, monkeypatch):
@@ -398,3 +418,14 @@ def test_every_command_is_in_the_help(capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main([])
     assert raised.value.code == 2
+    assert capsys.readouterr().out == printed
+
+
+def test_python_runs_the_package_as_the_command(files, capsys):
+    for arguments in (["inspect", files["a"]], ["diff", files["a"], files["changed"]], ["--version"], []):
+        ran = subprocess.run([sys.executable, "-m", "flexprefill", *arguments], capture_output=True, text=True)
+        try:
+            code = cli.main(arguments)
+        except SystemExit as raised:
+            code = raised.code
+        assert (ran.returncode, ran.stdout) == (code, capsys.readouterr().out)

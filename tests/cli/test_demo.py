@@ -8,7 +8,8 @@ import torch
 
 import flexprefill
 from flexprefill import PrefillConfig, attention_recall, cli, load_masks, read_mask_info
-from flexprefill.cli import demo_run as demo
+from flexprefill.cli import demo
+from flexprefill.evaluation.built_heads import HEADS, build_prompt, read_tokens
 from flexprefill.runtime.progress import stage
 
 LENGTH, SEED, ALPHA = 2000, 3, 0.5
@@ -16,15 +17,7 @@ LENGTH, SEED, ALPHA = 2000, 3, 0.5
 
 @pytest.fixture(scope="module")
 def prompt():
-    return demo.build_prompt(demo.read_tokens(LENGTH), "cpu", SEED)
-
-
-@pytest.fixture(scope="module")
-def attention(prompt):
-    """The exact causal attention of the four heads: [4, S, S]."""
-    logits = prompt.query[0] @ prompt.key[0].mT * demo.HEAD_DIM**-0.5
-    future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    return dict(zip(demo.HEADS, logits.masked_fill(future, -torch.inf).softmax(-1), strict=True))
+    return build_prompt(read_tokens(LENGTH), "cpu", SEED)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,7 @@ def test_the_printed_figures_are_those_of_the_saved_masks(finished, prompt):
     kept = block_map.to_dense().repeat_interleave(128, 2).repeat_interleave(128, 3)[..., :LENGTH, :LENGTH].tril()
     sparse = torch.nn.functional.scaled_dot_product_attention(prompt.query, prompt.key, prompt.value, attn_mask=kept)
     error = (sparse - exact)[0].flatten(1).norm(dim=1) / exact[0].flatten(1).norm(dim=1)
-    for head, name in enumerate(demo.HEADS):
+    for head, name in enumerate(HEADS):
         row = re.search(rf"^{name} +([\d.]+) % +([\d.]+) % +([\d.]+) ", printed, re.MULTILINE)
         printed_density, printed_mass, printed_error = map(float, row.groups())
         assert printed_density == pytest.approx(100 * block_map.density()[0, head].item(), abs=0.051)
@@ -73,9 +66,9 @@ def test_times_are_printed_with_a_verdict_that_follows_from_them(finished):
     folder, printed = finished
     medians = {
         name: float(re.search(rf"^{name} +([\d,.]+) ", printed, re.MULTILINE)[1].replace(",", ""))
-        for name in (demo.DENSE, demo.SDPA, demo.SPARSE, demo.SEARCH, demo.LISTS)
+        for name in (demo.DENSE_FLEX, demo.DENSE_SDPA, demo.SPARSE, demo.SEARCH, demo.LISTS)
     }
-    for name in (demo.DENSE, demo.SDPA):
+    for name in (demo.DENSE_FLEX, demo.DENSE_SDPA):
         ratio, verdict = re.search(rf"is ([\d.]+)× (faster|slower) than {name} here", printed).groups()
         dense, sparse = medians[name], medians[demo.SPARSE]
         assert float(ratio) == pytest.approx(max(dense / sparse, sparse / dense), rel=0.1)
@@ -93,65 +86,13 @@ def test_times_are_printed_with_a_verdict_that_follows_from_them(finished):
     ],
 )
 def test_slower_is_called_slower(sparse, dense, expected):
-    assert demo.compare(sparse, dense, "dense").endswith(expected)
-
-
-def test_the_text_is_the_same_each_time_and_grows_at_the_end():
-    tokens = demo.read_tokens(3000)
-    assert tokens.shape == (3000,) and tokens[0] == 0
-    assert torch.equal(demo.read_tokens(1000), tokens[:1000])
-
-
-def test_the_local_head_falls_with_distance(attention):
-    local = attention["local"][500:]
-    shares = [
-        torch.stack([local[i, i + 500 - far : i + 501 - near].sum() for i in range(len(local))]).mean().item()
-        for near, far in [(0, 15), (16, 127), (128, 500)]
-    ]
-    assert shares[0] > 0.5 and shares[0] > 2 * shares[1] > 4 * shares[2]
-
-
-def test_the_sink_heads_mass_is_on_the_first_token(attention):
-    assert attention["sink"][:, 0].mean() > 0.95
-
-
-def test_the_induction_head_looks_behind_an_earlier_occurrence(attention, prompt):
-    tokens, top = prompt.tokens, attention["induction"].argmax(-1)
-    occurred = torch.tensor([bool((tokens[:i] == tokens[i]).any()) for i in range(LENGTH)])
-    assert occurred.sum() > 1000
-    found = top[occurred]
-    # the token right before the key is the query's own
-    assert torch.equal(tokens[found - 1], tokens[occurred])
-
-
-def test_the_topic_head_prefers_alike_passages(attention, prompt):
-    words = torch.nn.functional.one_hot(prompt.tokens).double()
-    passages = torch.nn.functional.normalize(demo.trailing_mean(words - words.mean(0), demo.TOPIC_TOKENS), dim=-1)
-    likeness = passages @ passages.T
-    rows = range(1000, LENGTH, 50)
-    weighted = torch.stack([(attention["topic"][i] * likeness[i]).sum() for i in rows])
-    plain = torch.stack([likeness[i, : i + 1].mean() for i in rows])
-    assert (weighted > plain + 0.2).all()
-
-
-def test_a_trailing_mean_is_over_the_rows_up_to_each(prompt):
-    vectors = torch.arange(10.0)[:, None]
-    expected = [sum(range(max(0, i - 3), i + 1)) / (i + 1 - max(0, i - 3)) for i in range(10)]
-    assert demo.trailing_mean(vectors, 4).flatten().tolist() == pytest.approx(expected)
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_alone():
-    vector = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    turned = demo.rotate(vector.expand(300, 64))
-    torch.testing.assert_close(turned.norm(dim=1), vector.norm().expand(300))
-    torch.testing.assert_close(turned[0], vector)
-    torch.testing.assert_close(turned[250] @ turned[200], turned[60] @ turned[10], rtol=1e-4, atol=1e-4)
+    assert demo.verdict(sparse, dense, "dense").endswith(expected)
 
 
 def test_the_share_that_is_always_kept_is_counted():
     # 16 blocks a side: sinks 2, window 4, last rows 2
     kept = sum(i + 1 if i >= 14 else min(i + 1, 6) for i in range(16))
-    assert demo.always_kept(LENGTH, PrefillConfig()) == pytest.approx(kept / 136)
+    assert demo.always_kept_share(LENGTH, PrefillConfig()) == pytest.approx(kept / 136)
 
 
 def test_without_tqdm_a_stage_is_a_line(capsys, monkeypatch):

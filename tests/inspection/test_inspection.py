@@ -9,7 +9,7 @@ from support.inputs import make_qkv
 from flexprefill import BlockMap, PrefillConfig, attention_recall, search_blocks
 from flexprefill.blockmap.geometry import visible_blocks
 from flexprefill.inspection import PATTERNS, block_patterns, compare_maps, head_similarity, summarize_heads
-from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, SLAB_ROWS
+from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, SLAB_ROWS, count_patterns
 
 BLOCK = 16
 
@@ -23,7 +23,7 @@ def patterns_by_definition(block_map, batch, head, config):
     """The names of all blocks, in plain loops; None for a block that is not kept."""
     rows, columns = block_map.shape[2:]
     kept = block_map.to_dense()[batch, head].tolist()
-    visible = visible_blocks(block_map.q_len, block_map.kv_len, block_map.block_size, "cpu").tolist()
+    visible = visible_blocks(block_map.geometry, "cpu").tolist()
     first_last = rows - config.last_full_blocks
     last = [I >= first_last and sum(kept[I]) == visible[I] for I in range(rows)]
     lines = {}
@@ -55,12 +55,10 @@ def patterns_by_definition(block_map, batch, head, config):
     return [[name(I, J) for J in range(columns)] for I in range(rows)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_each_block_is_of_the_pattern_that_the_rule_names(data):
-    rows = data.draw(st.integers(1, 24))
-    columns = rows + data.draw(st.integers(0, 12))
-    # lengths that end within a block, and offsets that are no whole blocks
+def draw_map(data, most):
+    """A map [1, 2, M, N] with some lines, and settings; lengths that end within a block, offsets of no whole blocks."""
+    rows = data.draw(st.integers(1, most))
+    columns = rows + data.draw(st.integers(0, most // 2))
     q_len = rows * BLOCK - data.draw(st.integers(0, BLOCK - 1))
     kv_len = columns * BLOCK - data.draw(st.integers(0, BLOCK - 1))
     kv_len = max(q_len, kv_len)
@@ -77,11 +75,50 @@ def test_each_block_is_of_the_pattern_that_the_rule_names(data):
         last_full_blocks=data.draw(st.integers(0, 3)),
     )
     dense[:, :, rows - config.last_full_blocks :] |= data.draw(st.booleans())
-    block_map = make_map(dense, q_len=q_len, kv_len=kv_len)
+    dense[:, 1] |= data.draw(st.booleans())  # a head that keeps everything
+    return make_map(dense, q_len=q_len, kv_len=kv_len), config
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_each_block_is_of_the_pattern_that_the_rule_names(data):
+    block_map, config = draw_map(data, 24)
     for head in range(2):
         codes = block_patterns(block_map, head, config=config).tolist()
         names = [[PATTERNS[code - 1] if code else None for code in row] for row in codes]
         assert names == patterns_by_definition(block_map, 0, head, config)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_counted_patterns_are_those_of_the_blocks(data):
+    # more blocks than a word and a group of rows have
+    block_map, config = draw_map(data, 200)
+    config = data.draw(st.sampled_from([config, None]))
+    counted = count_patterns(block_map, config=config)
+    assert counted.shape == (1, 2, len(PATTERNS)) and counted.dtype == torch.int64
+    for head in range(2):
+        codes = block_patterns(block_map, head, config=config)
+        assert counted[0, head].tolist() == torch.bincount(codes.flatten(), minlength=7)[1:].tolist()
+
+
+def test_patterns_are_counted_some_heads_at_a_time(monkeypatch):
+    dense = torch.rand(2, 3, 70, 130, generator=torch.Generator().manual_seed(0)) < 0.5
+    block_map = make_map(dense)
+    whole = count_patterns(block_map)
+    monkeypatch.setattr("flexprefill.inspection.patterns.WORDS_AT_A_TIME", 1)
+    assert count_patterns(block_map).equal(whole)
+    assert count_patterns(BlockMap(block_map.words[:, :1].expand(2, 3, -1, -1), *block_map.geometry)).equal(
+        whole[:, :1].expand(2, 3, -1)
+    )
+
+
+def test_a_head_that_keeps_everything_is_dense():
+    dense = torch.ones(1, 3, 40, 50, dtype=torch.bool)
+    dense[0, 1, 39, 0] = False
+    dense[0, 2] = dense[0, 2].tril(10)  # all but the causal future
+    assert [summary.dense for summary in summarize_heads(make_map(dense))] == [True, False, True]
+    assert [summary.to_dict()["dense"] for summary in summarize_heads(make_map(dense))] == [True, False, True]
 
 
 def test_verticals_slashes_and_scattered_blocks_are_told_apart():
@@ -178,6 +215,8 @@ def test_what_cannot_be_inspected_is_refused():
         block_patterns(block_map, 0, config={})
     with pytest.raises(TypeError, match="block_map must be a BlockMap, got Tensor"):
         summarize_heads(torch.ones(1))
+    with pytest.raises(TypeError, match="config must be a PrefillConfig, got dict"):
+        summarize_heads(block_map, config={})
     with pytest.raises(TypeError, match="second must be a BlockMap, got NoneType"):
         compare_maps(block_map, None)
     with pytest.raises(ValueError, match="maps of one shape and length"):
