@@ -8,12 +8,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from torch.nn.attention.flex_attention import BlockMask
 
 import flexprefill
 from flexprefill import (
+    AttentionVariant,
     BlockMap,
     FlexPrefillError,
     KeyMeans,
@@ -35,7 +35,7 @@ from flexprefill import (
 )
 from flexprefill.inspection import block_patterns, compare_maps, head_similarity, summarize_heads
 from flexprefill.plotting import plot_difference, plot_heads, plot_layers
-from flexprefill.search import scorers
+from flexprefill.runtime.state import forget
 from flexprefill.variant.inputs import HEAD_DIMS
 
 CONFIG = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
@@ -282,7 +282,10 @@ def test_numbers_that_are_not_finite_on_each_backend(which, bad, backend, reques
 def test_what_is_not_finite_under_a_mod_reaches_the_rows_that_see_it(place):
     tensors = list(inputs())
     tensors[place][0, 0, 33] = math.nan
-    for changes in ({"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx > q_idx - 8}, {"sliding_window": 8}):
+    for changes in (
+        {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx > q_idx - 8},
+        {"variant": AttentionVariant(sliding_window=8)},
+    ):
         bad = prefill_attention(*tensors, CONFIG, **changes).isnan().all(-1)
         rows = torch.zeros(1, HEADS, LENGTH, dtype=torch.bool, device=DEVICE)
         if place == 0:
@@ -307,11 +310,11 @@ def test_a_compiled_callers_rows_are_marked_too():
 
 
 BAD_SETTINGS = {
-    "alpha": (["0.1", None, True, 1j, np.float32(0.1), {0.1}, torch.tensor(0.1)], [0, -1, 1.1, math.nan, math.inf, ()]),
-    "block_size": (["16", None, True, 16.0, [16], np.int64(16)], [0, -16, 1, 8, 48, 256, 2**40]),
+    "alpha": (["0.1", None, True, 1j, {0.1}, torch.tensor(0.1)], [0, -1, 1.1, math.nan, math.inf, ()]),
+    "block_size": (["16", None, True, 16.0, [16], np.bool_(True)], [0, -16, 1, 8, 48, 256, 2**40]),
     **dict.fromkeys(
         ("sink_blocks", "window_blocks", "last_full_blocks", "min_blocks"),
-        (["1", None, True, 1.0, [1], np.int64(1)], [-1, 2**31, 10**30]),
+        (["1", None, True, 1.0, [1], np.bool_(True)], [-1, 2**31, 10**30]),
     ),
     "dense_below": (["1", True, 1.0, [1]], [-1, 2**31]),
     "mask_heads": ([], ["keys", None, 1, [], ("query",)]),
@@ -444,9 +447,10 @@ BAD_SCORES = {
 
 
 @pytest.fixture
-def own_scorers(monkeypatch):
+def own_scorers():
     """Scorers that a test registers are gone after it."""
-    monkeypatch.setattr(scorers, "_SCORERS", dict(scorers._SCORERS))
+    yield
+    forget("registered scorers")
 
 
 @pytest.mark.usefixtures("own_scorers")
@@ -538,8 +542,8 @@ REFUSED = {
         lambda: PROMPT.search_blocks(0, *inputs(batch=2)[:2]), ValueError, "query must have the prompt's batch size",
     ),
     "prompt's layer": (lambda: PROMPT.search_blocks("0", *inputs()[:2]), TypeError, "layer must be an int"),
-    "prompt's implementation": (
-        lambda: PROMPT.search_blocks(0, *inputs()[:2], implementation="x"), ValueError, "implementation must be one of",
+    "search's implementation": (
+        lambda: search_blocks(*inputs()[:2], implementation="x"), ValueError, "implementation must be one of",
     ),
     "record nothing": (lambda: record_masks(3).__enter__(), TypeError, "model must be a torch.nn.Module"),
     "patterns of nothing": (lambda: block_patterns(3, 0), TypeError, "block_map must be a BlockMap"),
@@ -597,16 +601,16 @@ def test_maps_without_bits_are_not_saved(tmp_path):
 def test_what_is_public_is_what_is_tested_here():
     """A new public name has to be put to the same test."""
     made_by_the_library = {"BackendChoice", "CacheStats", "CachedPrompt", "GuardReport", "MaskFileInfo", "Recording"}
-    errors = {"FlexPrefillError", "MaskFileError", "NotEnoughMemoryError"}
+    errors = {"FlexPrefillError", "MaskFileError", "NotEnoughMemoryError", "RanEagerlyError", "UnsupportedError"}
     tested = {
         "BlockMap", "KeyMeans", "ListBuffers", "MaskCache", "PrefillConfig", "Scorer", "attention_recall",
         "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention",
         "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
-    tested |= {"Sequences"}  # in test_sequences.py
+    tested |= {"AttentionVariant", "Sequences"}  # in test_variant.py, test_terms.py and test_sequences.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}
     with_arguments = {"from_dense", "causal", "from_chunks", "from_block_mask", "to_block_mask", "to", "with_mask"}
-    without = {"to_dense", "offset", "shape", "device", "counts", "density"}
+    without = {"to_dense", "geometry", "offset", "shape", "device", "counts", "density"}
     methods = {name for name in vars(BlockMap) if not name.startswith("_")}
     assert methods - {"words", "q_len", "kv_len", "block_size"} == with_arguments | without
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.combinations import DOCS, FEATURES, PARTS, bases, completed, covering_calls, possible, read, table, write
-from support.inputs import DEVICE
-from support.inputs import make_qkv
+from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import corrected_attention
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -102,7 +101,7 @@ def check(features, backend):
     tensors, config, chosen, attention = arguments_of(features)
     query, key, value = tensors
     dtype = query.dtype
-    block_map = search_blocks(query, key, config, **chosen)
+    block_map = search_blocks(query, key, config, **as_variant(**chosen))
     kept = block_map.counts().sum() / BlockMap.causal(*block_map.shape[:2], **sizes_of(block_map)).counts().sum()
     exact, lse = dense_attention(tensors, block_map, chosen, attention, torch.float64)
     theirs = dense_attention(tensors, block_map, chosen, attention, dtype)[0].double()
@@ -115,7 +114,7 @@ def check(features, backend):
         allowed *= 1.5  # and so does the sinks' part
     if dtype == torch.float32 and DEVICE == "cuda":
         allowed = 2e-3  # its products may be tf32
-    result = prefill_attention(query, key, value, config, **chosen, **attention, backend=backend)
+    result = prefill_attention(query, key, value, config, **as_variant(**chosen, **attention), backend=backend)
     if "return_aux" in attention:
         result, aux = result
         finite = lse.isfinite()
@@ -132,9 +131,9 @@ def refused_because(features, backend):
     """What is said to features that make a whole call; None if it is taken."""
     tensors, config, chosen, attention = arguments_of(features, 20)
     try:
-        explain_backend(*tensors, config, **chosen, **attention, backend=backend)
+        explain_backend(*tensors, config, **as_variant(**chosen, **attention), backend=backend)
         # by the reference: a kernel would be compiled for each of hundreds of calls
-        search_blocks(*tensors[:2], config, **chosen, implementation="reference")
+        search_blocks(*tensors[:2], config, **as_variant(**chosen), implementation="reference")
     except (TypeError, ValueError) as error:
         return str(error).replace("|", "\\|")
     return None

@@ -1,9 +1,11 @@
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 
-from flexprefill import PrefillConfig
+from flexprefill import AttentionVariant, BlockMap, PrefillConfig
 from flexprefill.config import PUBLISHED
 
 
@@ -31,7 +33,7 @@ def test_settings_are_written_only_where_they_are_used():
     for changes in (
         {"mask_heads": "kv"}, {"score_rows": "visible"}, {"scorer": "not registered here"}, {"mean_correction": True},
     ):  # fmt: skip
-        config = PrefillConfig(**changes)
+        config = PrefillConfig.from_dict(changes)
         assert (
             config.to_dict() == PrefillConfig().to_dict() | changes
             and PrefillConfig.from_dict(config.to_dict()) == config
@@ -107,3 +109,27 @@ def test_published_v2_and_unknown_models():
     with pytest.raises(ValueError, match="Mistral") as raised:
         PrefillConfig.published("Mistral-7B")
     assert all(name in str(raised.value) for name in PUBLISHED)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    config = PrefillConfig(
+        alpha=np.float32(0.5), block_size=np.int64(64), guard=np.float64(0.75), dense_below=np.int8(3)
+    )
+    assert config == PrefillConfig(alpha=0.5, block_size=64, guard=0.75, dense_below=3)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert {type(setting) for setting in (config.alpha, config.block_size, config.guard)} == {float, int}
+    assert PrefillConfig(alpha=(np.float64(0.5), 0.25)).alpha == (0.5, 0.25)
+    variant = AttentionVariant(sliding_window=np.int32(5), soft_cap=np.float32(2))
+    assert variant == AttentionVariant(sliding_window=5, soft_cap=2.0)
+    block_map = BlockMap.causal(1, 1, q_len=np.int64(100), kv_len=np.int64(120), block_size=np.int32(16))
+    assert block_map == BlockMap.causal(1, 1, q_len=100, kv_len=120, block_size=16)
+    for wrong in (np.bool_(True), np.array([64])):
+        with pytest.raises(TypeError, match="block_size must be an int"):
+            PrefillConfig(block_size=wrong)
+
+
+def test_a_scorer_that_is_misspelt_is_refused_where_it_is_named():
+    with pytest.raises(ValueError, match=r"scorer must be one of \['exact', .*got 'xatention'; register_scorer"):
+        PrefillConfig(scorer="xatention")
+    # a file may be read where its scorer is not registered
+    assert PrefillConfig.from_dict({"scorer": "somebody's", "alpha": 0.3}).scorer == "somebody's"

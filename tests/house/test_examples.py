@@ -11,6 +11,7 @@ import torch
 from flexprefill import PrefillConfig, load_masks, read_mask_info
 from flexprefill.evaluation import TASKS, load_model
 
+pytestmark = pytest.mark.slow  # each script compiles or trains something
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

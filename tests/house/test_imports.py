@@ -1,4 +1,4 @@
-"""The plan of the package: rooms import the rooms above them, files never round in a circle, names with _ stay inside."""
+"""The plan of the package: rooms import the rooms above them, never round in a circle; names with _ stay inside."""
 
 import ast
 from pathlib import Path
@@ -88,9 +88,10 @@ def underscored(trees):
                     elif alias.name.startswith("_") and not alias.name.startswith("__"):
                         found.append(f"{module}: {node.module}.{alias.name}")
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
-                if node.attr.startswith("_") and not node.attr.startswith("__"):
-                    found.append(f"{module}: {bound[node.value.id]}.{node.attr}")
+            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound):
+                continue
+            if node.attr.startswith("_") and not node.attr.startswith("__"):
+                found.append(f"{module}: {bound[node.value.id]}.{node.attr}")
     return found
 
 

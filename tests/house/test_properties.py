@@ -8,10 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.inputs import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
+from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.functional import scaled_dot_product_attention
 
