@@ -351,6 +351,7 @@ def test_a_step_of_decoding_is_dense_under_its_terms(window):
     assert relative_error(prefill_attention(query, key, value, LEAN, **terms), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.eager_flex
 def test_terms_trace_into_one_graph_for_all_lengths():
     graphs = []

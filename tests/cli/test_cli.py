@@ -303,6 +303,7 @@ def test_a_table_fits_in_80_columns(files, capsys):
         assert row in [line.split() for line in run(capsys, *arguments)[1].splitlines()]
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_gets_several_tables_and_whole_words(files, capsys):
     pytest.importorskip("rich")
     for arguments in (

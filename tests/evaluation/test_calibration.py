@@ -30,7 +30,7 @@ LEAN = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=1, last_full_bl
 ALPHAS = (0.9, 0.01, 0.4, 1.0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def test_each_head_is_searched_with_its_own_alpha(implementation):
     @settings(deadline=None, max_examples=20 if implementation == "reference" else 4)
     @given(st.integers(1, 150), st.sampled_from([0, 3]), st.integers(0, 2**31))

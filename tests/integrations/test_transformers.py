@@ -83,7 +83,11 @@ def logits_padded(model, side, cache):
     return logits[real.bool()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("llama", "gemma2", "gpt_oss")  # of each kind of layer one
+EACH_FAMILY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_logits_are_those_of_the_models_own_attention_where_all_blocks_are_kept(family):
     exact = logits_alone(model_of(family, reference_of(family), torch.float64))
     allowed = 2 * relative_error(logits_alone(model_of(family, reference_of(family))), exact)
@@ -115,7 +119,7 @@ def test_a_batch_without_padding_shares_its_calls(family):
     assert relative_error(model_of(family, "all_kept")(tokens).logits, expected) <= 2e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_generate_gives_the_same_tokens_where_all_blocks_are_kept(family):
     tokens, real, _ = pad_prompts("left")
     for cache in ("dynamic", "static"):
@@ -326,14 +330,8 @@ def default_compile():
 
 @pytest.mark.eager_flex
 @pytest.mark.usefixtures("default_compile")
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("llama", marks=pytest.mark.slow),
-        pytest.param("gemma2", marks=pytest.mark.slow),
-        "gpt_oss",  # has layers of both kinds
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
     graphs = []
 
@@ -366,7 +364,14 @@ def with_any_length(*tensors):
 
 # one layer, which with gemma2 has a window, and one graph for all lengths: compiling takes the time
 @pytest.mark.usefixtures("default_compile")
-@pytest.mark.parametrize(("family", "padded"), [("llama", False), ("llama", True), ("gemma2", True)])
+@pytest.mark.parametrize(
+    ("family", "padded"),
+    [
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("llama", True, marks=pytest.mark.slow),
+        ("gemma2", True),
+    ],
+)
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):
     model = make_model(family, "few_kept", num_hidden_layers=1).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True)

@@ -198,6 +198,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="a process that uses CUDA cannot fork; the CPU's results are compared")
 def test_a_fork_after_the_import_gives_the_same_results(tmp_path):
     from pathlib import Path

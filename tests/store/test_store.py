@@ -327,6 +327,7 @@ def start_saving(path, *, seed, times=1, killed=-1):
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+@pytest.mark.slow
 def test_processes_that_save_to_one_path_leave_one_whole_file(tmp_path):
     path = tmp_path / "masks"
     loads = 0
@@ -560,7 +561,7 @@ def random_change(generator, whole):
     return start, bytes(piece)
 
 
-@pytest.mark.parametrize(("version", "times"), [(1, 1000), (2, 10_000)])
+@pytest.mark.parametrize(("version", "times"), [(1, 1000), pytest.param(2, 10_000, marks=pytest.mark.slow)])
 def test_random_damage_is_refused_and_crashes_nothing(tmp_path, version, times):
     path = tmp_path / "masks"
     whole = (DATA / f"masks_v{version}.safetensors").read_bytes()
