@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import evaluate_cut_rule, relative_error
 from support.sequences import LEAN, assert_follows, cases, spoil
+from support.waits import waits_are_errors
 
 from flexprefill import (
     AttentionVariant,
@@ -46,15 +47,22 @@ def on_device(chosen, heads):
     return {**chosen, "alibi_slopes": None if slopes is None else torch.tensor(slopes[:heads], device=DEVICE)}
 
 
-@settings(deadline=None, max_examples=80)
-@given(cases(), terms(), st.booleans())
-def test_the_reference_follows_the_rule_with_every_term(case, chosen, with_sequences):
+def by_the_rule(case, chosen, with_sequences):
+    """The case's sequences, or None, and which blocks the rule keeps and which are close to its threshold."""
     query, key, _, (sequences, starts, ends), arguments = case
     if not with_sequences:
         batch, kv_len = key.shape[0], key.shape[2]
         sequences, starts, ends = None, [[0] * kv_len] * batch, [[kv_len] * kv_len] * batch
     given_terms = {"window": chosen["sliding_window"], "soft_cap": chosen["soft_cap"], "slopes": chosen["alibi_slopes"]}
     keep, close = evaluate_cut_rule(query, key, starts, ends, **arguments, **given_terms)
+    return sequences, keep, close
+
+
+@settings(deadline=None, max_examples=80)
+@given(cases(), terms(), st.booleans())
+def test_the_reference_follows_the_rule_with_every_term(case, chosen, with_sequences):
+    query, key, _, _, arguments = case
+    sequences, keep, close = by_the_rule(case, chosen, with_sequences)
     call = {**arguments, **on_device(chosen, query.shape[1]), "sequences": sequences, "implementation": "reference"}
     assert_follows(search_blocks(query.to(DEVICE), key.to(DEVICE), **as_variant(**call)), keep, close)
 
@@ -62,12 +70,8 @@ def test_the_reference_follows_the_rule_with_every_term(case, chosen, with_seque
 @settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 200)
 @given(cases(max_length=110), terms(), st.booleans())
 def test_the_kernel_follows_the_rule_with_every_term(case, chosen, with_sequences):
-    query, key, _, (sequences, starts, ends), arguments = case
-    if not with_sequences:
-        batch, kv_len = key.shape[0], key.shape[2]
-        sequences, starts, ends = None, [[0] * kv_len] * batch, [[kv_len] * kv_len] * batch
-    given_terms = {"window": chosen["sliding_window"], "soft_cap": chosen["soft_cap"], "slopes": chosen["alibi_slopes"]}
-    keep, close = evaluate_cut_rule(query, key, starts, ends, **arguments, **given_terms)
+    query, key, _, _, arguments = case
+    sequences, keep, close = by_the_rule(case, chosen, with_sequences)
     query, key = query.to(DEVICE), key.to(DEVICE)
     if with_sequences:
         query, key = spoil(query, sequences.padding), spoil(key, sequences.padding)
@@ -418,11 +422,8 @@ def test_terms_wait_for_nothing():
 
     run()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

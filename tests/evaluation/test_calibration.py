@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import DEVICE, make_qkv
+from support.waits import waits_are_errors
 
 from flexprefill import (
     FlexPrefillError,
@@ -73,11 +74,8 @@ def test_each_kernel_takes_an_alpha_for_each_head(head_dim, dtype):
     found = search_blocks(query, key, PrefillConfig(alpha=ALPHAS))
     for head, alpha in enumerate(ALPHAS):
         assert torch.equal(found.words[:, head], search_blocks(query, key, PrefillConfig(alpha=alpha)).words[:, head])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         search_blocks(query, key, PrefillConfig(alpha=ALPHAS))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = search_blocks(query, key, PrefillConfig(alpha=ALPHAS))
@@ -93,11 +91,8 @@ def test_each_kernel_takes_an_alpha_for_each_head(head_dim, dtype):
 def test_alphas_reach_the_device_without_a_wait():
     # numbers that no other test has, of which nothing is kept yet
     rule = Rule.of(PrefillConfig(alpha=(0.123, 0.456)), scale=1.0, last_chunk=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         found = log2_alphas_on(torch.device("cuda"), rule)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.cpu(), torch.tensor(rule.log2_alphas))
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import DEVICE, make_qkv
+from support.waits import waits_are_errors
 
 from flexprefill import (
     AttentionVariant,
@@ -220,11 +221,8 @@ def test_the_guard_waits_for_nothing_and_can_be_captured():
     config = PrefillConfig(alpha=0.05, guard=0.95, dense_below=0)
     expected = prefill_attention(query, key, value, config)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         output = prefill_attention(query, key, value, config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(output, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from support.inputs import DEVICE, make_qkv
+from support.waits import waits_are_errors
 
 from flexprefill import (
     BlockMap,
@@ -142,11 +143,8 @@ def test_asking_for_memory_waits_for_nothing_and_can_be_captured():
         expected = search_blocks(query, key)
         expected.to_block_mask()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             search_blocks(query, key).to_block_mask()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             block_map = search_blocks(query, key)

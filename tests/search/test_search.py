@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import DEVICE, make_qkv
 from support.oracle import assert_follows_rule
+from support.waits import waits_are_errors
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.blockmap.geometry import Geometry
@@ -488,11 +489,8 @@ def test_nothing_waits_for_the_device():
 
     run()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     # the profiler itself synchronizes where it stops
     assert waits_in(run) == waits_in(lambda: None)
     assert waits_in(lambda: search_blocks(query, key).density().max().item()) != waits_in(lambda: None)
@@ -508,12 +506,8 @@ def waits_in(function):
 
 @pytest.mark.gpu
 def test_a_wait_would_be_noticed():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            search_blocks(*published_shape(500)).density().max().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waits_are_errors(), pytest.raises(RuntimeError, match="synchronizing"):
+        search_blocks(*published_shape(500)).density().max().item()
 
 
 def test_another_default_dtype_changes_nothing():
