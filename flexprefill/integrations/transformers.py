@@ -259,8 +259,7 @@ def _whole_prompt(attention_mask: object, query: Tensor, key: Tensor, asked: Ask
             f"attention_mask must be given where keys are more than queries, got None for {q_len} queries and {kv_len} "
             "keys: it says where the queries stand"
         )
-    window = None if asked.sliding_window is None or asked.sliding_window >= kv_len else asked.sliding_window
-    return Prompts(query.shape[0], 0, window, None, query.device)
+    return Prompts(query.shape[0], 0, asked.sliding_window, None, query.device)
 
 
 def _packed_by(prompts: Prompts, given: Mapping[str, Any], query: Tensor) -> Prompts:
