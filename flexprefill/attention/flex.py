@@ -17,7 +17,7 @@ from flexprefill.blockmap.geometry import Geometry
 from flexprefill.errors import RanEagerlyError
 from flexprefill.runtime.compiling import compile_whole, mixed_up_sizes, refusals_explained
 from flexprefill.runtime.state import remembered
-from flexprefill.runtime.thread_state import without_autocast, without_dispatch_modes
+from flexprefill.runtime.thread_state import what_graphs_guard, without_autocast, without_dispatch_modes
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.mods import ScoreMod
 
@@ -49,6 +49,7 @@ class Kind(NamedTuple):
     at_offset: bool
     mod_codes: tuple[tuple[types.CodeType | type, ...], ...]  # of the mask_mods and of the score_mods
     settings: FlexSettings
+    state: tuple[object, ...]  # of the thread: one kind's recompiles are not used up by a state that changes
 
 
 def flex_over(
@@ -82,6 +83,7 @@ def flex_over(
             listed.offset is not None,
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
             settings,
+            what_graphs_guard(),
         )
         with refusals_explained(), without_dispatch_modes():
             with _making:

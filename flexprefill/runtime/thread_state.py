@@ -52,6 +52,19 @@ def without_dispatch_modes() -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def what_graphs_guard() -> tuple[object, ...]:
+    """The state that torch.compile compiles anew for, beside the arguments (with torch 2.13)."""
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
 def is_in_vmap(tensor: Tensor) -> bool:
     """Whether torch.vmap hides a dimension of a tensor."""
     return not is_tracing() and torch._C._functorch.is_batchedtensor(tensor)

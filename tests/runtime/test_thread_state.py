@@ -124,6 +124,36 @@ def test_results_depend_on_the_arguments_alone(state, inputs, expected):
         assert found[name].dtype == right.dtype and torch.equal(found[name], right), name
 
 
+@contextlib.contextmanager
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_no_state_uses_up_the_recompiles_of_a_kind_of_call(inputs):
+    query, key, value, _, _ = inputs
+    forget("compiled attention, by kind of call")
+    states = {**STATES, "threads": two_threads, "matmul precision": matmul_precision}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for state in states.values():
+            with state():
+                prefill_attention(query, key, value, CONFIG)
+
+
 def test_a_mode_does_not_spoil_the_calls_after_it(inputs):
     """A kind of call that nobody made before: its first one is under a mode."""
     query, key, value, _, _ = inputs
