@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -26,31 +26,38 @@ from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
 FIRST_EDGE, EDGE_FACTOR = 128, 4  # of the bins where the caller does not say
+SINK_TOKENS = 4  # as StreamingLLM keeps (arXiv 2309.17453)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DistanceMass:
     """How much attention mass of each head lies how far back, over the measured rows. All tensors are on the CPU.
 
-    A key's distance is how many tokens it stands before the query; the query's own key has distance 0.
+    A key's distance is how many tokens it stands before the query; the query's own key has distance 0. Mass on the
+    first four tokens of a sequence is counted apart: many heads rest there (attention sinks), and look at nothing far.
 
     Attributes:
         edges: where bins begin, in tokens, ascending from 0: bin i holds the distances ``edges[i]`` …
             ``edges[i + 1] - 1``, the last bin all from its edge on.
-        mass: float32 [B, Hq, bins], the mean share of each bin over the rows that see a key; a head's add up to 1.
-        mean_distance: float32 [B, Hq], of a head's mass in tokens.
+        mass: float32 [B, Hq, bins], the mean share of each bin over the rows that see a key, without ``sink``.
+        sink: float32 [B, Hq], the mean share of the sequence's first four tokens. A head's shares add up to 1.
+        mean_distance: float32 [B, Hq], of a head's mass without ``sink``, in tokens; 0 if it has none.
         reach: int64 [B, bins], how many measured rows see a key as far back as the bin's edge.
     """
 
     edges: tuple[int, ...]
     mass: Tensor
+    sink: Tensor
     mean_distance: Tensor
     reach: Tensor
 
     def beyond(self, tokens: int) -> Tensor:
-        """The share of mass at least so many tokens back, of the rows that see so far: float32 [B, Hq].
+        """The share of mass at least so many tokens back, without ``sink``, of the rows that see so far.
 
-        Rows near the start of the prompt see nothing far away, and take no part. 0 where no measured row sees so far.
+        Rows near the start of the prompt see nothing so far away, and take no part.
+
+        Returns:
+            float32 [B, Hq]; 0 where no measured row sees so far.
 
         Raises:
             ValueError: ``tokens`` is none of :attr:`edges`.
@@ -62,13 +69,14 @@ class DistanceMass:
         return (self.mass[..., place:].double().sum(-1) * seeing / reaching.clamp(min=1)).float()
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """A dict for each head, as ``pandas.DataFrame`` takes them: batch, head, mean_distance, and beyond_E for each
-        edge E but 0, which is :meth:`beyond`."""
+        """A dict for each head, as ``pandas.DataFrame`` takes them: batch, head, sink, mean_distance, and beyond_E for
+        each edge E but 0, which is :meth:`beyond`."""
         beyond = {f"beyond_{edge}": self.beyond(edge) for edge in self.edges[1:]}
         return [
             {
                 "batch": batch,
                 "head": head,
+                "sink": self.sink[batch, head].item(),
                 "mean_distance": self.mean_distance[batch, head].item(),
                 **{name: shares[batch, head].item() for name, shares in beyond.items()},
             }
@@ -82,10 +90,10 @@ class DistanceMass:
     def __str__(self) -> str:
         """A line a head, the one that looks farthest back first."""
         heads = sorted(self.to_dicts(), key=lambda head: -head["mean_distance"])
-        names = ["batch", "head", "mean distance", *(f"beyond {edge:,}" for edge in self.edges[1:])]
+        names = ["batch", "head", "first 4 tokens", "mean distance", *(f"beyond {edge:,}" for edge in self.edges[1:])]
         lines = ["share of the attention mass at least so many tokens back, of rows that see so far", "  ".join(names)]
-        for batch, head, distance, *shares in (figures.values() for figures in heads):
-            cells = [str(batch), str(head), f"{distance:,.0f}", *(f"{share:.3f}" for share in shares)]
+        for batch, head, sink, distance, *shares in (figures.values() for figures in heads):
+            cells = [str(batch), str(head), f"{sink:.3f}", f"{distance:,.0f}", *(f"{share:.3f}" for share in shares)]
             lines.append("  ".join(f"{cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True)))
         return "\n".join(lines)
 
@@ -149,35 +157,46 @@ def distances_of(
     geometry = Geometry(q_len, kv_len, 1)
     bounds = [0, *_checked_edges(default_edges(kv_len) if edges is None else edges)]
     asked, seed = check_rows(rows, q_len), check_seed(seed)
+    without_window = replace(attention, variant=replace(attention.variant, sliding_window=None))
     every = torch.arange(q_len, device="cpu")
     measured = asked if isinstance(asked, Tensor) else sample_rows(every, asked, seed)
     reach = torch.zeros(batch, len(bounds), dtype=torch.int64, device="cpu")
     far = torch.zeros(batch, heads, len(bounds), dtype=torch.float64, device="cpu")
-    distance = torch.zeros(batch, heads, dtype=torch.float64, device="cpu")
+    sink, distance = torch.zeros(2, batch, heads, dtype=torch.float64, device="cpu")
     with asked_stage(progress, "attention mass", batch * heads) as advance:
         for b in range(batch):
             first = first_seen(attention, geometry, b).cpu()[measured]
             seen = measured + geometry.offset - first  # how far back each row sees, below 0 if nowhere
             reach[b] = torch.stack([(seen >= bound).sum() for bound in bounds])
+            starts = first_seen(without_window, geometry, b)
             for head in range(heads):
                 for _, own, weights in exact_weights(attention, b, head, measured):
-                    total, mean = _far_mass(weights, own + geometry.offset, bounds)
-                    far[b, head] += total
-                    distance[b, head] += mean
+                    keys = torch.arange(weights.shape[1], device=weights.device)
+                    behind = own[:, None] + geometry.offset - keys
+                    is_sink = keys < starts[own, None] + SINK_TOKENS
+                    sink[b, head] += weights.masked_fill(~is_sink, 0).double().sum().item()
+                    others = weights.masked_fill(is_sink, 0).double()
+                    distance[b, head] += (others * behind).sum().item()
+                    far[b, head] += _far_mass(others, behind, bounds)
                 advance(1)
     seeing = reach[:, :1].clamp(min=1)
     bins = torch.stack([*(near - beyond for near, beyond in pairwise(far.unbind(-1))), far[..., -1]], -1)
-    return DistanceMass(tuple(bounds), (bins / seeing[..., None]).float(), (distance / seeing).float(), reach)
+    mean_distance = torch.where(far[..., 0] > 0, distance / far[..., 0].clamp(min=1e-30), 0)
+    return DistanceMass(
+        tuple(bounds),
+        (bins / seeing[..., None]).float(),
+        (sink / seeing).float(),
+        mean_distance.float(),
+        reach,
+    )
 
 
-def _far_mass(weights: Tensor, positions: Tensor, bounds: list[int]) -> tuple[Tensor, float]:
-    """The mass of weights [r, K] at least so far before their rows' positions, and mass times distance, summed."""
+def _far_mass(weights: Tensor, behind: Tensor, bounds: list[int]) -> Tensor:
+    """The mass of weights [r, K] at distances [r, K] of at least each bound, summed over rows: float64 on the CPU."""
     # of all keys up to each one; in float64, where the sum of many small weights stays exact
-    up_to = torch.nn.functional.pad(weights.double().cumsum(-1), (1, 0))
-    ends = positions[:, None] + 1 - torch.tensor(bounds, device=weights.device)
-    far = up_to.gather(1, ends.clamp(min=0)).sum(0)
-    distance = positions[:, None] - torch.arange(weights.shape[1], device=weights.device)
-    return far.cpu(), (weights.double() * distance).sum().item()
+    up_to = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+    ends = behind[:, :1] + 1 - torch.tensor(bounds, device=weights.device)
+    return up_to.gather(1, ends.clamp(min=0)).sum(0).cpu()
 
 
 def _checked_edges(edges: Iterable[int]) -> list[int]:

@@ -91,8 +91,9 @@ class Recording(Mapping[int, BlockMap]):
         """A dict for each head of each layer. ``pandas.DataFrame(masks.table())`` makes a table of them.
 
         Each has layer, module, batch, head and density (the kept share of the causal blocks). Where ``inputs=True``
-        was asked, it also has mean_distance (of the head's attention mass, in tokens) and beyond_E for each edge E (the
-        share of mass at least E tokens back, of the queries that see so far). Where ``recall=True`` or ``inputs=True``
+        was asked, it also has sink (the share of attention mass on the sequence's first four tokens), mean_distance (of
+        the other mass, in tokens) and beyond_E for each edge E (its share at least E tokens back, of the queries that
+        see so far). Where ``recall=True`` or ``inputs=True``
         was asked, it also has recall, recall_p05, recall_median, recall_least, least_row, measured_rows and
         rows_that_can_lose: see :meth:`Recall.to_dicts`.
 

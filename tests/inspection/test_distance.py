@@ -25,6 +25,7 @@ def test_mass_lies_where_float64_finds_it(data):
     weights = attention_weights(query, key, scale=0.2, window=window, starts=starts)
     distance = torch.arange(kv_len - q_len, kv_len)[:, None] - torch.arange(kv_len)
     sees = weights.sum(-1) > 0.5  # [B, Hq, S_q]
+    sink, others = weights * (torch.arange(kv_len) < 4), weights * (torch.arange(kv_len) >= 4)
 
     steps = []
     variant = AttentionVariant(sequences, window)
@@ -34,13 +35,16 @@ def test_mass_lies_where_float64_finds_it(data):
     for b in range(batch):
         rows = sees[b].sum(-1).clamp(min=1)
         for place, (low, high) in enumerate(zip(found.edges, (*edges, 10**9), strict=True)):
-            inside = (weights[b] * ((distance >= low) & (distance < high))).sum((-1, -2)) / rows
+            inside = (others[b] * ((distance >= low) & (distance < high))).sum((-1, -2)) / rows
             torch.testing.assert_close(found.mass[b, :, place].double(), inside, rtol=1e-5, atol=2e-6)
             far = ((weights[b] > 0) & (distance >= low)).any(-1)  # [Hq, S_q], the same in every head
             assert found.reach[b, place] == far[0].sum()
-            beyond = (weights[b] * (distance >= low) * far[..., None]).sum((-1, -2)) / far.sum(-1).clamp(min=1)
+            beyond = (others[b] * (distance >= low) * far[..., None]).sum((-1, -2)) / far.sum(-1).clamp(min=1)
             torch.testing.assert_close(found.beyond(low)[b].double(), beyond, rtol=1e-4, atol=1e-5)
-        mean = (weights[b] * distance).sum((-1, -2)) / rows
+        torch.testing.assert_close(found.sink[b].double(), sink[b].sum((-1, -2)) / rows, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(found.mass[b].sum(-1) + found.sink[b], sees[b].any(-1).float())
+        total = others[b].sum((-1, -2))
+        mean = torch.where(total > 0, (others[b] * distance).sum((-1, -2)) / total.clamp(min=1e-300), 0)
         torch.testing.assert_close(found.mean_distance[b].double(), mean, rtol=1e-5, atol=1e-4)
 
 
@@ -67,7 +71,7 @@ def test_a_head_that_looks_back_comes_first():
     lines = str(found).splitlines()
     assert lines[2].split()[:2] == ["0", "1"] and lines[3].split()[:2] == ["0", "0"]
     assert [list(head) for head in found.to_dicts()] == [
-        ["batch", "head", "mean_distance", "beyond_16", "beyond_128"]
+        ["batch", "head", "sink", "mean_distance", "beyond_16", "beyond_128"]
     ] * 2
     assert repr(found) == "DistanceMass(B=1, H=2, edges=(0, 16, 128))"
     with pytest.raises(ValueError, match=r"tokens must be one of the edges \(0, 16, 128\), got 64"):
