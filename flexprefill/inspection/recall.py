@@ -25,6 +25,7 @@ from flexprefill.inspection.rows import (
     rows_that_can_lose,
     sample_rows,
 )
+from flexprefill.inspection.text import head_column, head_label, table_lines
 from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.variant.inputs import check_attention_inputs, resolve_scale
 from flexprefill.variant.logits import PlainAttention
@@ -140,17 +141,22 @@ class Recall:
 
     def __str__(self) -> str:
         """The heads that lose most, the worst first, a line each."""
+        batches = self.rows.shape[0]
         heads = sorted(self.to_dicts(), key=lambda head: head["recall"])
         losing = [head for head in heads if head["rows_that_can_lose"]]
         lines = [f"recall of the attention mass: {self.overall:.3f}, the mean of the heads that can lose some"]
-        if losing:
-            lines.append("batch  head   mean    5 %  median  least  at query  rows measured/that can lose")
-        for head in losing[:SHOWN_HEADS]:
-            lines.append(
-                f"{head['batch']:5}  {head['head']:4}  {head['recall']:.3f}  {head['recall_p05']:.3f}   "
-                f"{head['recall_median']:.3f}  {head['recall_least']:.3f}  {head['least_row']!s:>8}  "
-                f"{head['measured_rows']:,}/{head['rows_that_can_lose']:,}"
-            )
+        header = [head_column(batches), "mean", "5 %", "median", "least", "at query", "measured/that can lose"]
+        figures = ("recall", "recall_p05", "recall_median", "recall_least")
+        rows = [
+            [
+                head_label(head["batch"], head["head"], batches),
+                *(f"{head[name]:.3f}" for name in figures),
+                str(head["least_row"]),
+                f"{head['measured_rows']:,}/{head['rows_that_can_lose']:,} rows",
+            ]
+            for head in losing[:SHOWN_HEADS]
+        ]
+        lines += table_lines(header, rows) if rows else []
         if len(losing) > SHOWN_HEADS:
             lines.append(f"… and {len(losing) - SHOWN_HEADS} heads that lose less")
         if len(losing) < len(heads):

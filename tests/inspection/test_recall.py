@@ -154,8 +154,10 @@ def test_what_is_printed_lists_the_heads_that_lose_most_and_where():
     rows = torch.tensor([[[3, 40, 900]] * 11 + [[7, 8000, -1]]])
     recall = Recall(shares, rows, torch.tensor([[3000] * 11 + [2]]))
     lines = str(recall).splitlines()
-    assert lines[2].split() == ["0", "11", "0.625", "0.287", "0.625", "0.250", "7", "2/2"]
-    assert lines[3].split() == ["0", "0", "0.700", "0.520", "0.700", "0.500", "40", "3/3,000"]
+    assert lines[2].split() == ["11", "0.625", "0.287", "0.625", "0.250", "7", "2/2", "rows"]
+    assert lines[3].split() == ["0", "0.700", "0.520", "0.700", "0.500", "40", "3/3,000", "rows"]
+    two = Recall(shares.expand(2, -1, -1), rows.expand(2, -1, -1), recall.can_lose.expand(2, -1))
+    assert [line.strip().split("  ")[0] for line in str(two).splitlines()[1:4]] == ["batch, head", "0, 11", "1, 11"]
     assert lines[-1] == "… and 2 heads that lose less" and len(lines) == 13
     assert recall.least_rows(2)[0][0, [0, 11]].tolist() == torch.tensor([[0.5, 0.7], [0.25, 1.0]]).tolist()
     assert recall.least_rows(4)[1][0, [0, 11]].tolist() == [[40, 900, 3, -1], [7, 8000, -1, -1]]
