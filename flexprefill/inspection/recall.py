@@ -241,13 +241,28 @@ def recall_of(
 
 
 def join_recalls(first: Recall, second: Recall, queries: int) -> Recall:
-    """Of two chunks of a prompt that follow each other, the first ending with so many queries: the recall of both."""
-    shifted = torch.where(second.rows == NO_ROW, NO_ROW, second.rows + queries)
-    return Recall(
-        torch.cat([first.shares, second.shares], -1),
-        torch.cat([first.rows, shifted], -1),
-        first.can_lose + second.can_lose,
-    )
+    """Of two chunks of a prompt that follow each other, the first ending with so many queries: the recall of both.
+
+    Of the chunk that was sampled more closely rows are left out, evenly, so that the mean weighs all rows alike.
+    """
+    shape = (first.rows.shape[0], first.rows.shape[1])
+    rows, shares = [], []
+    for place in product(*map(range, shape)):
+        chunks = []
+        for recall, shift in ((first, 0), (second, queries)):
+            measured = recall.rows[place] != NO_ROW
+            total = int(recall.can_lose[place])
+            chunks.append((recall.rows[place][measured] + shift, recall.shares[place][measured], total))
+        sampled = min((own.numel() / total for own, _, total in chunks if total), default=1.0)
+        picks = [_evenly(own.numel(), round(sampled * total)) for own, _, total in chunks]
+        rows.append(torch.cat([own[pick] for (own, _, _), pick in zip(chunks, picks, strict=True)]))
+        shares.append(torch.cat([own[pick] for (_, own, _), pick in zip(chunks, picks, strict=True)]))
+    return Recall(_by_head(shares, shape, torch.nan), _by_head(rows, shape, NO_ROW), first.can_lose + second.can_lose)
+
+
+def _evenly(count: int, kept: int) -> Tensor:
+    """So many of 0 … count - 1, at equal steps: int64 [kept]."""
+    return (2 * torch.arange(kept, device="cpu") + 1) * count // max(1, 2 * kept)
 
 
 def _kept_shares(attention: PlainAttention, block_map: BlockMap, batch: int, head: int, rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Recording(Mapping[int, BlockMap]):
     def recalls(self) -> dict[int, Recall]:
         """What share of the exact attention mass each map keeps, by layer, where ``record_masks(recall=True)`` asked.
 
-        Of a prompt in chunks, each chunk has its own sample of rows.
+        Of a prompt in chunks, rows of all chunks are sampled equally closely.
         """
         return self._by_layer(self._recalls)
 

@@ -22,6 +22,7 @@ from flexprefill import (
 )
 from flexprefill.evaluation import TASKS, babble, load_model
 from flexprefill.evaluation.model import causal_sdpa
+from flexprefill.inspection.recall import join_recalls
 
 MODEL = Path(__file__).parents[2] / "examples" / "needle_model" / "model.safetensors"
 SPARSE = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
@@ -250,3 +251,16 @@ def test_figures_of_the_device_are_those_of_the_cpu():
     assert torch.equal(recall.rows, expected.rows) and torch.equal(recall.can_lose, expected.can_lose)
     torch.testing.assert_close(recall.shares, expected.shares, atol=1e-3, rtol=0, equal_nan=True)
     torch.testing.assert_close(distance.mass, mass_by_distance(query, key, variant=variant).mass, atol=1e-3, rtol=0)
+
+
+def test_chunks_are_joined_so_that_each_row_weighs_the_same():
+    def recall(measured, total, share):
+        rows = torch.arange(measured) * (total // measured)
+        return Recall(torch.full((1, 1, measured), share), rows[None, None], torch.tensor([[total]]))
+
+    joined = join_recalls(recall(256, 512, 1.0), recall(256, 2048, 0.5), 1000)
+    assert joined.rows[0, 0].tolist() == [*range(4, 512, 8), *range(1000, 3048, 8)]
+    assert joined.mean.item() == pytest.approx((512 * 1.0 + 2048 * 0.5) / 2560) and joined.can_lose.item() == 2560
+    nothing = Recall(torch.empty(1, 1, 0), torch.empty(1, 1, 0, dtype=torch.int64), torch.tensor([[0]]))
+    assert join_recalls(nothing, recall(3, 3, 0.5), 8).rows.tolist() == [[[8, 9, 10]]]
+    assert join_recalls(nothing, nothing, 8).mean.item() == 1
