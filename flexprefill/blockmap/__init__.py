@@ -1,4 +1,4 @@
-"""The currency: BlockMap, its bits, and what they become: index lists, BlockMasks, pictures."""
+"""BlockMap, its bits, and what they become: index lists, BlockMasks, pictures."""
 
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.blockmap.index_lists import ListBuffers

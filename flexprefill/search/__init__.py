@@ -1,4 +1,4 @@
-"""The search: which blocks of the attention matrix matter, from query and key alone."""
+"""The search: which blocks of the attention matrix matter. It reads only query and key."""
 
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.guard import GuardReport, guard_blocks

@@ -1,4 +1,4 @@
-"""What a call's attention is: sequences, window, caps and sinks, their checks, and the one plain-PyTorch attention."""
+"""What a call's attention is: sequences, window, caps and sinks, with their checks, and plain-PyTorch attention."""
 
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import AttentionVariant

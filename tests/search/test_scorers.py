@@ -236,7 +236,7 @@ def test_every_setting_traces_into_one_graph(changes):
 
 
 def test_every_scorer_is_cited():
-    for scorer in scorers._SCORERS.values():
+    for scorer in scorers.SCORERS.values():
         assert scorer.source and scorer.log_scores.__doc__
 
 
