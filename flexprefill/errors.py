@@ -8,11 +8,11 @@ class FlexPrefillError(Exception):
 
 
 class UnsupportedError(FlexPrefillError, ValueError):
-    """Each argument is right, but together they cannot be done here. The message says what can be done."""
+    """The arguments are valid, but ask for something that cannot be done here. The message says what can."""
 
 
 class RanEagerlyError(FlexPrefillError):
-    """FlexAttention was about to run without torch.compile, so dense. Switch torch.compile on again."""
+    """FlexAttention was about to run without torch.compile, and would be dense. Switch torch.compile on again."""
 
 
 class NotEnoughMemoryError(FlexPrefillError, torch.OutOfMemoryError):

@@ -24,7 +24,7 @@ def pack_bits(dense: Tensor) -> Tensor:
 
 
 def unpack_bits(words: Tensor, columns: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: int32 [..., W] to bool [..., columns]."""
+    """The inverse of `pack_bits`: int32 [..., W] to bool [..., columns]."""
     lanes = torch.arange(WORD_BITS, device=words.device, dtype=torch.int32)
     bits = (words.unsqueeze(-1) >> lanes) & 1
     return bits.flatten(-2)[..., :columns].to(torch.bool)

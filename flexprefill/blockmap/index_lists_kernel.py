@@ -103,26 +103,12 @@ def fill_lists(
 ) -> None:
     """Writes the lists that index_lists.index_lists describes. Reused lists come as an earlier call left them."""
     words = words.contiguous()
-    total = words.shape[0] * words.shape[1] * words.shape[2]
+    batch, heads, rows, width = words.shape
+    total = batch * heads * rows
     of_mask = words if uncut is None else uncut.expand(words.shape)
+    # one warp: a loop ends when its lanes are done, without a barrier
     lists_kernel[(triton.cdiv(total, LIST_ROWS),)](
-        words,
-        of_mask,
-        *lists,
-        total,
-        words.shape[2],
-        geometry.columns,
-        words.shape[3],
-        geometry.offset,
-        geometry.q_len,
-        words.shape[1],
-        *of_mask.stride(),
-        BLOCK=geometry.block_size,
-        ALL_PARTIAL=all_partial,
-        UNCUT=uncut is not None,
-        REUSED=reused,
-        ROWS=LIST_ROWS,
-        WORDS=LIST_WORDS,
-        CHUNK=CHUNK,
-        num_warps=1,  # a loop ends when one warp's lanes are done, without a barrier
-    )
+        words, of_mask, *lists, total, rows, geometry.columns, width, geometry.offset, geometry.q_len, heads,
+        *of_mask.stride(), BLOCK=geometry.block_size, ALL_PARTIAL=all_partial, UNCUT=uncut is not None, REUSED=reused,
+        ROWS=LIST_ROWS, WORDS=LIST_WORDS, CHUNK=CHUNK, num_warps=1,
+    )  # fmt: skip
