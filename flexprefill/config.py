@@ -58,7 +58,7 @@ def check_number(name: str, number: object, wanted: str) -> None:
 def check_name(name: str, string: object) -> None:
     """Raises TypeError unless it is a string that can name a scorer."""
     if not isinstance(string, str) or not string.isprintable() or not string:
-        raise TypeError(f"{name} must be the name of a scorer such as 'flashprefill', got {string!r}")
+        raise TypeError(f"{name} must be a string that names a scorer, such as 'flashprefill', got {string!r}")
 
 
 @dataclass(frozen=True)

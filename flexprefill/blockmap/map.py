@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from flexprefill.config import check_whole
 from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.listeners import note
 from flexprefill.runtime.pytrees import register_node
+
+Blocks = TypeVar("Blocks", "BlockMap", BlockMask)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,7 +195,7 @@ class BlockMap:
             ValueError: ``device`` is not here.
         """
         words = self.words.to(check_device(device))
-        return self if words is self.words else self._with(words)
+        return self if words is self.words else replace(self, words=words)
 
     def to_dense(self) -> Tensor:
         """bool [B, H, M, N], False in the causal future."""
@@ -230,11 +232,7 @@ class BlockMap:
         check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
         return block_mask_under(self, (Mask(mask_mod, classify_blocks(mask_mod, self.words, self.geometry)),))
 
-    @overload
-    def __and__(self, other: BlockMap) -> BlockMap: ...
-    @overload
-    def __and__(self, other: BlockMask) -> BlockMask: ...
-    def __and__(self, other: BlockMap | BlockMask) -> BlockMap | BlockMask:
+    def __and__(self, other: Blocks) -> Blocks:
         """Blocks that both maps keep.
 
         ``other`` can be a FlexAttention BlockMask of the same lengths and block size, for one or all heads and batch
@@ -244,15 +242,15 @@ class BlockMap:
         """
         if isinstance(other, BlockMask):
             return self.to_block_mask(other)
-        return self._with(self.words & self._words_of(other, "&"))
+        return replace(self, words=self.words & self._words_of(other, "&"))
 
     def __or__(self, other: BlockMap) -> BlockMap:
         """Blocks that either map keeps."""
-        return self._with(self.words | self._words_of(other, "|"))
+        return replace(self, words=self.words | self._words_of(other, "|"))
 
     def __xor__(self, other: BlockMap) -> BlockMap:
         """Blocks that exactly one of the maps keeps."""
-        return self._with(self.words ^ self._words_of(other, "^"))
+        return replace(self, words=self.words ^ self._words_of(other, "^"))
 
     def __eq__(self, other: object) -> bool:
         """Whether both maps keep the same blocks of the same lengths. Waits for the device.
@@ -284,9 +282,6 @@ class BlockMap:
         if not isinstance(self.words, Tensor) or self.device.type == "meta":
             return None
         return map_html(self.words, self.geometry, self.density())
-
-    def _with(self, words: Tensor) -> BlockMap:
-        return replace(self, words=words)
 
     def _sizes(self) -> tuple[Any, ...]:
         return tuple(self.words.shape), self.geometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,26 +14,37 @@ from flexprefill.runtime.memory import PIECE
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 
-class Grid(Geometry):
-    """The blocks that a scorer scores: a Geometry, with what a score depends on besides queries and keys.
+@dataclass(frozen=True)
+class Grid:
+    """The blocks that a scorer scores. b is ``block_size``.
 
-    M and N are the numbers of query and key blocks, b is ``block_size``.
-
-    Args:
-        geometry: The sizes.
+    Attributes:
+        geometry: The sizes. The grid has them too, each by its own name.
         scale: Factor on the dot products of queries and keys.
         first_key: A row scores every block of which it sees a key, not only those of which it sees all.
         variant: What the attention is besides causal.
+        q_len: Queries are the last ``q_len`` of ``kv_len`` positions.
+        kv_len: Number of keys.
+        block_size: Edge of a block in tokens.
+        rows: M, the number of query blocks.
+        columns: N, the number of key blocks.
+        offset: The position of the first query.
     """
 
+    geometry: Geometry
     scale: float
     first_key: bool
-    variant: AttentionVariant
+    variant: AttentionVariant = PLAIN
+    q_len: int = field(init=False)
+    kv_len: int = field(init=False)
+    block_size: int = field(init=False)
+    rows: int = field(init=False)
+    columns: int = field(init=False)
+    offset: int = field(init=False)
 
-    def __new__(cls, geometry: Geometry, scale: float, first_key: bool, variant: AttentionVariant = PLAIN) -> Grid:
-        grid = super().__new__(cls, *geometry)
-        grid.scale, grid.first_key, grid.variant = scale, first_key, variant
-        return grid
+    def __post_init__(self) -> None:
+        for name in ("q_len", "kv_len", "block_size", "rows", "columns", "offset"):
+            object.__setattr__(self, name, getattr(self.geometry, name))
 
     @property
     def cut(self) -> bool:

@@ -170,7 +170,7 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
     cut, device = grid.cut, L.device
-    keep = keep | (always_kept_of_own(grid, rule, device) if cut else always_kept(grid, rule, device))
+    keep = keep | (always_kept_of_own(grid, rule, device) if cut else always_kept(grid.geometry, rule, device))
     return keep.repeat_interleave(group, 1) if rule.kv_masks else keep
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.config import CHOICES, SCORERS, check_name
 from flexprefill.runtime.memory import PIECE
 from flexprefill.runtime.state import registered
@@ -139,9 +138,7 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
 
 def _groups(tensor: Tensor, stride: int) -> Tensor:
     """[B, H, S, D] to [B, H, ceil(S / stride), stride, D], zeros behind the end."""
-    length = tensor.shape[2]
-    padded = pad(tensor, (0, 0, 0, ceil_div(length, stride) * stride - length))
-    return padded.unflatten(2, (-1, stride))
+    return pad(tensor, (0, 0, 0, -tensor.shape[2] % stride)).unflatten(2, (-1, stride))
 
 
 def _block_shares(attention: PlainAttention, grid: Grid, per_block: int) -> Tensor:
