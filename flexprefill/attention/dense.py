@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
 
-_ordering = threading.Lock()
+_ordering = threading.Lock()  # the order of backends is the process's, and each thread puts back what it found
 
 DENSE_KERNELS = ("dense-flash", "dense-sdpa")
 
@@ -56,11 +55,6 @@ def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return output.transpose(1, 2)
 
 
-def _order_alone() -> AbstractContextManager[object]:
-    """One thread at a time: the order belongs to the process, and each thread puts back the one that it found."""
-    return contextlib.nullcontext() if is_tracing() else _ordering
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q_len, kv_len = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
@@ -74,7 +68,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if q_len == kv_len:
         if not query.is_cuda:
             return sdpa(is_causal=True)
-        with _order_alone(), sdpa_kernel(SDPA_ORDER, set_priority=True):
+        with contextlib.nullcontext() if is_tracing() else _ordering, sdpa_kernel(SDPA_ORDER, set_priority=True):
             return sdpa(is_causal=True)
     if is_tracing():
         # causal_lower_right returns a tensor subclass that cannot be traced

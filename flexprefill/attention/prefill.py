@@ -115,10 +115,9 @@ def prefill_attention(
     """
     query, key, value = of_one_dtype(query, key, value)
     scale, variant = check_tensors(query, key, value, scale, variant)
-    asked = Call(
-        query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+    call = check_call(
+        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    call = check_call(asked)
     check_means(means)
     choice = choose(call)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
@@ -169,10 +168,10 @@ def explain_backend(
     """
     query, key, value = of_one_dtype(query, key, value)
     scale, variant = check_tensors(query, key, value, scale, variant)
-    asked = Call(
-        query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+    call = check_call(
+        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    return choose(check_call(asked))
+    return choose(call)
 
 
 def create_prefill_block_mask(

@@ -26,17 +26,9 @@ def describe_settings(settings: Settings) -> dict[str, Any]:
     """The settings that all lengths share, ready for JSON."""
     rule = settings.rule.to_dict()
     del rule["alpha"]  # each length has its own
-    return {
-        "device": str(settings.device),
-        "heads": settings.heads,
-        "kv_heads": settings.kv_heads,
-        "head_dim": settings.head_dim,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "repeats": settings.repeats,
-        "only": list(settings.only),
-        "eager": settings.eager,
-        "rule": rule,
-    }
+    shared = {name: value for name, value in vars(settings).items() if name not in ("lengths", "densities")}
+    names = {"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
+    return {**shared, **names, "only": list(settings.only), "rule": rule}
 
 
 def heading(record: Mapping[str, Any]) -> str:

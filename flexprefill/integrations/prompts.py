@@ -16,10 +16,6 @@ from flexprefill.runtime.listeners import is_recording
 from flexprefill.variant.sequences import Sequences
 
 BLOCK_SIZE = 128  # of a mask that carries prompts; a layer's map has its config's block size
-PADDING_BETWEEN = (
-    "attention_mask must have padding before or behind a prompt only, got padding between tokens: leave the hole out; "
-    "padding may stand anywhere in a call that continues a filled cache (past_key_values), outside of torch.compile"
-)
 
 
 class Span(NamedTuple):
@@ -142,17 +138,11 @@ def bounds_of(real: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([first, end], 1), (real.sum(1) == end - first).all()
 
 
-def spans_of(real: Tensor) -> tuple[Span, ...]:
-    """The spans of a padding mask, bool [B, slots], True where a slot holds a token. Waits for the device.
-
-    Raises:
-        ValueError: Padding stands between tokens.
-    """
+def spans_of(real: Tensor) -> tuple[tuple[Span, ...], bool]:
+    """The spans of a padding mask, and whether no padding stands between tokens: bounds_of on the host, in one wait."""
     bounds, whole = bounds_of(real)
     *flat, is_whole = torch.cat([bounds.flatten(), whole.to(bounds.dtype)[None]]).tolist()  # one transfer
-    if not is_whole:
-        raise ValueError(PADDING_BETWEEN)
-    return tuple(Span(*span) for span in zip(flat[::2], flat[1::2], strict=True))
+    return tuple(Span(*span) for span in zip(flat[::2], flat[1::2], strict=True)), bool(is_whole)
 
 
 def attend_each(

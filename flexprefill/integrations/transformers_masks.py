@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexprefill.errors import UnsupportedError
 from flexprefill.integrations.prompt_mask import PromptMask, additive
-from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, bounds_of, spans_of
+from flexprefill.integrations.prompts import Prompts, Span, bounds_of, spans_of
 from flexprefill.integrations.transformers_internals import causal_mask_function, is_bidirectional, sdpa_mask
 from flexprefill.runtime.memory import PIECE
 from flexprefill.runtime.thread_state import is_fake
@@ -21,6 +21,10 @@ from flexprefill.variant.sequences import Sequences
 NOT_CAUSAL = (
     "attention_mask must be causal with a window, padding and packed sequences alone: flexprefill takes no images "
     "whose tokens see each other, and no other mask"
+)
+PADDING_BETWEEN = (
+    "attention_mask must have padding before or behind a prompt only, got padding between tokens: leave the hole out; "
+    "padding may stand anywhere in a call that continues a filled cache (past_key_values), outside of torch.compile"
 )
 NOT_CAUSAL_IN_GRAPH = (
     "attention_mask must be causal with padding alone inside torch.compile: flexprefill takes packed sequences "
@@ -99,7 +103,6 @@ def prompt_mask(config: Any = None, **given: Any) -> PromptMask | Tensor | None:
     Raises:
         UnsupportedError: A search over prompts cannot follow the mask. A compiled graph finds some of these only when
             it runs, and then raises a RuntimeError.
-        ValueError: Padding stands between tokens.
     """
     dtype = given.get("dtype", torch.float32)
     if is_bidirectional(given):
@@ -147,8 +150,8 @@ def _places(asked: AskedMask) -> tuple[tuple[Span, ...] | Tensor | None, Tensor 
     real = asked.attention_mask[:, asked.kv_offset : asked.kv_offset + asked.used].bool()
     # slots that the padding mask does not reach are padding
     real = nn.functional.pad(real, (0, asked.used - real.shape[1]))
-    bounds, whole = bounds_of(real)
     if is_tracing():
+        bounds, whole = bounds_of(real)
         _require(whole, PADDING_BETWEEN)
         if asked.offset > 0:
             _require(
@@ -157,10 +160,11 @@ def _places(asked: AskedMask) -> tuple[tuple[Span, ...] | Tensor | None, Tensor 
                 "pad on the right, or compile without chunks",
             )
         return bounds, None
-    if asked.offset > 0 and not whole:  # another turn of a padded batch
-        return tuple(Span(*span) for span in bounds.tolist()), real
-    of_each = spans_of(real)
-    return None if set(of_each) == {Span(0, asked.used)} else of_each, None
+    spans, is_whole = spans_of(real)
+    if not is_whole:
+        _require(asked.offset > 0, PADDING_BETWEEN)  # else it is another turn of a padded batch
+        return spans, real
+    return None if set(spans) == {Span(0, asked.used)} else spans, None
 
 
 def _structure_of(asked: AskedMask) -> tuple[int | None, Sequences | None]:

@@ -62,9 +62,6 @@ class _Identity:
     item: str = "i4"
     batch: int = 1
 
-    def __hash__(self) -> int:
-        return hash(self.tokens) if self.key is None else hash(self.key)
-
     @property
     def length(self) -> int:
         return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
