@@ -13,7 +13,7 @@ from flexprefill.bench.contestants import CONTESTANTS
 from flexprefill.bench.measure import LONGEST_GRAPH
 from flexprefill.bench.settings import DEFAULTS, DENSITIES, Settings, default_density
 from flexprefill.bench.timing import GRAPH_CALLS, MIN_REPEATS
-from flexprefill.cli.values import add_device, list_of, parse_integer, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, list_of, parse_integer, parse_share, whole
 from flexprefill.config import PrefillConfig
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS
 
@@ -63,19 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = _by_device({kind: DEFAULTS[kind][name] for kind in DEFAULTS})
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=parse, metavar=metavar, help=f"{meaning} (default: {default})")
-    parser.add_argument(
-        "--repeats",
-        type=whole(1),
-        metavar="N",
-        default="20",
-        help=f"repeats of each at each length; slow ones get fewer, {MIN_REPEATS} at least (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default="./flexprefill-bench",
-        help="folder for bench.json and bench.png, made if missing (default: %(default)s)",
+    repeats = f"repeats of each at each length; slow ones get fewer, {MIN_REPEATS} at least"
+    add_options(
+        parser,
+        ("--repeats", whole(1), "N", "20", repeats),
+        ("--output", Path, "DIR", "./flexprefill-bench", "folder for bench.json and bench.png, made if missing"),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from flexprefill.cli.table import print_table
-from flexprefill.cli.values import add_device, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, parse_share, whole
 from flexprefill.config import PrefillConfig, save_layers
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import load_model, passages, read_text
@@ -30,26 +30,15 @@ MIN_LENGTH = 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="a model of train_needle_model.py")
-    parser.add_argument(
-        "--recall",
-        type=parse_share,
-        metavar="SHARE",
-        default="0.95",
-        help="the attention mass that each head must keep (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--length", type=whole(MIN_LENGTH), metavar="TOKENS", default="8192", help="of each text (default: %(default)s)"
-    )
-    parser.add_argument("--texts", type=whole(1), metavar="N", default="4", help="how many (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="take the texts from this file, byte by byte")
-    parser.add_argument("--seed", type=whole(0), default="0", help="seed of the texts' places (default: %(default)s)")
     add_device(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        default="./calibrated.json",
-        help="the JSON file; its folder is made if missing (default: %(default)s)",
+    add_options(
+        parser,
+        ("--recall", parse_share, "SHARE", "0.95", "the attention mass that each head must keep"),
+        ("--length", whole(MIN_LENGTH), "TOKENS", "8192", "length of a text"),
+        ("--texts", whole(1), "N", "4", "number of texts"),
+        ("--seed", whole(0), "N", "0", "seed of the texts' places"),
+        ("--output", Path, "FILE", "./calibrated.json", "the JSON file; its folder is made if missing"),
     )
 
 

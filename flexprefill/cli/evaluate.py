@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flexprefill.cli.table import print_table
-from flexprefill.cli.values import add_device, list_of, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, list_of, parse_share, whole
 from flexprefill.config import PrefillConfig, check_alphas
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import TASKS, ModelSizes, load_model, read_text
@@ -26,25 +25,15 @@ DESCRIPTION = (
     "next-token loss on held-out text. Compares dense attention with the blocks that each method chooses at each "
     "alpha. All methods of an alpha keep as many blocks in each row as FlashPrefill does there. 'exact' keeps those "
     "with the most attention mass, the best possible choice. 'random' keeps any, beside sinks and window. Prints "
-    "accuracies with 95 % confidence intervals, densities, kept attention mass and times. Writes every figure to "
-    "eval.json at once: an interrupted run goes on from there. Draws eval.png if matplotlib is installed. The text is "
-    "source code and documentation of this machine. Lists are separated by commas."
+    "accuracies with 95 % confidence intervals, densities, kept attention mass and times. Writes each figure to "
+    "eval.json as soon as it is measured; an interrupted run goes on from there. Draws eval.png if matplotlib is "
+    "installed. The text is source code and documentation of this machine. Lists are separated by commas."
 )
 MIN_LENGTH = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    lists: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
-        "lengths": (whole(MIN_LENGTH), "TOKENS", "4096,8192,16384,32768", f"prompts, at least {MIN_LENGTH} each"),
-        "alphas": (parse_share, "SHARES", "0.05,0.1,0.2,0.5", "alphas of the search"),
-        "methods": (str, "NAMES", ",".join((DENSE, *KINDS)), "methods to compare"),
-        "tasks": (str, "NAMES", ",".join((*TASKS, TEXT)), "tasks to ask"),
-    }
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="a model of train_needle_model.py")
-    for name, (parse, metavar, default, meaning) in lists.items():
-        parser.add_argument(
-            "--" + name, type=list_of(parse), metavar=metavar, default=default, help=f"{meaning} (default: {default})"
-        )
     parser.add_argument(
         "--config",
         type=Path,
@@ -53,21 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="also compare this file of 'flexprefill calibrate'; may be given more than once",
     )
-    parser.add_argument(
-        "--samples",
-        type=whole(1),
-        metavar="N",
-        default="200",
-        help="samples of each task at each length, the same for every method (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=whole(0), default="0", help="seed of the samples (default: %(default)s)")
     add_device(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default="./flexprefill-eval",
-        help="folder for eval.json and eval.png, made if missing (default: %(default)s)",
+    lengths, methods, tasks = "4096,8192,16384,32768", ",".join((DENSE, *KINDS)), ",".join((*TASKS, TEXT))
+    add_options(
+        parser,
+        ("--lengths", list_of(whole(MIN_LENGTH)), "TOKENS", lengths, f"prompt lengths, at least {MIN_LENGTH} each"),
+        ("--alphas", list_of(parse_share), "SHARES", "0.05,0.1,0.2,0.5", "alphas of the search"),
+        ("--methods", list_of(str), "NAMES", methods, "methods to compare"),
+        ("--tasks", list_of(str), "NAMES", tasks, "tasks to ask"),
+        ("--samples", whole(1), "N", "200", "samples of each task at each length, the same for every method"),
+        ("--seed", whole(0), "N", "0", "seed of the samples"),
+        ("--output", Path, "DIR", "./flexprefill-eval", "folder for eval.json and eval.png, made if missing"),
     )
 
 

@@ -64,3 +64,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
     )
+
+
+def add_options(parser: argparse.ArgumentParser, *options: tuple[str, Callable[[str], Any], str, str, str]) -> None:
+    """Options that have a default, each as (name, parser, metavar, default, meaning)."""
+    for name, parse, metavar, default, meaning in options:
+        help_text = f"{meaning} (default: %(default)s)"
+        parser.add_argument(name, type=parse, metavar=metavar, default=default, help=help_text)
