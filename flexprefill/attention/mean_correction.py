@@ -8,8 +8,6 @@ is merged with the first one by their log-sum-exps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -42,45 +40,23 @@ def merge_means(
     query: Tensor, key: Tensor, value: Tensor, words: Tensor, output: Tensor, lse: Tensor, block_size: int,
     scale: float, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As add_dropped_blocks.
+    """As add_dropped_blocks, by "reference" (the definition in plain PyTorch, float32) or "triton".
 
     Args:
         query: [B, Hq, S_q, D].
         key: [B, Hkv, S_kv, D].
         value: [B, Hkv, S_kv, Dv].
         words: int32 [B, Hq, M, ceil(N / 32)], a BlockMap's.
-        implementation: "reference" or "triton".
     """
     geometry = Geometry(query.shape[2], key.shape[2], block_size)
     key_means = pool_keys(key, block_size, implementation)  # [B, Hkv, N, D]
     value_means = pool_keys(value, block_size, implementation)  # [B, Hkv, N, Dv]
-    means = Means(key_means, value_means, geometry, scale)
-    if implementation == "reference":
-        return merge_plainly(query, means, words, output, lse)
-    from flexprefill.attention import mean_correction_kernel  # imports triton
+    if implementation == "triton":
+        from flexprefill.attention import mean_correction_kernel  # imports triton
 
-    with torch.cuda.device_of(query):
-        return mean_correction_kernel.merge(query, *means, words, output, lse)
-
-
-@torch.library.register_fake("flexprefill::merge_means")
-def _(query, key, value, words, output, lse, *_):
-    return torch.empty_like(output), lse.new_empty(lse.shape)
-
-
-class Means(NamedTuple):
-    """The means of key blocks [B, Hkv, N, D] and of value blocks [B, Hkv, N, Dv], and how they are attended."""
-
-    keys: Tensor
-    values: Tensor
-    geometry: Geometry
-    scale: float
-
-
-def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch, float32: attention over the means of dropped blocks, merged with the other."""
-    geometry = means.geometry
-    block_size, columns = geometry.block_size, geometry.columns
+        with torch.cuda.device_of(query):
+            return mean_correction_kernel.merge(query, key_means, value_means, geometry, scale, words, output, lse)
+    columns = geometry.columns
     kept = unpack_bits(words, columns)
     whole = full_blocks(geometry, query.device)  # leading key blocks that every row of a query block sees whole
     if geometry.q_len % block_size == 1:
@@ -97,11 +73,16 @@ def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, ls
         return (kv_idx < whole[block]) & ~kept[b, h, block, kv_idx]
 
     mods = (is_dropped,), (add_log_size,)
-    attention = PlainAttention(query, means.keys, means.scale, PLAIN, *mods, causal=False)
-    of_means, sums = attention.attend(means.values)
+    attention = PlainAttention(query, key_means, scale, PLAIN, *mods, causal=False)
+    of_means, sums = attention.attend(value_means)
     total = torch.logaddexp(lse.float(), sums)
     shift = torch.where(total == -torch.inf, 0, total)  # a row without anything stays zero
     share = (lse.float() - shift).exp()[..., None]
     # the output of a row that keeps nothing may hold anything; a share that is NaN stays NaN
     of_kept = torch.where(share == 0, 0, share * output.float())
     return (of_kept + (sums - shift).exp()[..., None] * of_means).to(output.dtype), total
+
+
+@torch.library.register_fake("flexprefill::merge_means")
+def _(query, key, value, words, output, lse, *_):
+    return torch.empty_like(output), lse.new_empty(lse.shape)

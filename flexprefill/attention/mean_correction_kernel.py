@@ -103,7 +103,7 @@ def merge(
     output: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As merge_plainly in mean_correction.py."""
+    """As merge_means by "reference", in mean_correction.py, from the means of key and value blocks."""
     batch, heads, q_len, head_dim = query.shape
     value_dim, dtype = value_means.shape[3], output.dtype
     if not query.is_cuda:
