@@ -48,7 +48,11 @@ def flex_over(
     """FlexAttention over listed blocks, compiled. Inside a caller's own torch.compile it is a part of that graph.
 
     Args:
-        query, key, value: As in prefill_attention, checked.
+        query: As in prefill_attention, checked.
+        key: As in prefill_attention, checked.
+        value: As in prefill_attention, checked.
+        listed: The kept blocks.
+        settings: What FlexAttention is told besides.
         score_mods: Applied one after the other.
 
     Raises:

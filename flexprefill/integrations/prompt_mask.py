@@ -54,7 +54,7 @@ class PromptMask(BlockMask):
         return 4
 
     def dim(self) -> int:
-        """As :attr:`ndim`."""
+        """As ndim."""
         return 4
 
     def size(self, dim: int | None = None) -> Any:

@@ -231,7 +231,9 @@ def _moved(tensor: Tensor, by: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """[B, H, S, D] whose token s is that of ``tensor`` at s + by, for start ≤ s < stop; zeros elsewhere.
 
     Args:
-        by, start, stop: int32 [B].
+        by: int32 [B].
+        start: int32 [B].
+        stop: int32 [B].
     """
     token = torch.arange(tensor.shape[2], dtype=torch.int32, device=tensor.device)
     inside = (token >= start[:, None]) & (token < stop[:, None])
