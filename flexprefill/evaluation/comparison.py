@@ -1,4 +1,4 @@
-"""The comparison: every task, length and method on one model, kept in a file from which an interrupted run goes on."""
+"""The comparison: every task, length and method on one model. An interrupted run goes on from its file."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ class Cell:
     """What one method did at one task and length.
 
     Attributes:
-        right, samples: how many samples were answered exactly, of how many; ``right`` is None for text.
-        loss: nats a byte of text; None for tasks.
-        density, recall, lowest_recall: of one sample's causal blocks and exact attention mass, averaged over layers
-            and heads, and the least of them; 1 for dense attention.
-        seconds: of a prompt through the whole model, averaged, without the first.
+        length: Tokens of a prompt.
+        task: The task's name, or "text".
+        method: The method's name.
+        right: How many samples were answered exactly; None for text.
+        samples: How many samples there were.
+        loss: Nats a byte of text; None for tasks.
+        density: Kept share of one sample's causal blocks, averaged over layers and heads; 1 for dense attention.
+        recall: Kept share of its exact attention mass, averaged likewise; 1 for dense attention.
+        lowest_recall: The least recall of any layer and head.
+        seconds: For a prompt through the whole model, averaged, without the first prompt.
     """
 
     length: int
@@ -60,9 +65,11 @@ class Plan:
     """What is to be compared.
 
     Attributes:
-        tasks: names in TASKS, or "text".
-        samples: prompts of each task and length, the same for every method; at least 2.
-        seed: of the prompts.
+        lengths: Tokens of a prompt.
+        tasks: Names in TASKS, or "text".
+        methods: Ways to attend.
+        samples: Prompts of each task and length, at least 2, the same for every method.
+        seed: Seed of the prompts.
     """
 
     lengths: Sequence[int]
@@ -77,18 +84,23 @@ class Plan:
 
 
 def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: Path, advance: Advance) -> list[Cell]:
-    """Fills the file with the cells that the plan asks for and it does not have yet, and returns all of the plan's.
+    """Measures the plan's cells that the file does not hold yet, and adds them to it.
 
     Args:
-        model_digest: a checksum of the model's file.
+        model: The model that is asked.
+        model_digest: A checksum of the model's file.
         text: uint8 [bytes] on the CPU, held out from the model's training.
-        path: a JSON file, written whole after each cell.
-        advance: called with 1 after each cell.
+        plan: What to compare.
+        path: A JSON file, written whole after each cell.
+        advance: Called with 1 after each cell.
+
+    Returns:
+        All cells of the plan.
 
     Raises:
-        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples, or with
-            other configs of a calibrated method's name.
-        OSError: the file cannot be read or written.
+        FlexPrefillError: The file's cells were made with another model, text, seed or number of samples, or with other
+            configs of a calibrated method's name.
+        OSError: The file cannot be read or written.
     """
     identity = {
         "model": f"{model_digest:08x}",
@@ -104,20 +116,22 @@ def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: P
         if (length, task, method.name) not in cells:
             cell = measure(model, text, plan, length, task, method)
             cells[length, task, method.name] = cell
-            record = {"identity": identity, "configs": digests_before | digests}
+            record: dict[str, Any] = {"identity": identity, "configs": digests_before | digests}
             record |= {"machine": machine, "versions": versions()}
-            _write(path, {**record, "cells": [dataclasses.asdict(cell) for cell in cells.values()]})
+            record["cells"] = [dataclasses.asdict(cell) for cell in cells.values()]
+            with whole_file(path) as file:
+                write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)
         advance(1)
     return [cells[length, task, method.name] for length, task, method in plan.cells]
 
 
 def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, method: Method) -> Cell:
-    """One cell: a first prompt, of which density and recall are taken, then all of them."""
+    """One cell. Density and recall are those of a first prompt; then all prompts are asked and timed."""
     device = next(model.parameters()).device
     attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(len(model.layers))]
     right, losses, seconds = Share(0, 0), [], 0.0
     for number in range(-1, plan.samples):
-        # a prompt depends on its own number alone, so that every method gets the same ones
+        # a prompt depends only on its number, so every method gets the same prompts
         prompt = make_prompt(text, plan.seed, length, task, max(number, 0), device)
         start = _now(device)
         if isinstance(prompt, Samples):
@@ -149,7 +163,7 @@ def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, me
 
 
 def make_prompt(text: Tensor, seed: int, length: int, task: str, number: int, device: torch.device) -> Samples | Tensor:
-    """The prompt of this number: a task's, or of text int64 [1, length]; the same on every device."""
+    """The prompt of a number: a task's samples, or text as int64 [1, length]. It is the same on every device."""
     generator = Generator().manual_seed(zlib.crc32(f"{seed} {length} {task} {number}".encode()))
     if task == TEXT:
         return passages(text, generator, 1, length).to(device)
@@ -171,7 +185,7 @@ def _digest(method: Method) -> str:
 def _read(
     path: Path, identity: dict[str, Any], digests: dict[str, str]
 ) -> tuple[dict[tuple[int, str, str], Cell], dict[str, str]]:
-    """A file's cells, and the digests of its calibrated methods by their names."""
+    """A file's cells, and the digests of its calibrated methods by name."""
     if not path.exists():
         return {}, {}
     try:
@@ -191,8 +205,3 @@ def _read(
             f"{path} has figures of {', '.join(stale)} from other configs; give another folder, or rename the config"
         )
     return {(cell.length, cell.task, cell.method): cell for cell in cells}, before
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    with whole_file(path) as file:
-        write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)

@@ -1,4 +1,4 @@
-"""Ways to choose blocks, all on one engine: the attention that each gives the model, and what it keeps."""
+"""Ways to choose blocks: the attention that each gives the model, and what it keeps. All run on one engine."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Method:
     """A way to attend.
 
     Attributes:
-        name: as it is asked for and printed.
-        config: of the search; None is dense attention.
-        layers: configs of layers that have their own.
-        chosen_by: None keeps what the search keeps. Else each query block keeps as many blocks as the search kept, but
-            others: those that a scorer of this name finds best, beside the rule's sinks, window and last blocks;
-            "exact" is the best of all, and has no such blocks; "random" draws them.
+        name: The name on the command line and in tables.
+        config: Settings of the search; None is dense attention.
+        chosen_by: Default: the blocks that the search keeps. Else each query block keeps as many blocks as the search
+            keeps, beside the rule's sinks, window and last blocks those that the scorer of this name finds best.
+            "random" draws them. "exact" takes the best blocks of all, without sinks, window and last blocks.
+        layers: Configs of layers that have their own.
     """
 
     name: str
@@ -49,26 +49,29 @@ class Method:
         return replace(self, config=self.layers[layer]) if layer in self.layers else self
 
     def choose(self, query: Tensor, key: Tensor) -> BlockMap:
-        """The blocks that it keeps: query [B, Hq, S, D], key [B, Hkv, S, D] to a map [B, Hq, M, M].
+        """The blocks that it keeps: query [B, Hq, S, D] and key [B, Hkv, S, D] to a map [B, Hq, M, M].
 
         Raises:
-            ValueError: it is dense, and keeps no blocks; or no scorer has this name.
+            ValueError: The method is dense, or no scorer has its name.
         """
         if self.config is None:
             raise ValueError(f"{self.name} is dense and chooses no blocks")
         block_map = search_blocks(query, key, self.config)
-        return (
-            block_map if self.chosen_by is None else choose_as_many(query, key, block_map, self.config, self.chosen_by)
-        )
+        if self.chosen_by is None:
+            return block_map
+        return choose_as_many(query, key, block_map, self.config, self.chosen_by)
 
 
 @dataclass
 class Attender:
-    """One layer's attention by a method, and what it kept at the calls that it was told to watch.
+    """One layer's attention by a method, and what it kept in the watched calls.
 
     Attributes:
-        rows: of which the recall is measured where ``watch`` is set; one in so many.
-        densities, recalls: float32 [B, Hq] of each watched call: the kept share of the causal blocks, and of the mass.
+        method: The way to attend.
+        watch: Whether calls are watched.
+        rows: One row in so many is measured for the recall.
+        densities: float32 [B, Hq] of each watched call, the kept share of the causal blocks.
+        recalls: float32 [B, Hq] of each watched call, the kept share of the attention mass.
     """
 
     method: Method
@@ -91,7 +94,7 @@ class Attender:
 
 DENSE = "dense"
 GUARD = 0.95
-# what each kind of method chooses by, and how its config differs
+# each kind of method: what chooses its blocks, and how its config differs
 KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "flashprefill": (None, {}),
     "mean-correction": (None, {"mean_correction": True}),
@@ -108,15 +111,16 @@ def make_methods(
     config: PrefillConfig = PrefillConfig(),
     calibrated: Mapping[str, Mapping[int, PrefillConfig]] | None = None,
 ) -> list[Method]:
-    """Dense attention, and each kind of method at each alpha: all keep as many blocks as FlashPrefill does there.
+    """Dense attention, and each kind of method at each alpha. All keep as many blocks as FlashPrefill does there.
 
     Args:
-        kinds: some of "dense", "flashprefill", "mean-correction", "guard", "xattention", "random" and "exact".
-        config: all settings but alpha, mean_correction and guard.
-        calibrated: by name, configs by layer, as PrefillConfig.load_layers gives them.
+        alphas: The alphas of the search.
+        kinds: Some of "dense", "flashprefill", "mean-correction", "guard", "xattention", "random" and "exact".
+        config: All settings but alpha, mean_correction and guard.
+        calibrated: Configs by layer, as PrefillConfig.load_layers gives them, by name.
 
     Raises:
-        ValueError: a kind that is none.
+        ValueError: A kind is unknown.
     """
     if unknown := [kind for kind in kinds if kind not in (DENSE, *KINDS)]:
         raise ValueError(f"kinds must be of {', '.join((DENSE, *KINDS))}, got {', '.join(map(repr, unknown))}")
@@ -132,23 +136,24 @@ def make_methods(
 
 
 def choose_as_many(query: Tensor, key: Tensor, block_map: BlockMap, config: PrefillConfig, chosen_by: str) -> BlockMap:
-    """As many blocks in each row as a map keeps there, chosen otherwise; see :class:`Method`.
+    """As many blocks in each row as a map keeps there, chosen in another way; see Method.
 
     Args:
-        query: [B, Hq, S, D]; key: [B, Hkv, S, D].
-        block_map: [B, Hq, M, N], which keeps at least the config's sinks, window and last blocks.
+        query: [B, Hq, S, D].
+        key: [B, Hkv, S, D].
+        block_map: [B, Hq, M, N]. It keeps at least the config's sinks, window and last blocks.
+        config: The settings of the search.
+        chosen_by: As in Method.
     """
     device, geometry = query.device, Geometry(query.shape[2], key.shape[2], config.block_size)
     scale = resolve_scale(None, query.shape[3])
     if chosen_by == RANDOM:
-        # the same draw wherever the lengths are the same: a map depends on nothing that the model computes
-        scores = torch.rand(block_map.shape, generator=Generator().manual_seed(geometry.q_len + geometry.kv_len)).to(
-            device
-        )
+        # one draw for the same lengths, whatever the model computes
+        generator = Generator().manual_seed(geometry.q_len + geometry.kv_len)
+        scores = torch.rand(block_map.shape, generator=generator).to(device)
     else:
         scorer = find_scorer(chosen_by)
-        first_key = (scorer.score_rows or config.score_rows) == "visible"
-        grid = Grid(geometry, scale, first_key)
+        grid = Grid(geometry, scale, (scorer.score_rows or config.score_rows) == "visible")
         scores = scorer.log_scores(query, scorer.pool(key, config.block_size), grid)
     if chosen_by != EXACT:
         always = always_kept(geometry, Rule.of(config, scale=scale, last_chunk=True), device)

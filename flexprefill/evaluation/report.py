@@ -1,4 +1,4 @@
-"""What the comparison hands over: tables to read and points to draw."""
+"""The comparison's results: tables to read and points to draw."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ABSENT = "–"
 
 
 def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """The cells of one length as a header and a row for each method.
+    """The cells of one length, as a header and a row for each method.
 
-    Shares of exact answers are in per cent with their 95 % confidence interval; the average is over tasks.
+    Shares of exact answers are in per cent, with their 95 % confidence interval. The average is over tasks.
     """
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     header = ["method", "density", "mass", "average", *tasks, "ms"]
@@ -35,15 +35,15 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def average(cells: Sequence[Cell]) -> float | None:
-    """The mean over tasks of the share of exact answers; None if there is no task but text."""
+    """The share of exact answers, averaged over tasks; None if text is the only task."""
     shares = [cell.share.value for cell in cells if cell.share is not None]
     return _mean(shares) if shares else None
 
 
 def accuracy_points(cells: Sequence[Cell]) -> list[AccuracyPoint]:
-    """For each length and method its average accuracy and density, and how sure the accuracy is.
+    """The accuracy, its confidence interval and the density of each length and method.
 
-    The interval is Wilson's of all samples of the tasks together.
+    The interval is Wilson's, over all samples of the tasks together.
     """
     points = []
     for length, method in dict.fromkeys((cell.length, cell.method) for cell in cells):
