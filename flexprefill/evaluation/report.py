@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexprefill.evaluation.comparison import Cell
-from flexprefill.evaluation.scoring import Share
+from flexprefill.evaluation.methods import DENSE
+from flexprefill.evaluation.scoring import Difference, Share
 from flexprefill.plotting import AccuracyPoint
 
 ABSENT = "–"
@@ -32,6 +33,37 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, rows
+
+
+def task_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """The cells of one task and length as a header and a row for each method, each beside dense attention.
+
+    Intervals are of 95 %: Wilson's of exact answers, Student's of differences over the same prompts.
+    """
+    dense = next((cell for cell in cells if cell.method == DENSE), None)
+    header = ["method", "density", "mass", "loss", "loss over dense", "exact", "exact over dense", "s"]
+    rows = [
+        [
+            cell.method,
+            _percent(cell.density),
+            _percent(cell.recall),
+            ABSENT if cell.loss is None else f"{cell.loss:.3f}",
+            _over(cell.losses, dense.losses if dense else (), 1, "+.3f"),
+            "" if cell.share is None else str(cell.share),
+            _over(cell.shares, dense.shares if dense else (), 100, "+.1f"),
+            f"{cell.seconds:.2f}",
+        ]
+        for cell in cells
+    ]
+    return header, rows
+
+
+def _over(ours: Sequence[float], dense: Sequence[float], factor: int, form: str) -> str:
+    if not ours or len(ours) != len(dense) or ours is dense:
+        return ""
+    difference = Difference.of(ours, dense)
+    mean = f"{factor * difference.mean:{form}}"
+    return mean if difference.half is None else f"{mean} ± {factor * difference.half:{form[1:]}}"
 
 
 def average(cells: Sequence[Cell]) -> float | None:

@@ -13,8 +13,9 @@ from support.oracle import corrected_attention, masked_attention, relative_error
 
 from flexprefill import FlexPrefillError, PrefillConfig, attention_recall, cli, search_blocks
 from flexprefill.evaluation import TASKS, Decoder, ModelSizes, babble, save_model
-from flexprefill.evaluation.comparison import Cell, Plan, compare, make_prompt
-from flexprefill.evaluation.methods import KINDS, Attender, Method, choose_as_many, make_methods
+from flexprefill.evaluation.comparison import Cell, Plan, compare
+from flexprefill.evaluation.decoder_subject import DecoderSubject
+from flexprefill.evaluation.methods import KINDS, Attender, Method, make_methods
 from flexprefill.evaluation.report import accuracy_points, average, table
 from flexprefill.plotting import AccuracyPoint, plot_accuracy
 
@@ -36,24 +37,23 @@ def test_all_keep_as_many_and_the_exact_choice_keeps_the_most(length, seed, alph
     rule = PrefillConfig(alpha=alpha, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1)
     searched = search_blocks(query, key, rule)
     recalls = {None: attention_recall(query, key, searched)}
-    for chosen_by in ("xattention", "random", "exact", "flashprefill"):
-        chosen = choose_as_many(query, key, searched, rule, chosen_by)
+    for chosen_by in ("xattention", "prism", "minference", "byte-flexprefill", "random", "exact", "flashprefill"):
+        chosen = Method("another", rule, chosen_by).choose(query, key)
         assert torch.equal(chosen.counts(), searched.counts())
         recalls[chosen_by] = attention_recall(query, key, chosen)
     assert all((recalls["exact"] >= recall - 1e-5).all() for recall in recalls.values())
     # the search's own scores choose what it chose; ties and unscored blocks apart, which are the causal edge's
-    same = choose_as_many(query, key, searched, rule, "flashprefill")
+    same = Method("the same", rule, "flashprefill").choose(query, key)
     assert (same.to_dense() == searched.to_dense()).float().mean() > 0.95
 
 
 def test_sinks_window_and_last_blocks_stay():
     query, key, _ = make_qkv(320, heads=2)
-    searched = search_blocks(query, key, RULE)
-    for chosen_by in ("random", "xattention"):
-        dense = choose_as_many(query, key, searched, RULE, chosen_by).to_dense()
+    for chosen_by in ("random", "xattention", "minference"):
+        dense = Method("another", RULE, chosen_by).choose(query, key).to_dense()
         assert dense[..., 0].all() and dense.diagonal(dim1=-2, dim2=-1).all() and dense[:, :, -1].all()
-    again = choose_as_many(query, key, searched, RULE, "random")
-    assert again == choose_as_many(query, key, searched, RULE, "random")
+    again = Method("again", RULE, "random")
+    assert again.choose(query, key) == again.choose(query, key)
 
 
 def test_methods_by_kind():
@@ -75,9 +75,10 @@ def test_methods_by_kind():
         Method("unknown", RULE, "unknown").choose(*make_qkv(64)[:2])
 
 
-def test_a_prompt_depends_on_its_number_alone():
+def test_a_prompt_depends_on_its_number_alone(model):
+    subject = DecoderSubject(model, 7, TEXT, 0)
     for task in (*TASKS, "text"):
-        first, again, other = (make_prompt(TEXT, 0, 512, task, number, "cpu") for number in (3, 3, 4))
+        first, again, other = (subject.prompt(512, task, number) for number in (3, 3, 4))
         tokens = [prompt if task == "text" else prompt.tokens for prompt in (first, again, other)]
         assert tokens[0].shape == (1, 512)
         assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
@@ -94,17 +95,17 @@ def test_an_interrupted_comparison_goes_on(model, tmp_path, monkeypatch):
     def interrupted(*arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(arguments[3:])
+        done.append(arguments[2:])
         return measure(*arguments)
 
     monkeypatch.setattr(comparison, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare(model, 7, TEXT, plan, path, lambda steps: None)
+        compare(DecoderSubject(model, 7, TEXT, 0), plan, path, lambda steps: None)
     first = json.loads(path.read_text())["cells"]
     assert len(first) == 2
-    monkeypatch.setattr(comparison, "measure", lambda *arguments: done.append(arguments[3:]) or measure(*arguments))
+    monkeypatch.setattr(comparison, "measure", lambda *arguments: done.append(arguments[2:]) or measure(*arguments))
     steps = []
-    cells = compare(model, 7, TEXT, plan, path, steps.append)
+    cells = compare(DecoderSubject(model, 7, TEXT, 0), plan, path, steps.append)
     assert len(done) == len(set(done)) == len(cells) == sum(steps) == 6
     assert json.loads(path.read_text())["cells"][:2] == first
 
@@ -119,17 +120,17 @@ def test_an_interrupted_comparison_goes_on(model, tmp_path, monkeypatch):
         assert exact.density == pytest.approx(sparse.density, rel=0.1)
         assert exact.recall >= sparse.recall
     with pytest.raises(FlexPrefillError, match="was made with another model and seed; give another folder"):
-        compare(model, 8, TEXT, Plan([256], ["single"], methods, 2, 1), path, steps.append)
+        compare(DecoderSubject(model, 8, TEXT, 1), Plan([256], ["single"], methods, 2, 1), path, steps.append)
     path.write_text("{}")
     with pytest.raises(FlexPrefillError, match="is no file of this comparison"):
-        compare(model, 7, TEXT, plan, path, steps.append)
+        compare(DecoderSubject(model, 7, TEXT, 0), plan, path, steps.append)
 
 
 def test_figures_of_other_calibrated_configs_are_not_taken(model, tmp_path):
     def run(name, alpha):
         configs = dict.fromkeys(range(2), replace(RULE, alpha=alpha))
         plan = Plan([300], ["single"], make_methods([], ["dense"], calibrated={name: configs}), 2, 0)
-        return compare(model, 7, TEXT, plan, tmp_path / "eval.json", lambda steps: None)
+        return compare(DecoderSubject(model, 7, TEXT, 0), plan, tmp_path / "eval.json", lambda steps: None)
 
     first = run("mine", (0.9, 0.8))
     assert run("mine", (0.9, 0.8)) == first
@@ -223,11 +224,12 @@ def test_the_command(model, tmp_path, capsys):
         (["--tasks", "guess"], "--tasks: must be of single, .*, text, got 'guess'"),
         (["--methods", "best"], "--methods: kinds must be of dense"),
         (["--lengths", "12"], "--lengths: must be at least 256"),
+        (["--dtype", "bfloat16"], "--text, --dtype: are for a pretrained model, got a needle model's file"),
         ([], "model .*does not exist|path must be a file"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", "--model", str(tmp_path / "none"), "--output", str(tmp_path), *arguments])
+        cli.main(["eval", "--model", str(tmp_path / "none.safetensors"), "--output", str(tmp_path), *arguments])
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
