@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from flexprefill.cli.masks import read_layer
 from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
+from flexprefill.store.figures import Figures
 
 Record = dict[str, Any]
 
@@ -110,6 +111,25 @@ def head_records(layer: LayerSummary) -> Iterator[Record]:
             "nearest_iou": nearest_iou,
             "iou_above": float(layer.before[1].flatten()[index]) if layer.before else None,
         }
+
+
+def with_recall(records: Sequence[Record], figures: Mapping[int, Figures]) -> list[Record]:
+    """Records of heads, or of layers, with what the file says of their recall: None where it says nothing.
+
+    A layer's is the mean of its heads that can lose mass, and that of the head that loses most.
+    """
+    told = []
+    for record in records:
+        tables = figures.get(record["layer"], {})
+        mean, least = (tables.get(name) for name in ("mean", "least"))
+        if "head" in record:
+            batch, head = record["batch"], record["head"]
+            own = {"recall": mean and mean[batch][head], "recall_least": least and least[batch][head]}
+        else:
+            known = [share for heads in mean or [] for share in heads if share is not None]
+            own = {"recall": fmean(known) if known else None, "recall_least_head": min(known, default=None)}
+        told.append(record | own)
+    return told
 
 
 def quick_head_records(info: MaskFileInfo, number: int, head: int | None) -> list[Record]:

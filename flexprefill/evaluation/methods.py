@@ -118,7 +118,8 @@ class Attender:
             length = query.shape[2]
             rows = range(min(37, length - 1), length, self.rows)
             self.densities.append(block_map.density().cpu())
-            self.recalls.append(attention_recall(query, key, block_map, rows=rows, scale=scale).cpu())
+            recall = attention_recall(query, key, block_map, rows=rows, scale=scale, variant=variant)
+            self.recalls.append(recall.mean)
         return prefill_attention(
             query, key, value, self.method.config, variant=variant, block_map=block_map, scale=scale
         )
