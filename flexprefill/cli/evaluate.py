@@ -20,8 +20,8 @@ from flexprefill.evaluation.comparison import Cell, Plan, Subject, compare
 from flexprefill.evaluation.decoder_subject import TEXT, DecoderSubject
 from flexprefill.evaluation.methods import DENSE, KINDS, OWN_KINDS, USUAL, make_methods
 from flexprefill.evaluation.pretrained import PretrainedSubject, load_pretrained
-from flexprefill.evaluation.report import accuracy_points, table, task_table
-from flexprefill.plotting import plot_accuracy
+from flexprefill.evaluation.report import accuracy_points, loss_points, table, task_table
+from flexprefill.plotting import plot_trade_off
 from flexprefill.runtime.progress import stage
 
 NAME = "eval"
@@ -152,7 +152,18 @@ def execute(arguments: argparse.Namespace) -> int:
     for cell in beyond:
         print(f"left out: {cell.task} at {cell.length:,} tokens, of which dense attention answers {cell.share}")
     try:
-        plot_accuracy(accuracy_points(cells), picture, title="Exact answers against kept blocks")
+        if own:
+            label = "% exact answers, mean of the tasks"
+            plot_trade_off(
+                accuracy_points(cells),
+                picture,
+                title="Exact answers against kept blocks",
+                value_label=label,
+                limits=(-3, 103),
+            )
+        else:
+            label = "loss over dense, nats a token"
+            plot_trade_off(loss_points(cells), picture, title="Loss against kept blocks", value_label=label)
         drawn = str(picture)
     except FlexPrefillError as error:
         drawn = f"skipped: {error}"

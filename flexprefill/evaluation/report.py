@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flexprefill.evaluation.comparison import Cell
 from flexprefill.evaluation.methods import DENSE
 from flexprefill.evaluation.scoring import Difference, Share
-from flexprefill.plotting import AccuracyPoint
+from flexprefill.plotting import TradeOffPoint, token_label
 
 ABSENT = "–"
 
@@ -72,8 +72,8 @@ def average(cells: Sequence[Cell]) -> float | None:
     return _mean(shares) if shares else None
 
 
-def accuracy_points(cells: Sequence[Cell]) -> list[AccuracyPoint]:
-    """For each length and method its average accuracy and density, and how sure the accuracy is.
+def accuracy_points(cells: Sequence[Cell]) -> list[TradeOffPoint]:
+    """For each length and method its average accuracy in per cent, its density, and how sure the accuracy is.
 
     The interval is Wilson's of all samples of the tasks together.
     """
@@ -82,10 +82,28 @@ def accuracy_points(cells: Sequence[Cell]) -> list[AccuracyPoint]:
         own = [c for c in cells if (c.length, c.method) == (length, method) and c.share is not None]
         if own:
             together = sum((cell.share for cell in own if cell.share), Share(0, 0))
-            kind = method.split(" ")[0]
-            density = _mean([cell.density for cell in own])
-            points.append(AccuracyPoint(length, kind, density, together.value, together.interval))
+            low, high = together.interval
+            points.append(_point(own, "", 100 * together.value, (100 * low, 100 * high)))
     return points
+
+
+def loss_points(cells: Sequence[Cell]) -> list[TradeOffPoint]:
+    """For each task, length and method the loss over dense attention's in nats, and how sure it is (Student's)."""
+    dense = {(cell.task, cell.length): cell for cell in cells if cell.method == DENSE}
+    points = []
+    for cell in sorted(cells, key=lambda cell: cell.length):
+        beside = dense.get((cell.task, cell.length))
+        if beside is not None and cell.losses and len(cell.losses) == len(beside.losses):
+            over = Difference.of(cell.losses, beside.losses)
+            half = over.half or 0.0
+            points.append(_point([cell], cell.task, over.mean, (over.mean - half, over.mean + half)))
+    return points
+
+
+def _point(cells: Sequence[Cell], row: str, value: float, interval: tuple[float, float]) -> TradeOffPoint:
+    length, method = cells[0].length, cells[0].method.split(" ")[0]
+    density = _mean([cell.density for cell in cells])
+    return TradeOffPoint(row, f"{token_label(length)} tokens", method, density, value, interval)
 
 
 def _result(cell: Cell | None) -> str:

@@ -16,8 +16,8 @@ from flexprefill.evaluation import TASKS, Decoder, ModelSizes, babble, save_mode
 from flexprefill.evaluation.comparison import Cell, Plan, compare
 from flexprefill.evaluation.decoder_subject import DecoderSubject
 from flexprefill.evaluation.methods import KINDS, Attender, Method, make_methods
-from flexprefill.evaluation.report import accuracy_points, average, table
-from flexprefill.plotting import AccuracyPoint, plot_accuracy
+from flexprefill.evaluation.report import accuracy_points, average, loss_points, table
+from flexprefill.plotting import TradeOffPoint, plot_trade_off
 
 SIZES = ModelSizes(width=32, layers=2, heads=2, kv_heads=1, hidden=32)
 TEXT = babble(20_000)
@@ -185,24 +185,42 @@ def test_tables_and_points():
     assert rows[1] == ["exact 0.1", "50.0 %", "90.0 %", "95.0 %", "95.0 (76–99)", "–", "–", "2.0"]
     assert average(CELLS[4:]) is None
     points = accuracy_points(CELLS)
-    assert [(point.length, point.method, point.density, point.accuracy) for point in points] == [
-        (4096, "dense", 1, 0.75),
-        (4096, "exact", 0.5, 0.95),
+    assert [(point.column, point.method, point.density, point.value) for point in points] == [
+        ("4K tokens", "dense", 1, 75),
+        ("4K tokens", "exact", 0.5, 95),
     ]
-    assert points[0].interval[0] < 0.75 < points[0].interval[1]
+    assert points[0].interval[0] < 75 < points[0].interval[1]
+    losses = [0.5, 0.7, 0.6]
+    pair = [
+        replace(CELLS[2], losses=losses),
+        replace(CELLS[2], method="exact 0.1", density=0.5, losses=[loss + 0.25 for loss in losses]),
+    ]
+    assert [(point.row, point.density, round(point.value, 6)) for point in loss_points([*CELLS, *pair])] == [
+        ("text", 1, 0),
+        ("text", 0.5, 0.25),
+    ]
 
 
 def test_a_picture_has_a_panel_for_each_length(tmp_path):
     from PIL import Image
 
-    points = [AccuracyPoint(length, "dense", 1, 0.9, (0.8, 0.95)) for length in (4096, 8192)]
-    points += [AccuracyPoint(4096, "exact", share, share, (share / 2, 1)) for share in (0.5, 0.2)]
-    plot_accuracy(points, tmp_path / "two.png", title="Two")
-    plot_accuracy(points[:1], tmp_path / "one.png", title="One")
-    two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
-    assert two.width - one.width == 700 and two.height == one.height
+    points = [TradeOffPoint("", column, "dense", 1, 90, (80, 95)) for column in ("4K tokens", "8K tokens")]
+    points += [TradeOffPoint("", "4K tokens", "exact", share, 100 * share, (50 * share, 100)) for share in (0.5, 0.2)]
+    points += [TradeOffPoint("", "4K tokens", "exact-own", 0.4, 30, (30, 30))]
+    plot_trade_off(points, tmp_path / "two.png", title="Two", value_label="%")
+    plot_trade_off(points[:1], tmp_path / "one.png", title="One", value_label="%")
+    plot_trade_off(
+        [points[0], replace(points[0], row="copy")],
+        tmp_path / "rows.png",
+        title="Rows",
+        value_label="%",
+        limits=(0, 103),
+    )
+    two, one, rows = (Image.open(tmp_path / name) for name in ("two.png", "one.png", "rows.png"))
+    assert two.width - one.width == 750 and two.height == one.height
+    assert rows.height - one.height == 830 and rows.width == one.width
     with pytest.raises(ValueError, match="points must be at least one"):
-        plot_accuracy([], tmp_path / "none.png", title="")
+        plot_trade_off([], tmp_path / "none.png", title="", value_label="")
 
 
 def test_the_command(model, tmp_path, capsys):
