@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from flexprefill.cli.table import print_table
-from flexprefill.cli.values import parse_device, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, parse_share, whole
 from flexprefill.config import PrefillConfig, save_layers
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import load_model, passages, read_text
@@ -19,41 +19,26 @@ from flexprefill.runtime.progress import stage
 NAME = "calibrate"
 SUMMARY = "find alphas by layer and head that keep a share of the attention mass"
 DESCRIPTION = (
-    "Finds, for each layer and head of a model of train_needle_model.py, the largest alpha with which the search keeps "
-    "a share of the exact attention mass on every one of some texts, and writes them to a JSON file that "
-    "PrefillConfig.load_layers reads and 'flexprefill eval --config' compares. The texts are this machine's own source "
-    "code and documentation, from files that the model was not trained on, or a file of yours. For other models call "
+    "Finds an alpha for each layer and head of a model of train_needle_model.py: the largest one with which the search "
+    "keeps a share of the exact attention mass on every text. Writes them to a JSON file. PrefillConfig.load_layers "
+    "reads that file, and 'flexprefill eval --config' compares it. The texts are source code and documentation of this "
+    "machine, from files that the model was not trained on, or a file of yours. For other models call "
     "flexprefill.evaluation.calibrate with their queries and keys."
 )
-TEXT_BYTES = 2**22
 MIN_LENGTH = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="a model of train_needle_model.py")
-    parser.add_argument(
-        "--recall",
-        type=parse_share,
-        metavar="SHARE",
-        default="0.95",
-        help="of the attention mass that each head is to keep (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--length", type=whole(MIN_LENGTH), metavar="TOKENS", default="8192", help="of a text (default: %(default)s)"
-    )
-    parser.add_argument("--texts", type=whole(1), metavar="N", default="4", help="(default: %(default)s)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="takes the texts from this file, byte by byte")
-    parser.add_argument("--seed", type=whole(0), default="0", help="of the texts' places (default: %(default)s)")
-    parser.add_argument(
-        "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        default="./calibrated.json",
-        help="its folder is made if missing (default: %(default)s)",
+    parser.add_argument("--text", type=Path, metavar="FILE", help="take the texts from this file, byte by byte")
+    add_device(parser)
+    add_options(
+        parser,
+        ("--recall", parse_share, "SHARE", "0.95", "the attention mass that each head must keep"),
+        ("--length", whole(MIN_LENGTH), "TOKENS", "8192", "length of a text"),
+        ("--texts", whole(1), "N", "4", "number of texts"),
+        ("--seed", whole(0), "N", "0", "seed of the texts' places"),
+        ("--output", Path, "FILE", "./calibrated.json", "the JSON file; its folder is made if missing"),
     )
 
 
@@ -61,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.recall >= 1:
         arguments.parser.error(f"argument --recall: must be below 1, got {arguments.recall:g}")
     model = load_model(arguments.model, arguments.device)
-    text = read_text(TEXT_BYTES, held_out=True) if arguments.text is None else _read(arguments.text)
+    text = read_text(held_out=True) if arguments.text is None else _read(arguments.text)
     if text.numel() < arguments.length:
         raise FlexPrefillError(f"the text must have at least {arguments.length} bytes, got {text.numel()}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from flexprefill.cli.table import print_table
-from flexprefill.cli.values import list_of, parse_device, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, list_of, parse_share, whole
 from flexprefill.config import PrefillConfig, check_alphas
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import TASKS, load_model, prompts, read_text
@@ -38,8 +35,7 @@ DESCRIPTION = (
     "run goes on from that file. With matplotlib, eval.png is drawn. Lists are separated by commas."
 )
 MIN_LENGTH = 256
-TEXT_BYTES = 2**22
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 LONGEST = 32768  # asked of a pretrained model unless lengths are given
 LEAST_SHARE = 0.4  # of exact answers by dense attention, below which a task cannot be done
 
@@ -54,37 +50,11 @@ class Usual:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = f"of {', '.join((DENSE, *KINDS, *OWN_KINDS))} (default: {','.join(USUAL)})"
-    lists: dict[str, tuple[Callable[[str], Any], str, str | None, str]] = {
-        "lengths": (
-            whole(MIN_LENGTH),
-            "TOKENS",
-            None,
-            f"of prompts (default: 2048, 4096 and so on up to a pretrained model's context or {LONGEST}; "
-            "4096,8192,16384,32768 for a needle model)",
-        ),
-        "alphas": (parse_share, "SHARES", "0.05,0.1,0.2,0.5", "of the search (default: %(default)s)"),
-        "methods": (str, "NAMES", ",".join(USUAL), methods),
-        "tasks": (
-            str,
-            "NAMES",
-            None,
-            f"to ask (default: all; {', '.join(prompts.TASKS)}; of a needle model {', '.join((*TASKS, TEXT))})",
-        ),
-    }
+    methods = f"methods to compare, of {', '.join((DENSE, *KINDS, *OWN_KINDS))}"
+    lengths = f"2048, 4096 and so on up to the context or {LONGEST:,}; for a needle model 4096,8192,16384,32768"
+    tasks = f"all of {', '.join(prompts.TASKS)}; for a needle model of {', '.join((*TASKS, TEXT))}"
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="folder, name, GGUF file or needle model (.safetensors)"
-    )
-    for name, (parse, metavar, default, meaning) in lists.items():
-        parser.add_argument("--" + name, type=list_of(parse), metavar=metavar, default=default, help=meaning)
-    parser.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        default=[],
-        help="prose in UTF-8 for a pretrained model's prompts (default: Python's manual)",
     )
     parser.add_argument(
         "--config",
@@ -92,27 +62,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE",
         default=[],
-        help="of 'flexprefill calibrate', to compare too; may be given more than once",
+        help="also compare this file of 'flexprefill calibrate'; may be given more than once",
     )
     parser.add_argument(
-        "--samples",
-        type=whole(1),
-        metavar="N",
-        help="prompts of each task at each length, the same for every method (default: 8, of a needle model 200)",
-    )
-    parser.add_argument("--seed", type=whole(0), default="0", help="of the samples (default: %(default)s)")
-    parser.add_argument(
-        "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="prose for a pretrained model's prompts, in UTF-8 (default: Python's manual)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of a pretrained model (default: bfloat16 on a GPU, float32 on the CPU)"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default="./flexprefill-eval",
-        help="folder for eval.json and eval.png, made if missing (default: %(default)s)",
+    for name, parse, metavar, meaning in (
+        ("--lengths", list_of(whole(MIN_LENGTH)), "TOKENS", f"prompt lengths (default: {lengths})"),
+        ("--tasks", list_of(str), "NAMES", f"tasks to ask (default: {tasks})"),
+        ("--samples", whole(1), "N", "prompts of each task at each length (default: 8; for a needle model 200)"),
+    ):
+        parser.add_argument(name, type=parse, metavar=metavar, help=meaning)
+    add_device(parser)
+    add_options(
+        parser,
+        ("--alphas", list_of(parse_share), "SHARES", "0.05,0.1,0.2,0.5", "alphas of the search"),
+        ("--methods", list_of(str), "NAMES", ",".join(USUAL), methods),
+        ("--seed", whole(0), "N", "0", "seed of the prompts"),
+        ("--output", Path, "DIR", "./flexprefill-eval", "folder for eval.json and eval.png, made if missing"),
     )
 
 
@@ -172,11 +147,11 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _load_configs(paths: Sequence[Path]) -> dict[str, dict[int, PrefillConfig]]:
-    """What files of flexprefill calibrate hold, by their names, which stand in the table."""
+    """The configs of files of flexprefill calibrate, by their names in the table."""
     found: dict[str, dict[int, PrefillConfig]] = {}
     for path in paths:
         if path.stem in found:
-            raise FlexPrefillError(f"{path} must have another name, {path.stem!r} is that of an earlier --config")
+            raise FlexPrefillError(f"{path} must have another name: an earlier --config is named {path.stem!r} too")
         found[path.stem] = PrefillConfig.load_layers(path)
     return found
 
@@ -184,12 +159,12 @@ def _load_configs(paths: Sequence[Path]) -> dict[str, dict[int, PrefillConfig]]:
 def _needle_model(arguments: argparse.Namespace) -> tuple[DecoderSubject, Usual]:
     path = Path(arguments.model)
     model = load_model(path, arguments.device)
-    subject = DecoderSubject(model, zlib.crc32(path.read_bytes()), read_text(TEXT_BYTES, held_out=True), arguments.seed)
+    subject = DecoderSubject(model, zlib.crc32(path.read_bytes()), read_text(held_out=True), arguments.seed)
     return subject, Usual((4096, 8192, 16384, 32768), (*TASKS, TEXT), 200)
 
 
 def _pretrained(arguments: argparse.Namespace) -> tuple[PretrainedSubject, Usual]:
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")]
+    dtype = arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")
     model, tokenizer = load_pretrained(arguments.model, arguments.device, dtype)
 
     def tokenize(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Parsers of single values on the command line; each says what would be right."""
+"""Parsers of single values on the command line. Each says what would be right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of values that are separated by commas."""
+    """A parser of values separated by commas."""
     return lambda text: [parse(part.strip()) for part in text.split(",")]
 
 
@@ -46,7 +46,7 @@ def parse_integer(text: str) -> int:
 
 
 def parse_device(text: str) -> torch.device:
-    """cpu or a CUDA device that is there."""
+    """The CPU, or a CUDA device of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -56,3 +56,18 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device. Its default is CUDA where that is there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, *options: tuple[str, Callable[[str], Any], str, str, str]) -> None:
+    """Options that have a default, each as (name, parser, metavar, default, meaning)."""
+    for name, parse, metavar, default, meaning in options:
+        help_text = f"{meaning} (default: %(default)s)"
+        parser.add_argument(name, type=parse, metavar=metavar, default=default, help=help_text)

@@ -1,4 +1,4 @@
-"""The comparison: every task, length and method on one model, kept in a file from which an interrupted run goes on."""
+"""The comparison: every task, length and method on one model. An interrupted run goes on from its file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Answered:
     """What a model did with one prompt.
 
     Attributes:
-        right, asked: how many answers were exact, of how many; 0 of 0 where nothing is asked.
-        loss: nats a graded token; None where none is measured.
+        right: How many answers were exact.
+        asked: How many answers there were; 0 where nothing is asked.
+        loss: Nats a graded token; None where none is measured.
     """
 
     right: int
@@ -52,7 +53,7 @@ class Subject(Protocol):
         ...
 
     def identity(self) -> dict[str, str]:
-        """Checksums by name of all that a figure depends on besides the plan: figures of another one are refused."""
+        """Checksums by name of what figures depend on besides the plan. A file of others is refused."""
         ...
 
     def prompt(self, length: int, task: str, number: int) -> Any:
@@ -69,12 +70,18 @@ class Cell:
     """What one method did at one task and length.
 
     Attributes:
-        right, samples: how many answers were exact, of how many; ``right`` is None where nothing is asked.
-        loss: nats a graded token, the mean of the prompts; None where none is measured.
-        density, recall, lowest_recall: of one prompt's causal blocks and exact attention mass, averaged over layers
-            and heads, and the least of them; 1 for dense attention.
-        seconds: of a prompt through the whole model, averaged, without the first.
-        losses, shares: of each prompt its loss, and its share of exact answers; what is not measured is empty.
+        length: Tokens of a prompt.
+        task: The task's name.
+        method: The method's name.
+        right: How many answers were exact; None where nothing is asked.
+        samples: How many answers there were, or prompts where nothing is asked.
+        loss: Nats a graded token, the mean over the prompts; None where none is measured.
+        density: Kept share of one prompt's causal blocks, averaged over layers and heads; 1 for dense attention.
+        recall: Kept share of its exact attention mass, averaged likewise; 1 for dense attention.
+        lowest_recall: The least recall of any layer and head.
+        seconds: For a prompt through the whole model, averaged, without the first prompt.
+        losses: The loss of each prompt; empty where none is measured.
+        shares: The share of exact answers of each prompt; empty where nothing is asked.
     """
 
     length: int
@@ -104,10 +111,12 @@ class Plan:
     """What is to be compared.
 
     Attributes:
-        tasks: names that the subject knows.
-        samples: prompts of each task and length, the same for every method; at least 1.
-        seed: of the prompts.
-        least_share: where dense attention gives fewer exact answers than this share, other methods are not asked.
+        lengths: Tokens of a prompt.
+        tasks: Names that the subject knows.
+        methods: Ways to attend.
+        samples: Prompts of each task and length, at least 1, the same for every method.
+        seed: Seed of the prompts.
+        least_share: A task is left to dense attention at a length where fewer of its answers are exact.
     """
 
     lengths: Sequence[int]
@@ -133,9 +142,9 @@ def compare(
         told: called with each dense cell below the plan's least share, whose task and length have no others.
 
     Raises:
-        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples, or with
-            other configs of a calibrated method's name.
-        OSError: the file cannot be read or written.
+        FlexPrefillError: The file's cells were made with another model, text, seed or number of samples, or with other
+            configs of a calibrated method's name.
+        OSError: The file cannot be read or written.
     """
     identity = {
         **subject.identity(),
@@ -154,9 +163,11 @@ def compare(
             continue
         if (length, task, method.name) not in cells:
             cells[length, task, method.name] = measure(subject, plan, length, task, method)
-            record = {"identity": identity, "configs": digests_before | digests}
+            record: dict[str, Any] = {"identity": identity, "configs": digests_before | digests}
             record |= {"machine": machine, "versions": versions()}
-            _write(path, {**record, "cells": [dataclasses.asdict(cell) for cell in cells.values()]})
+            record["cells"] = [dataclasses.asdict(cell) for cell in cells.values()]
+            with whole_file(path) as file:
+                write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)
         cell = cells[length, task, method.name]
         found.append(cell)
         if method.name == DENSE and cell.share is not None and cell.share.value < plan.least_share:
@@ -166,7 +177,7 @@ def compare(
 
 
 def measure(subject: Subject, plan: Plan, length: int, task: str, method: Method) -> Cell:
-    """One cell: a first prompt, of which density and recall are taken, then all of them."""
+    """One cell. Density and recall are those of a first prompt; then all prompts are asked and timed."""
     attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(subject.layers)]
     answers: list[Answered] = []
     seconds = 0.0
@@ -216,7 +227,7 @@ def _digest(method: Method) -> str:
 def _read(
     path: Path, identity: dict[str, Any], digests: dict[str, str]
 ) -> tuple[dict[tuple[int, str, str], Cell], dict[str, str]]:
-    """A file's cells, and the digests of its calibrated methods by their names."""
+    """A file's cells, and the digests of its calibrated methods by name."""
     if not path.exists():
         return {}, {}
     try:
@@ -236,8 +247,3 @@ def _read(
             f"{path} has figures of {', '.join(stale)} from other configs; give another folder, or rename the config"
         )
     return {(cell.length, cell.task, cell.method): cell for cell in cells}, before
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    with whole_file(path) as file:
-        write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)

@@ -1,4 +1,4 @@
-"""Ways to choose blocks, all on one engine: the attention that each gives the model, and what it keeps."""
+"""Ways to choose blocks: the attention that each gives the model, and what it keeps. All run on one engine."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Method:
     """A way to attend.
 
     Attributes:
-        name: as it is asked for and printed.
-        config: of the search; None is dense attention.
-        layers: configs of layers that have their own.
-        chosen_by: None keeps what the search keeps. Else each query block keeps as many blocks as the search kept, but
-            others: those that the selection or the scorer of this name finds best, beside the rule's sinks, window and
-            last blocks; "exact" is the best of all, and has no such blocks; "random" draws them.
-        own_rule: keeps what that selection keeps by its own rule, however many these are.
+        name: The name on the command line and in tables.
+        config: Settings of the search; None is dense attention.
+        chosen_by: Default: the blocks that the search keeps. Else each query block keeps as many blocks as the search
+            keeps, beside the rule's sinks, window and last blocks those that the selection or scorer of this name finds
+            best. "random" draws them. "exact" takes the best blocks of all, without sinks, window and last blocks.
+        layers: Configs of layers that have their own.
+        own_rule: Keeps what that selection keeps by its own rule, however many blocks these are.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Method:
         """The blocks that it keeps: query [B, Hq, S, D], key [B, Hkv, S, D] to a map [B, Hq, M, M].
 
         Raises:
-            ValueError: it is dense, and keeps no blocks; or no selection has this name.
-            UnsupportedError: the selection does not know what the attention is besides causal.
+            ValueError: The method is dense, or no selection or scorer has its name.
+            UnsupportedError: The selection does not know what the attention is besides causal.
         """
         if self.config is None:
             raise ValueError(f"{self.name} is dense and chooses no blocks")
@@ -85,13 +85,16 @@ class Method:
 
 @dataclass
 class Attender:
-    """One layer's attention by a method, and what it kept at the calls that it was told to watch.
+    """One layer's attention by a method, and what it kept in the watched calls.
 
     A layer with a sliding window is attended exactly by every method.
 
     Attributes:
-        rows: of which the recall is measured where ``watch`` is set; one in so many.
-        densities, recalls: float32 [B, Hq] of each watched call: the kept share of the causal blocks, and of the mass.
+        method: The way to attend.
+        watch: Whether calls are watched.
+        rows: One row in so many is measured for the recall.
+        densities: float32 [B, Hq] of each watched call, the kept share of the causal blocks.
+        recalls: float32 [B, Hq] of each watched call, the kept share of the attention mass.
     """
 
     method: Method
@@ -127,7 +130,7 @@ class Attender:
 
 DENSE = "dense"
 GUARD = 0.95
-# what each kind of method chooses by, and how its config differs
+# each kind of method: what chooses its blocks, and how its config differs
 KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "flashprefill": (None, {}),
     "mean-correction": (None, {"mean_correction": True}),
@@ -152,12 +155,13 @@ def make_methods(
     All methods of an alpha keep as many blocks as FlashPrefill does there.
 
     Args:
+        alphas: The alphas of the search.
         kinds: "dense", names in KINDS, or names in OWN_KINDS.
-        config: all settings but alpha, mean_correction and guard.
-        calibrated: by name, configs by layer, as PrefillConfig.load_layers gives them.
+        config: All settings but alpha, mean_correction and guard.
+        calibrated: Configs by layer, as PrefillConfig.load_layers gives them, by name.
 
     Raises:
-        ValueError: a kind that is none.
+        ValueError: A kind is unknown.
     """
     known = (DENSE, *KINDS, *OWN_KINDS)
     if unknown := [kind for kind in kinds if kind not in known]:

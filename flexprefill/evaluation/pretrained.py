@@ -97,11 +97,13 @@ class PretrainedSubject:
         return torch.cat(losses), torch.cat(hits)
 
 
-def load_pretrained(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
     """A causal language model whose attention a comparison chooses, and its tokenizer.
 
     Args:
-        name: a folder or a name that transformers' from_pretrained takes, or a GGUF file.
+        name: A folder or a name that transformers' from_pretrained takes, or a GGUF file.
+        device: Where the model is put.
+        dtype: Name of its dtype, such as "bfloat16".
 
     Raises:
         FlexPrefillError: transformers is not installed, or does not load it.
@@ -122,7 +124,7 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype) -> tupl
         where, options = str(Path(name).parent), {"gguf_file": Path(name).name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError) as error:
         raise FlexPrefillError(f"transformers cannot load the model {name!r}: {error}") from None
     check_model(model, NAME)

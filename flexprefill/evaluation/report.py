@@ -1,4 +1,4 @@
-"""What the comparison hands over: tables to read and points to draw."""
+"""The comparison's results: tables to read and points to draw."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ABSENT = "–"
 
 
 def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """The cells of one length as a header and a row for each method.
+    """The cells of one length, as a header and a row for each method.
 
-    Shares of exact answers are in per cent with their 95 % confidence interval; the average is over tasks.
+    Shares of exact answers are in per cent, with their 95 % confidence interval. The average is over tasks.
     """
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     header = ["method", "density", "mass", "average", *tasks, "ms"]
@@ -67,7 +67,7 @@ def _over(ours: Sequence[float], dense: Sequence[float], factor: int, form: str)
 
 
 def average(cells: Sequence[Cell]) -> float | None:
-    """The mean over tasks of the share of exact answers; None if there is no task but text."""
+    """The share of exact answers, averaged over tasks; None if text is the only task."""
     shares = [cell.share.value for cell in cells if cell.share is not None]
     return _mean(shares) if shares else None
 
@@ -75,7 +75,7 @@ def average(cells: Sequence[Cell]) -> float | None:
 def accuracy_points(cells: Sequence[Cell]) -> list[TradeOffPoint]:
     """For each length and method its average accuracy in per cent, its density, and how sure the accuracy is.
 
-    The interval is Wilson's of all samples of the tasks together.
+    The interval is Wilson's, over all samples of the tasks together.
     """
     points = []
     for length, method in dict.fromkeys((cell.length, cell.method) for cell in cells):

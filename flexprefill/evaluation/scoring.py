@@ -1,4 +1,4 @@
-"""What of a model's answers is right, and how sure that is."""
+"""Which of a model's answers are right, and how sure that is."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def right_answers(logits: Tensor, answers: Tensor) -> Tensor:
     """Whether the likeliest words are those of the answer.
 
     Args:
-        logits: [B, Q, vocabulary]; what is no word is never taken for an answer.
+        logits: [B, Q, vocabulary]. Tokens that are no words are left out.
         answers: int64 [B, Q, n].
 
     Returns:
-        bool [B, Q]; logits that are not finite are wrong.
+        Bool [B, Q]. Logits that are not finite are wrong.
     """
     words = logits[..., FIRST_WORD:]
     likeliest = words.topk(answers.shape[-1], -1).indices + FIRST_WORD
@@ -100,13 +100,13 @@ def right_answers(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """What the model is trained and asked in: bfloat16 products over float32 states on CUDA, float32 on the CPU."""
+    """How the model is trained and asked: bfloat16 products over float32 states on CUDA, float32 on the CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.inference_mode()
 def ask(model: Decoder, samples: Samples, attend: Attend | Sequence[Attend] = causal_sdpa) -> Share:
-    """How many of the samples the model answers exactly: every word of every question."""
+    """How many samples the model answers exactly, with every word of every question right."""
     with precision(samples.tokens.device):
         logits = model.logits(states_at(model(samples.tokens, attend), samples.positions))
     right = right_answers(logits, samples.answers).all(1)

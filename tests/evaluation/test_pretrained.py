@@ -33,7 +33,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def subject(folder, corpus):
-    model, _ = load_pretrained(str(folder), CPU, torch.float32)
+    model, _ = load_pretrained(str(folder), CPU, "float32")
     return PretrainedSubject(model, corpus, 0, "tiny")
 
 
@@ -68,7 +68,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_kept_is_dense_and_dense_is_the_models_own(family, corpus, tmp_path):
     save_model(tmp_path, FAMILIES[family])
-    model, _ = load_pretrained(str(tmp_path), CPU, torch.float32)
+    model, _ = load_pretrained(str(tmp_path), CPU, "float32")
     subject = PretrainedSubject(model, corpus, 0, family)
     prompt = subject.prompt(1024, "copy", 0)
     dense, everything = (
@@ -149,9 +149,9 @@ def test_models_that_cannot_be_asked(tmp_path, capsys):
     bloom = hf.BloomConfig(vocab_size=256, hidden_size=32, n_layer=1, n_head=2)
     save_model(tmp_path / "bloom", bloom)
     with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
-        load_pretrained(str(tmp_path / "bloom"), CPU, torch.float32)
+        load_pretrained(str(tmp_path / "bloom"), CPU, "float32")
     with pytest.raises(FlexPrefillError, match=r"transformers cannot load the model '.*nothing'"):
-        load_pretrained(str(tmp_path / "nothing"), CPU, torch.float32)
+        load_pretrained(str(tmp_path / "nothing"), CPU, "float32")
     with pytest.raises(SystemExit):
         cli.main(["eval", "--model", str(tmp_path / "bloom"), "--lengths", "512"])
     assert "--lengths: must be at least 1024 for a pretrained model, got 512" in capsys.readouterr().err
