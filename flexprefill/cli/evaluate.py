@@ -164,6 +164,15 @@ def _needle_model(arguments: argparse.Namespace) -> tuple[DecoderSubject, Usual]
 
 
 def _pretrained(arguments: argparse.Namespace) -> tuple[PretrainedSubject, Usual]:
+    subject = load_subject(arguments)
+    lengths = [2048]
+    while 2 * lengths[-1] <= min(subject.context, LONGEST):
+        lengths.append(2 * lengths[-1])
+    return subject, Usual(lengths, prompts.TASKS, 8)
+
+
+def load_subject(arguments: argparse.Namespace) -> PretrainedSubject:
+    """The pretrained model of --model, --device and --dtype, with prompts of --text and --seed."""
     dtype = arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")
     model, tokenizer = load_pretrained(arguments.model, arguments.device, dtype)
 
@@ -171,11 +180,7 @@ def _pretrained(arguments: argparse.Namespace) -> tuple[PretrainedSubject, Usual
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     corpus = prompts.read_corpus(tokenize, tokenizer("").input_ids, arguments.text)
-    subject = PretrainedSubject(model, corpus, arguments.seed, arguments.model)
-    lengths = [2048]
-    while 2 * lengths[-1] <= min(subject.context, LONGEST):
-        lengths.append(2 * lengths[-1])
-    return subject, Usual(lengths, prompts.TASKS, 8)
+    return PretrainedSubject(model, corpus, arguments.seed, arguments.model)
 
 
 def _check_fit(calibrated: dict[str, dict[int, PrefillConfig]], subject: Subject) -> None:

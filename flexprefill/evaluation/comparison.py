@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation.methods import DENSE, Attender, Method
@@ -60,7 +61,7 @@ class Subject(Protocol):
         """A prompt on the model's device, by its number: the same for every method."""
         ...
 
-    def answer(self, prompt: Any, attenders: Sequence[Attender]) -> Answered:
+    def answer(self, prompt: Any, attenders: Sequence[Callable[..., Tensor]]) -> Answered:
         """Asks the model with one attention for each layer."""
         ...
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from flexprefill.evaluation.comparison import Answered
-from flexprefill.evaluation.methods import Attender
 from flexprefill.evaluation.model import Decoder
 from flexprefill.evaluation.scoring import ask, text_loss
 from flexprefill.evaluation.tasks import TASKS, Samples
@@ -56,7 +55,7 @@ class DecoderSubject:
             return passages(self.text, generator, 1, length).to(self.device)
         return TASKS[task](generator, self.text, 1, length).to(self.device)
 
-    def answer(self, prompt: Samples | Tensor, attenders: Sequence[Attender]) -> Answered:
+    def answer(self, prompt: Samples | Tensor, attenders: Sequence[Callable[..., Tensor]]) -> Answered:
         if isinstance(prompt, Samples):
             share = ask(self.model, prompt, attenders)
             return Answered(share.right, share.count, None)

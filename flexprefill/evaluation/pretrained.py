@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,13 @@ from torch.nn.functional import cross_entropy
 from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.evaluation.comparison import Answered
 from flexprefill.evaluation.decoder_subject import prompt_generator
-from flexprefill.evaluation.methods import Attender
 from flexprefill.evaluation.prompts import Corpus, Prompt, make_prompt
 from flexprefill.variant.variant import AttentionVariant
 
 NAME = "flexprefill-eval"  # of the attention, in transformers' registry
 ROWS = 512  # whose logits are held at a time
 
-_attenders: ContextVar[Sequence[Attender] | None] = ContextVar("attenders", default=None)
+_attenders: ContextVar[Sequence[Callable[..., Tensor]] | None] = ContextVar("attenders", default=None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class PretrainedSubject:
         prompt = make_prompt(self.corpus, task, length, prompt_generator(self.seed, length, task, number))
         return Prompt(prompt.tokens.to(self.device), prompt.answers, prompt.asked)
 
-    def answer(self, prompt: Prompt, attenders: Sequence[Attender]) -> Answered:
+    def answer(self, prompt: Prompt, attenders: Sequence[Callable[..., Tensor]]) -> Answered:
         """The loss is the mean over the graded tokens; an answer is exact if each of its tokens is the likeliest."""
         at = torch.cat([torch.arange(start, stop) for start, stop in prompt.answers])
         losses, hits = self._grade(prompt.tokens, at.to(self.device), attenders)
@@ -84,7 +83,7 @@ class PretrainedSubject:
         return Answered(sum(bool(part.all()) for part in right), len(right), losses.mean().item())
 
     @torch.inference_mode()
-    def _grade(self, tokens: Tensor, at: Tensor, attenders: Sequence[Attender]) -> tuple[Tensor, Tensor]:
+    def _grade(self, tokens: Tensor, at: Tensor, attenders: Sequence[Callable[..., Tensor]]) -> tuple[Tensor, Tensor]:
         """Of the tokens at these positions the loss in nats, float32, and whether each is the likeliest."""
         with _attending(attenders):
             states = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
@@ -134,7 +133,7 @@ def load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[Any, A
 
 
 @contextlib.contextmanager
-def _attending(attenders: Sequence[Attender]) -> Iterator[None]:
+def _attending(attenders: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
     token = _attenders.set(attenders)
     try:
         yield
