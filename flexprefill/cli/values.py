@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,17 @@ def parse_share(text: str) -> float:
     if not 0 < share <= 1:  # false for NaN as well
         raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
     return share
+
+
+def parse_positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:  # false for NaN as well
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
+    return number
 
 
 def parse_integer(text: str) -> int:

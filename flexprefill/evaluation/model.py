@@ -57,9 +57,10 @@ class ModelSizes:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
 
-def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Dense causal attention with a backward pass."""
-    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 class Norm(nn.RMSNorm):

@@ -44,6 +44,40 @@ class Share:
         return f"{100 * self.value:.1f} % ({100 * low:.1f} – {100 * high:.1f})"
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over the same prompts, and half of its 95 % confidence interval.
+
+    Attributes:
+        half: by Student's t; None of fewer than three prompts.
+    """
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+        """Ours less theirs, prompt by prompt."""
+        each = [a - b for a, b in zip(ours, theirs, strict=True)]
+        mean = sum(each) / len(each)
+        if len(each) < 3:
+            return cls(mean, None)
+        spread = math.sqrt(sum((one - mean) ** 2 for one in each) / (len(each) - 1))
+        return cls(mean, student_95(len(each) - 1) * spread / math.sqrt(len(each)))
+
+
+def student_95(freedom: int) -> float:
+    """Student's 97.5 % quantile from 2 degrees of freedom on, to 1 % (Abramowitz and Stegun, 26.7.5)."""
+    z, n = NORMAL_95, freedom
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / n ** (power + 1) for power, term in enumerate(terms))
+
+
 def states_at(states: Tensor, positions: Tensor) -> Tensor:
     """[B, S, width] and int64 [B, Q] to [B, Q, width]."""
     return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
