@@ -29,10 +29,8 @@ from flexprefill.runtime.progress import Advance, stage
 from flexprefill.search import reference
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.rule import Rule
-from flexprefill.store import save_masks
+from flexprefill.store.writing import save_masks
 
-NAME = "demo"
-SUMMARY = "find, time and draw the blocks that matter in real text"
 DESCRIPTION = (
     "Builds four attention heads (local, sink, induction, topic) from the source of Python's standard library, "
     "without trained weights, and finds the blocks that matter to each. Prints for each head how many blocks are "
