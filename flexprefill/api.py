@@ -12,7 +12,7 @@ from flexprefill.errors import (
     RanEagerlyError,
     UnsupportedError,
 )
-from flexprefill.inspection import attention_recall
+from flexprefill.inspection import DistanceMass, Recall, attention_recall, mass_by_distance
 from flexprefill.runtime.memory import NotEnoughMemoryError
 from flexprefill.search import KeyMeans
 from flexprefill.search.blocks import search_blocks
@@ -26,9 +26,10 @@ from flexprefill.store.writing import save_masks
 from flexprefill.variant import AttentionVariant, Sequences
 
 __all__ = [
-    "AttentionVariant", "BackendChoice", "BlockMap", "CacheStats", "CachedPrompt", "FlexPrefillError", "GuardReport",
-    "KeyMeans", "ListBuffers", "MaskCache", "MaskFileError", "MaskFileInfo", "NotEnoughMemoryError", "PrefillConfig",
-    "RanEagerlyError", "Recording", "Scorer", "Sequences", "UnsupportedError", "__version__", "attention_recall",
-    "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention", "read_mask_info",
-    "record_masks", "register_scorer", "save_masks", "search_blocks",
+    "AttentionVariant", "BackendChoice", "BlockMap", "CacheStats", "CachedPrompt", "DistanceMass", "FlexPrefillError",
+    "GuardReport", "KeyMeans", "ListBuffers", "MaskCache", "MaskFileError", "MaskFileInfo", "NotEnoughMemoryError",
+    "PrefillConfig", "RanEagerlyError", "Recall", "Recording", "Scorer", "Sequences", "UnsupportedError", "__version__",
+    "attention_recall", "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks",
+    "mass_by_distance", "prefill_attention", "read_mask_info", "record_masks", "register_scorer", "save_masks",
+    "search_blocks",
 ]  # fmt: skip

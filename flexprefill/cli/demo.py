@@ -135,8 +135,8 @@ def run_demo(length: int, config: PrefillConfig, device: torch.device, output: P
         advance(1)
         error = relative_error(attend(prompt, block_map), dense)
         advance(1)
-    with stage("exact attention mass", len(HEADS) * block_map.shape[2]) as advance:
-        mass = attention_recall(prompt.query, prompt.key, block_map, progress=advance)[0].tolist()
+    with stage("exact attention mass", len(HEADS)) as advance:
+        mass = attention_recall(prompt.query, prompt.key, block_map, progress=advance).mean[0].tolist()
     densities, errors = block_map.density()[0].tolist(), error.tolist()
     figures = [HeadFigures(name, densities[head], mass[head], errors[head]) for head, name in enumerate(HEADS)]
     print(head_table(figures), end="\n\n")

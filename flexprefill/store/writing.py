@@ -24,7 +24,9 @@ from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, TABLES, describe, planned_tensors, tensor_name
+from flexprefill.store.figures import recall_entry
 from flexprefill.store.heads import Stream, TrianglePacking, even_step
+from flexprefill.store.recording import Recording
 
 
 def save_masks(
@@ -47,7 +49,7 @@ def save_masks(
         path: the file; one that exists is replaced, and its permissions stay.
         masks: layer number to map; maps may differ in lengths, heads and device.
         config: the settings that made the masks, kept in the file.
-        metadata: the caller's own entries, str to str, kept in the file.
+        metadata: the caller's own entries, str to str, kept in the file. A Recording's recall becomes one more.
         model: the name of the model whose masks they are, kept in the file.
         token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
         dtype: of the queries and keys that the masks were made from, kept in the file.
@@ -59,7 +61,8 @@ def save_masks(
     """
     check_path(path)
     numbers = _layer_numbers(masks)
-    description = describe(config, metadata, model, token_ids, dtype)
+    own = recall_entry(masks.recalls) if isinstance(masks, Recording) else {}
+    description = describe(config, own | dict(metadata or {}) if own else metadata, model, token_ids, dtype)
     start = _header_room(description, numbers)
     layers: dict[int, dict[str, Any]] = {}
     densities: list[float] = []

@@ -26,6 +26,7 @@ from flexprefill import (
     explain_backend,
     guard_blocks,
     load_masks,
+    mass_by_distance,
     prefill_attention,
     read_mask_info,
     record_masks,
@@ -67,6 +68,7 @@ CALLS = {
     "prefill_attention, block_map": lambda q, k, v: prefill_attention(q, k, v, block_map=a_map()),
     "explain_backend": lambda q, k, v: explain_backend(q, k, v, CONFIG),
     "attention_recall": lambda q, k, v: attention_recall(q, k, a_map()),
+    "mass_by_distance": lambda q, k, v: mass_by_distance(q, k),
     "guard_blocks": lambda q, k, v: guard_blocks(q, k, a_map(), GUARDED),
     "search_blocks, guard": lambda q, k, v: search_blocks(q, k, GUARDED),
     "CachedPrompt.search_blocks": lambda q, k, v: cached_search(q, k),
@@ -370,15 +372,27 @@ COMMON = {
     "return_aux": ([True, 1, "lse"], TypeError),
     "block_map": ([1, "map", torch.zeros(1)], TypeError),
     "progress": ([1, "yes"], TypeError),
-    "rows": ([1, [0.5], "0", [True]], TypeError),
-    "rows, range": ([[], [-1], [LENGTH]], ValueError),
+    "rows": ([1.5, [0.5], "0", [True], True], TypeError),
+    "rows, range": ([[], [-1], [LENGTH], 0, -1], ValueError),
+    "seed": ([1.5, "0", None, True], TypeError),
+    "seed, range": ([-1, 2**63], ValueError),
+    "edges": ([128, ["1"], "128", [1.0], [True]], TypeError),
+    "edges, range": ([[], [0], [5, 5], [9, 3], [-1]], ValueError),
 }
 
 
 @pytest.mark.parametrize("argument", COMMON)
 @pytest.mark.parametrize(
     "function",
-    [search_blocks, create_prefill_block_mask, prefill_attention, explain_backend, attention_recall, guard_blocks],
+    [
+        search_blocks,
+        create_prefill_block_mask,
+        prefill_attention,
+        explain_backend,
+        attention_recall,
+        guard_blocks,
+        mass_by_distance,
+    ],
 )
 def test_an_argument_of_another_kind_is_named(function, argument):
     bad, error = COMMON[argument]
@@ -600,12 +614,15 @@ def test_maps_without_bits_are_not_saved(tmp_path):
 
 def test_what_is_public_is_what_is_tested_here():
     """A new public name has to be put to the same test."""
-    made_by_the_library = {"BackendChoice", "CacheStats", "CachedPrompt", "GuardReport", "MaskFileInfo", "Recording"}
+    made_by_the_library = {
+        *("BackendChoice", "CacheStats", "CachedPrompt", "DistanceMass", "GuardReport", "MaskFileInfo", "Recall"),
+        "Recording",
+    }
     errors = {"FlexPrefillError", "MaskFileError", "NotEnoughMemoryError", "RanEagerlyError", "UnsupportedError"}
     tested = {
         "BlockMap", "KeyMeans", "ListBuffers", "MaskCache", "PrefillConfig", "Scorer", "attention_recall",
-        "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention",
-        "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
+        "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "mass_by_distance",
+        "prefill_attention", "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
     tested |= {"AttentionVariant", "Sequences"}  # in test_variant.py, test_terms.py and test_sequences.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}
