@@ -106,3 +106,4 @@ def test_the_wheel_has_the_package_alone(archives):
     others = {name for name in in_wheel if ".dist-info/" not in name}
     assert others == files_in("flexprefill")
     assert {"flexprefill/py.typed", "flexprefill/__main__.py", "flexprefill/viewer/page.html"} <= others
+    assert {f"flexprefill/evaluation/smollm2_heads.{kind}" for kind in ("safetensors", "NOTICE")} <= others
