@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import shlex
 import statistics
@@ -27,6 +28,7 @@ from flexprefill.evaluation.built_heads import HEADS, build_prompt, read_tokens
 from flexprefill.evaluation.real_heads import MODEL, REAL_HEADS, REAL_LENGTH, TEXT, load_heads
 from flexprefill.inspection import Recall, attention_recall
 from flexprefill.plotting import plot_heads
+from flexprefill.plotting.canvas import new_figure
 from flexprefill.runtime.progress import Advance, stage
 from flexprefill.search import reference
 from flexprefill.search.blocks import search_blocks
@@ -47,6 +49,7 @@ MUCH = 0.9  # a head whose rows keep less of their attention is named
 FEW = 0.5  # and one of which a row in twenty keeps less
 OFF = 0.2  # and one whose output is off by more
 REPEATS = 9
+PANEL, HEADLINE = 680, 200  # pixels of the picture: a head's, and the height of the words above
 
 # names of the timed calls
 DENSE_FLEX, DENSE_SDPA, SPARSE = "dense FlexAttention", "dense SDPA", "sparse, search included"
@@ -318,7 +321,7 @@ def save(prompt: Prompt, block_map: BlockMap, config: PrefillConfig, masks: Path
     metadata = {"made_by": "flexprefill demo", "heads": ", ".join(prompt.heads), "origin": prompt.origin}
     save_masks(masks, {0: block_map}, config=config, metadata=metadata, dtype=prompt.query.dtype)
     try:
-        plot_heads(block_map, picture, titles=list(prompt.heads))
+        draw(prompt, block_map, picture)
         drawn = str(picture)
     except FlexPrefillError as error:
         drawn = f"skipped: {error}"
@@ -327,6 +330,22 @@ def save(prompt: Prompt, block_map: BlockMap, config: PrefillConfig, masks: Path
         f'         to load: from flexprefill import load_masks; load_masks("{masks}")[0]\n'
         f"picture  {drawn}"
     )
+
+
+def draw(prompt: Prompt, block_map: BlockMap, picture: Path) -> None:
+    """A picture of the heads' masks, with sentences above that explain it."""
+    columns = math.ceil(math.sqrt(len(prompt.heads)))
+    rows = math.ceil(len(prompt.heads) / columns)
+    size = block_map.block_size
+    explained = (
+        f"Attention heads {prompt.origin.partition(';')[0]}, over {block_map.q_len:,} tokens.\n"
+        f"A square stands for {size} tokens that look (down) at {size} tokens (to the right).\n"
+        "Dark squares are computed, light ones are skipped."
+    )
+    figure = new_figure(PANEL * columns, PANEL * rows + HEADLINE, picture)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
+    figure.suptitle(explained, fontsize=11, linespacing=1.6)
+    plot_heads(block_map, picture, ax=figure.subplots(rows, columns), titles=list(prompt.heads))
 
 
 def _length(text: str) -> int:

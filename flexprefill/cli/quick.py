@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from flexprefill.store import MaskFileInfo
+from flexprefill.store.figures import Figures
 
 Record = dict[str, Any]
+
+
+def with_recall(records: Sequence[Record], figures: Mapping[int, Figures]) -> list[Record]:
+    """Records of heads, or of layers, with what the file says of their recall: None where it says nothing.
+
+    A layer's is the mean of its heads that can lose mass, and that of the head that loses most.
+    """
+    told = []
+    for record in records:
+        tables = figures.get(record["layer"], {})
+        mean, least = (tables.get(name) for name in ("mean", "least"))
+        if "head" in record:
+            batch, head = record["batch"], record["head"]
+            own = {"recall": mean and mean[batch][head], "recall_least": least and least[batch][head]}
+        else:
+            known = [share for heads in mean or [] for share in heads if share is not None]
+            own = {"recall": fmean(known) if known else None, "recall_least_head": min(known, default=None)}
+        told.append(record | own)
+    return told
 
 
 def quick_head_records(info: MaskFileInfo, number: int, head: int | None) -> list[Record]:

