@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexprefill.errors import FlexPrefillError
 
 CHOICES = {"block_size": (16, 32, 64, 128), "mask_heads": ("query", "kv"), "score_rows": ("whole", "visible")}
@@ -43,8 +41,11 @@ def plain_number(value: Any) -> Any:
 
 def check_whole(name: str, number: object, least: int, wanted: str = "an int") -> None:
     """Raises unless it is a whole number from ``least`` on that fits into 32 bits."""
-    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be {wanted}, got {number!r}")
+    if type(number) is not int:
+        import torch  # not at the top: a mask file's header is read without
+
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be {wanted}, got {number!r}")
     if not least <= number < 2**31:
         raise ValueError(f"{name} must be at least {least} and below 2**31, got {number}")
 

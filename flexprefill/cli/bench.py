@@ -17,8 +17,6 @@ from flexprefill.cli.values import add_device, add_options, list_of, parse_integ
 from flexprefill.config import PrefillConfig
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS
 
-NAME = "bench"
-SUMMARY = "time every part, and dense attention beside it"
 DESCRIPTION = (
     "Times the parts of prefill_attention, the whole call and every dense attention of this machine. They take turns "
     "on the same inputs: random tensors with some structure, searched at the alpha that gives the density asked for. "

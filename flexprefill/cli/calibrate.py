@@ -21,8 +21,6 @@ from flexprefill.evaluation.comparison import Plan
 from flexprefill.evaluation.loss_calibration import Calibrator, Tried, calibrate_by_loss, tries
 from flexprefill.runtime.progress import stage
 
-NAME = "calibrate"
-SUMMARY = "find alphas by layer and head that cost a model little"
 DESCRIPTION = (
     "Finds an alpha for each layer and head of a model, and writes them to a JSON file. PrefillConfig.load_layers "
     "reads that file, and 'flexprefill eval --config' compares it. "

@@ -21,8 +21,6 @@ from flexprefill.evaluation.report import accuracy_points, loss_points, table, t
 from flexprefill.plotting import plot_trade_off
 from flexprefill.runtime.progress import stage
 
-NAME = "eval"
-SUMMARY = "ask a model long questions, dense and sparse"
 DESCRIPTION = (
     "Asks a model with dense attention and with blocks chosen by each method, and compares exact answers, loss, kept "
     "blocks, kept attention mass and time. MODEL is a folder or name that transformers loads, a GGUF file, or a file "

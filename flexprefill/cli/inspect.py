@@ -5,19 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexprefill.blockmap.geometry import visible_blocks
-from flexprefill.cli.layers import (
-    LayerSummary,
-    Record,
-    head_records,
-    layer_record,
-    quick_dict,
-    quick_head_records,
-    quick_layer_record,
-    read_layers,
-    with_recall,
-)
 from flexprefill.cli.masks import (
     add_choice_arguments,
     as_panels,
@@ -27,16 +17,17 @@ from flexprefill.cli.masks import (
     read_layer,
     row_name,
 )
+from flexprefill.cli.quick import Record, quick_dict, quick_head_records, quick_layer_record, with_recall
 from flexprefill.cli.table import print_csv, print_json, print_table, print_text, printable
-from flexprefill.inspection import PATTERNS, HeadSummary
-from flexprefill.plotting import plot_heads, plot_layers, token_label
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
 from flexprefill.store.contents import geometry_of
 from flexprefill.store.figures import RECALL_ENTRY, read_recall
 
-NAME = "inspect"
-SUMMARY = "what a mask file holds, by layer and head"
+if TYPE_CHECKING:
+    from flexprefill.cli.layers import LayerSummary
+    from flexprefill.inspection import HeadSummary
+
 DESCRIPTION = (
     "Prints what a mask file holds: one line a layer, or with --layer or --head one line a head: the density (kept "
     "share of the causal blocks), the kept blocks by pattern, and how alike heads and neighbouring layers are "
@@ -71,6 +62,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         _tell_quick(arguments, info, numbers, overview)
         return 0
+
+    from flexprefill.cli.layers import head_records, layer_record, read_layers  # imports torch
+    from flexprefill.inspection import PATTERNS
+
     layers = read_layers(path, info, numbers, head)
     if arguments.json:
         recall = read_recall(info)
@@ -91,9 +86,9 @@ def execute(arguments: argparse.Namespace) -> int:
     print_text(_heading(path, info, numbers))
     print()
     if overview:
-        _print_layers(records)
+        _print_layers(records, PATTERNS)
     else:
-        _print_heads(info, records, head, one_layer=len(layers) == 1)
+        _print_heads(info, records, head, PATTERNS, one_layer=len(layers) == 1)
     if layer is not None and head is not None:
         for summary in layers[0].heads:
             print()
@@ -175,8 +170,8 @@ def _users_metadata(info: MaskFileInfo) -> dict[str, str]:
     return {name: entry for name, entry in info.metadata.items() if name != RECALL_ENTRY or not read_recall(info)}
 
 
-def _print_layers(records: Sequence[Record]) -> None:
-    header = ["layer", "density", "min–max", "dense", "recall", "least head", *PATTERNS, "heads' IoU", "IoU above"]
+def _print_layers(records: Sequence[Record], patterns: Sequence[str] = ()) -> None:
+    header = ["layer", "density", "min–max", "dense", "recall", "least head", *patterns, "heads' IoU", "IoU above"]
     rows = [
         [
             str(record["layer"]),
@@ -185,7 +180,7 @@ def _print_layers(records: Sequence[Record]) -> None:
             str(record.get("dense_heads") or ""),
             _shown(record["recall"], 1, 3),
             _shown(record["recall_least_head"], 1, 3),
-            *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+            *(_shown(record.get(name), 100, 1) for name in patterns),
             _shown(record.get("iou_of_heads"), 1, 2),
             _shown(record.get("iou_above"), 1, 2),
         ]
@@ -194,8 +189,10 @@ def _print_layers(records: Sequence[Record]) -> None:
     print_table(header, rows)
 
 
-def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None, *, one_layer: bool) -> None:
-    header = ["head" if one_layer else f"head {head}", "density", "", "recall", "least row", "blocks a row", *PATTERNS]
+def _print_heads(
+    info: MaskFileInfo, records: Sequence[Record], head: int | None, patterns: Sequence[str] = (), *, one_layer: bool
+) -> None:
+    header = ["head" if one_layer else f"head {head}", "density", "", "recall", "least row", "blocks a row", *patterns]
     header += ["nearest", "IoU above"]
     rows = []
     for record in records:
@@ -209,7 +206,7 @@ def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None
                 _shown(record["recall"], 1, 3),
                 _shown(record["recall_least"], 1, 3),
                 "" if None in blocks else "/".join(map(str, blocks)),
-                *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+                *(_shown(record.get(name), 100, 1) for name in patterns),
                 "" if nearest is None else f"{nearest} ({record['nearest_iou']:.2f})",
                 _shown(record.get("iou_above"), 1, 2),
             ]
@@ -219,6 +216,8 @@ def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None
 
 def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None:
     """How many blocks query blocks keep along the prompt, each line an equal number of them."""
+    from flexprefill.plotting import token_label  # imports torch
+
     sizes = info.layers[layer]
     geometry = geometry_of(sizes)
     visible = visible_blocks(geometry, "cpu")
@@ -273,6 +272,8 @@ def _recall_legend(info: MaskFileInfo, overview: bool) -> list[str]:
 def _draw(
     path: Path, info: MaskFileInfo, numbers: Sequence[int], head: int | None, picture: Path, *, overview: bool
 ) -> None:
+    from flexprefill.plotting import plot_heads, plot_layers  # imports torch
+
     if overview and len(numbers) > 1:
         densities = {}
         with terminal_stage("reading layers", len(numbers)) as advance:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -59,6 +60,8 @@ def parse_integer(text: str) -> int:
 
 def parse_device(text: str) -> torch.device:
     """The CPU, or a CUDA device of this machine."""
+    import torch
+
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -72,6 +75,8 @@ def parse_device(text: str) -> torch.device:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The option --device. Its default is CUDA where that is there."""
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"

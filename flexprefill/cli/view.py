@@ -9,8 +9,6 @@ from pathlib import Path
 from flexprefill.cli.masks import read_info
 from flexprefill.viewer import EMBED_LIMIT, write_page
 
-NAME = "view"
-SUMMARY = "look at mask files in the browser"
 DESCRIPTION = (
     "Writes one HTML page that shows a mask file, or two beside each other with their differences, and opens it in "
     f"the browser. The page needs no server and no network. A file of more than {EMBED_LIMIT:,} bytes is not put into "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search import operator
 
@@ -67,6 +68,7 @@ class KeyMeans:
             if kind[name] != ours:
                 raise ValueError(
                     f"means is of keys with {name} {ours}, got {kind[name]}: it belongs to one layer and prompt"
+                    f"{layout_hint(key=key)}"
                 )
         if kv_len < held_len:
             raise ValueError(

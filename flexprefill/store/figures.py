@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from flexprefill.inspection.recall import Recall
 from flexprefill.store.container import is_object, parse_object
 from flexprefill.store.contents import MaskFileInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexprefill.inspection.recall import Recall
 
 RECALL_ENTRY = "flexprefill.recall"  # the name of the metadata's entry
 DIGITS = 5

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import math
 import pickle
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -74,6 +76,55 @@ CALLS = {
     "CachedPrompt.search_blocks": lambda q, k, v: cached_search(q, k),
 }
 TAKES_VALUE = ("prefill_attention", "prefill_attention, block_map", "explain_backend")
+
+
+HINT = r"if \w+ \[.*\] is \[B, S, H, D\], pass \w+\.transpose\(1, 2\)"
+
+
+def tokens_before_heads(*tensors):
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_before_heads_get_a_hint(name):
+    with pytest.raises(ValueError, match=HINT):  # fewer key heads than query heads, which then look like lengths
+        CALLS[name](*tokens_before_heads(*inputs()))
+    query, key, value = inputs(kv_heads=HEADS)
+    with pytest.raises(ValueError, match=HINT):
+        CALLS[name](*tokens_before_heads(query), *tokens_before_heads(key[:, :, :60], value[:, :, :60]))
+    if name in TAKES_VALUE:
+        with pytest.raises(ValueError, match=HINT.replace(r"\w+ ", "value ", 1)):
+            CALLS[name](query, key, *tokens_before_heads(value))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_before_heads_that_fit_together_get_a_warning_or_a_hint(name):
+    query, key, value = make_qkv(300, heads=2, kv_heads=2, head_dim=DIM, device=DEVICE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            CALLS[name](*tokens_before_heads(query, key, value))
+        except ValueError as error:
+            assert re.search(HINT, str(error)), error
+    assert any(re.search(HINT, str(warning.message)) for warning in caught)
+
+
+def test_what_is_of_other_sizes_hints_at_tokens_before_heads():
+    query, key, _ = inputs(kv_heads=HEADS)
+    swapped = tokens_before_heads(query, key)
+    sequences = flexprefill.Sequences.from_lengths(torch.tensor([LENGTH], device=DEVICE), LENGTH, padding="left")
+    with pytest.raises(ValueError, match=f"sequences must be of key's length.*{HINT}"):
+        search_blocks(*swapped, CONFIG, variant=AttentionVariant(sequences))
+    means = KeyMeans()
+    search_blocks(query, key, CONFIG, means=means)
+    with pytest.raises(ValueError, match=f"means is of keys with kv_heads.*{HINT}"):
+        search_blocks(*swapped, CONFIG, means=means)
+
+
+def test_a_short_prompt_of_many_heads_gets_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        search_blocks(*make_qkv(16, heads=64, kv_heads=64, head_dim=DIM, device=DEVICE)[:2], CONFIG)
 
 
 def negated(tensor):
