@@ -41,8 +41,8 @@ function recall(address) {
   state.chosen[0] = nearest(file, { layer: number("layer", file.layers[0].number), column: Math.floor(number("head", 0)) });
   if (kept.get("compare") === "head" || (kept.get("compare") === "file" && state.files[1])) {
     state.compare = kept.get("compare");
-    const [layer, column] = (kept.get("other") ?? "").split(".").map((part) => Math.floor(Number(part)) || 0);
-    state.chosen[1] = nearest(fileOf(1), { layer, column: column ?? 0 });
+    const other = kept.get("other")?.split(".").map((part) => Math.floor(Number(part)) || 0);
+    state.chosen[1] = nearest(fileOf(1), other ? { layer: other[0], column: other[1] ?? 0 } : state.chosen[0]);
   }
   if (state.heatBy === "difference" && state.compare !== "file") state.heatBy = "density";
 }

@@ -4,7 +4,7 @@ const { grouped } = window.flexprefill;
 
 const MARGIN = { left: 58, top: 34, right: 46, bottom: 46 }; // CSS pixels: axes, and totals on the other two sides
 const TICK_SPACING = 72; // CSS pixels, at least
-const BAR = { gap: 6, length: 26 }; // CSS pixels, of the totals
+const BAR = { gap: 6, length: 26, line: 2, opacity: 0.6 }; // CSS pixels, of the totals
 
 // A number of tokens, whole multiples of 1,024 as K and of 1,048,576 as M, as the command line's pictures have them.
 function tokenLabel(tokens) {
@@ -37,9 +37,8 @@ function ticks(plane, geometry) {
   };
 }
 
-// Lengths of bars, one a pixel, for totals by block: the mean of the blocks under each pixel over the largest total.
-function bars(totals, start, scale, end) {
-  const most = totals.reduce((largest, total) => Math.max(largest, total), 1);
+// Lengths of bars, one a pixel, for totals by block: the mean of the blocks under each pixel, of which `most` is a whole bar.
+function bars(totals, most, start, scale, end) {
   return Float64Array.from({ length: Math.max(0, Math.ceil(end)) }, (_, pixel) => {
     const first = Math.min(Math.floor(start + pixel / scale), totals.length - 1);
     const last = Math.min(Math.max(first + 1, Math.ceil(start + (pixel + 1) / scale)), totals.length);

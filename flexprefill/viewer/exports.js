@@ -115,19 +115,29 @@ function svgPane(pane, x, y, id) {
     svgNode("path", { d: runs(map, plane), fill: css(colour), "shape-rendering": "crispEdges" }),
   );
   const blocks = svgNode("g", { "clip-path": `url(#${id})` }, [svgNode("g", { transform: moved }, paths)]);
-  const bar = ({ rows, columns, colour }) => {
-    const along = (lengths, shape) => [...lengths].map((length, pixel) => (length ? shape(pixel, short(length)) : "")).join("");
-    const d =
-      along(bars(rows, plane.top, plane.scale, bottom), (at, length) => `M${short(right + BAR.gap)} ${at}h${length}v1h-${length}z`) +
-      along(bars(columns, plane.left, plane.scale, right), (at, length) => `M${at} ${short(bottom + BAR.gap)}v${length}h1v-${length}z`);
-    return svgNode("path", { d, fill: css(colour), opacity: 0.7 });
+  const bar = ({ rows, columns, most, colour, isLine }) => {
+    const along = (lengths, shape) =>
+      [...lengths].map((length, pixel) => {
+        const start = isLine ? Math.max(0, length - BAR.line) : 0;
+        return length ? shape(pixel, BAR.gap + start, short(length - start)) : "";
+      });
+    const d = [
+      ...along(bars(rows, most.rows, plane.top, plane.scale, bottom), (at, x, length) => `M${short(right + x)} ${at}h${length}v1h-${length}z`),
+      ...along(bars(columns, most.columns, plane.left, plane.scale, right), (at, y, length) => `M${at} ${short(bottom + y)}v${length}h1v-${length}z`),
+    ];
+    return svgNode("path", { d: d.join(""), fill: css(colour), opacity: isLine ? 1 : BAR.opacity });
   };
   const text = (content, attributes) => svgNode("text", { fill: css(colours.muted), "font-size": 11, ...attributes }, [content]);
   const { keys, queries } = ticks(plane, geometry);
+  const [{ most }] = totals;
   const labels = [
     ...keys.map(({ at, text: label }) => text(label, { x: short(at), y: -9, "text-anchor": "middle" })),
     ...queries.map(({ at, text: label }) => text(label, { x: -9, y: short(at + 4), "text-anchor": "end" })),
+    text(`kept in each row, at most ${most.rows}`, {
+      transform: `translate(${short(right + 42)} 2) rotate(-90)`, "text-anchor": "end", "font-size": 10,
+    }),
     text("key tokens →", { x: 2, y: 12 - MARGIN.top }),
+    text(`kept in each column, at most ${most.columns}`, { x: 2, y: bottom + 43, "font-size": 10 }),
     text("← query tokens", { transform: `translate(${13 - MARGIN.left} 2) rotate(-90)`, "text-anchor": "end" }),
   ];
   const place = `translate(${short(x + MARGIN.left)} ${short(y + MARGIN.top)})`;
@@ -155,7 +165,7 @@ function runs(map, { left, top, scale, width, height }) {
 async function saveHeads() {
   const [file] = state.files;
   const patterns = await patternsOf(file, () => {});
-  const compared = state.compare === "file" && state.differences;
+  const compared = state.compare === "file" ? state.differences : null;
   const lines = placesOf(file).map((place) => {
     const { layer, column, key } = place;
     const sizes = file.layer(layer);

@@ -24,7 +24,9 @@ function inksOfTwo(a, b) {
 function compose() {
   const { heads, colours } = state;
   panes.forEach((pane) => (pane.picture = null));
-  const totals = (slot, colour) => ({ ...heads[slot].totals, colour });
+  const largest = (axis) => Math.max(1, ...heads.map(({ totals }) => totals[axis].reduce((a, b) => Math.max(a, b))));
+  const most = { rows: largest("rows"), columns: largest("columns") }; // one scale for both maps
+  const totals = (slot, colour) => ({ ...heads[slot].totals, most, colour });
   if (!comparable()) {
     heads.forEach((head, slot) => {
       panes[slot].picture = { causal: head.causal, inks: inksOfOne(head), totals: [totals(slot, colours.kept)] };
@@ -36,7 +38,7 @@ function compose() {
   state.counts = { both: both.map.count(), onlyA: onlyA.map.count(), onlyB: onlyB.map.count() };
   const [ofA, ofB] = [totals(0, colours.onlyA), totals(1, colours.onlyB)];
   if (state.difference) {
-    panes[0].picture = { causal: a.causal, inks, totals: [ofA, ofB] };
+    panes[0].picture = { causal: a.causal, inks, totals: [ofA, { ...ofB, isLine: true }] };
   } else {
     panes[0].picture = { causal: a.causal, inks: [both, onlyA], totals: [ofA] };
     panes[1].picture = { causal: b.causal, inks: [both, onlyB], totals: [ofB] };

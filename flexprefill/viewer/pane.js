@@ -1,8 +1,9 @@
 // One map on the page: its pixels on one canvas; axes, totals, the pointed-at block and a small overview on another above it.
 
-const { BAR, MARGIN, bars, css, mapEnd, paint, ticks } = window.flexprefill;
+const { BAR, MARGIN, bars, css, grouped, mapEnd, paint, ticks } = window.flexprefill;
 
 const OVERVIEW = 96; // CSS pixels, its longer side
+const MOST_BANDS = 16; // blocks found; bands of more would hide the map
 const LEAST_HEIGHT = 24; // CSS pixels, of a map of few query blocks
 
 class Pane {
@@ -11,7 +12,7 @@ class Pane {
     this.plane = element.querySelector(".plane");
     this.canvas = element.querySelector("canvas.map");
     this.frame = element.querySelector("canvas.frame");
-    this.picture = null; // { causal, inks, totals: [{ rows, columns, colour }] }
+    this.picture = null; // { causal, inks, totals: [{ rows, columns, most, colour, isLine }] }
     const { left, top, right, bottom } = MARGIN;
     Object.assign(this.canvas.style, { left: `${left}px`, top: `${top}px`, width: `calc(100% - ${left + right}px)` });
     this.canvas.style.height = `calc(100% - ${top + bottom}px)`;
@@ -123,20 +124,26 @@ function drawAxes(context, plane, geometry, colours) {
   turned(context, "← query tokens", 9 - MARGIN.left, 2, "right");
 }
 
-// How many blocks each query block keeps, to the right of the map, and how many keep each key block, below it.
-function drawTotals(context, plane, geometry, { rows, columns, colour }, colours) {
+// How many blocks each query block keeps, to the right of the map, and how many keep each key block, below it: as bars, or
+// as the line of their ends.
+function drawTotals(context, plane, geometry, { rows, columns, most, colour, isLine }, colours) {
   const { right, bottom } = mapEnd(plane, geometry);
   context.fillStyle = css(colour);
-  context.globalAlpha = 0.7;
-  bars(rows, plane.top, plane.scale, bottom).forEach((length, y) => context.fillRect(right + BAR.gap, y, length, 1));
-  bars(columns, plane.left, plane.scale, right).forEach((length, x) => context.fillRect(x, bottom + BAR.gap, 1, length));
+  context.globalAlpha = isLine ? 1 : BAR.opacity;
+  const start = (length) => BAR.gap + (isLine ? Math.max(0, length - BAR.line) : 0);
+  bars(rows, most.rows, plane.top, plane.scale, bottom).forEach((length, y) => {
+    context.fillRect(right + start(length), y, BAR.gap + length - start(length), 1);
+  });
+  bars(columns, most.columns, plane.left, plane.scale, right).forEach((length, x) => {
+    context.fillRect(x, bottom + start(length), 1, BAR.gap + length - start(length));
+  });
   context.globalAlpha = 1;
   context.fillStyle = css(colours.muted);
   context.font = "10px ui-sans-serif, system-ui, sans-serif";
   context.textBaseline = "middle";
   context.textAlign = "left";
-  if (right > 110) context.fillText("kept in each column", 2, bottom + BAR.gap + BAR.length + 7);
-  if (bottom > 110) turned(context, "kept in each row", right + BAR.gap + BAR.length + 7, 2, "right");
+  if (right > 150) context.fillText(`kept in each column, at most ${grouped(most.columns)}`, 2, bottom + BAR.gap + BAR.length + 7);
+  if (bottom > 150) turned(context, `kept in each row, at most ${grouped(most.rows)}`, right + BAR.gap + BAR.length + 7, 2, "right");
 }
 
 function turned(context, text, x, y, align) {
@@ -148,7 +155,7 @@ function turned(context, text, x, y, align) {
   context.restore();
 }
 
-// A bar across each column and along each row of blocks whose text is searched for, with a mark on the axis.
+// A mark on the axis at each block whose text is searched for; a band through the map where they are few.
 function drawFound(context, plane, geometry, { keys, queries }, colours) {
   const { right, bottom } = mapEnd(plane, geometry);
   const [red, green, blue] = colours.found;
@@ -157,21 +164,22 @@ function drawFound(context, plane, geometry, { keys, queries }, colours) {
     const at = (block - start) * plane.scale;
     return at + plane.scale > 0 && at < end ? Math.max(at, 0) : null;
   };
-  const draw = (horizontal, at, end) => {
+  const draw = (horizontal, at, start, end) => {
     const bar = (from, to, colour) => {
       context.fillStyle = colour;
       context.fillRect(...(horizontal ? [from, at, to - from, length] : [at, from, length, to - from]));
     };
-    bar(0, end, `rgb(${red} ${green} ${blue} / 0.3)`);
-    bar(-6, 0, css(colours.found));
+    if (keys.length <= MOST_BANDS && end > start) bar(start, end, `rgb(${red} ${green} ${blue} / 0.25)`);
+    bar(-7, -1, css(colours.found));
   };
   for (const block of keys) {
     const at = place(block, plane.left, right);
-    if (at !== null) draw(false, at, bottom);
+    const first = (geometry.rows - geometry.seenBy(block) - plane.top) * plane.scale;
+    if (at !== null) draw(false, at, Math.max(0, first), bottom);
   }
   for (const block of queries) {
     const at = place(block, plane.top, bottom);
-    if (at !== null) draw(true, at, Math.min(right, (geometry.visible(block) - plane.left) * plane.scale));
+    if (at !== null) draw(true, at, 0, Math.min(right, (geometry.visible(block) - plane.left) * plane.scale));
   }
 }
 

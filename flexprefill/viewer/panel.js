@@ -30,7 +30,7 @@ function refreshPage() {
   element("pane-b").hidden = !panes[1].picture;
   element("panes").classList.toggle("two", Boolean(panes[1].picture));
   state.heads.forEach((head, slot) => describePane(panes[slot], slot, head));
-  if (inOneMap()) panes[0].element.querySelector("figcaption").replaceChildren(tag(0), " against ", tag(1));
+  if (inOneMap()) panes[0].element.querySelector("figcaption").append(" against ", tag(1), ` ${captionOf(state.heads[1])}`);
   element("legend").replaceChildren(...legend().map(legendItem));
   element("patterns").replaceChildren(...state.heads.flatMap(patternBar));
   element("facts").replaceChildren(...facts(file));
@@ -76,8 +76,11 @@ function node(name, text, className = "") {
 
 const tag = (slot) => node("b", "AB"[slot], slot ? "tag b" : "tag");
 
-function describePane(pane, slot, { file, layer, column, map: { geometry } }) {
-  const text = headText(file, { layer, column });
+const captionOf = ({ file, layer, column }) => headText(file, { layer, column });
+
+function describePane(pane, slot, head) {
+  const text = captionOf(head);
+  const { geometry } = head.map;
   pane.element.querySelector("figcaption").replaceChildren(tag(slot), ` ${text}`);
   const size = `${grouped(geometry.queryLength)} queries × ${grouped(geometry.keyLength)} keys`;
   pane.canvas.setAttribute("aria-label", `${"AB"[slot]}, ${text}, ${size} in blocks of ${geometry.blockSize}`);
@@ -155,7 +158,7 @@ function facts(file) {
     heads: grouped(placesOf(file).length),
     tokens: queryLength === keyLength ? grouped(keyLength) : `last ${grouped(queryLength)} of ${grouped(keyLength)}`,
     block: `${blockSize} tokens`,
-    text: tokens ? "in the file: private" : "not in the file",
+    "prompt text": tokens ? "in the file: private" : "not in the file",
     model: metadata.model,
     dtype: metadata.dtype,
     scoring: metadata.scoring,
