@@ -38,7 +38,8 @@ function recall(address) {
   state.colour = oneOf("colour", "colour", "kept");
   state.heatBy = oneOf("heat", "heat-by", "density");
   if (["light", "dark"].includes(kept.get("theme"))) document.documentElement.style.colorScheme = kept.get("theme");
-  state.chosen[0] = nearest(file, { layer: number("layer", file.layers[0].number), column: Math.floor(number("head", 0)) });
+  const layer = number("layer", file.layers[0].number);
+  state.chosen[0] = nearest(file, { layer, column: Math.floor(number("head", 0)) });
   if (kept.get("compare") === "head" || (kept.get("compare") === "file" && state.files[1])) {
     state.compare = kept.get("compare");
     const other = kept.get("other")?.split(".").map((part) => Math.floor(Number(part)) || 0);

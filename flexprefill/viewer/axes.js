@@ -37,7 +37,7 @@ function ticks(plane, geometry) {
   };
 }
 
-// Lengths of bars, one a pixel, for totals by block: the mean of the blocks under each pixel, of which `most` is a whole bar.
+// Lengths of bars, one a pixel, for totals by block: by the mean of the blocks under each pixel; `most` is a whole bar.
 function bars(totals, most, start, scale, end) {
   return Float64Array.from({ length: Math.max(0, Math.ceil(end)) }, (_, pixel) => {
     const first = Math.min(Math.floor(start + pixel / scale), totals.length - 1);

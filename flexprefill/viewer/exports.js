@@ -121,13 +121,16 @@ function svgPane(pane, x, y, id) {
         const start = isLine ? Math.max(0, length - BAR.line) : 0;
         return length ? shape(pixel, BAR.gap + start, short(length - start)) : "";
       });
+    const ofRows = bars(rows, most.rows, plane.top, plane.scale, bottom);
+    const ofColumns = bars(columns, most.columns, plane.left, plane.scale, right);
     const d = [
-      ...along(bars(rows, most.rows, plane.top, plane.scale, bottom), (at, x, length) => `M${short(right + x)} ${at}h${length}v1h-${length}z`),
-      ...along(bars(columns, most.columns, plane.left, plane.scale, right), (at, y, length) => `M${at} ${short(bottom + y)}v${length}h1v-${length}z`),
+      ...along(ofRows, (at, x, length) => `M${short(right + x)} ${at}h${length}v1h-${length}z`),
+      ...along(ofColumns, (at, y, length) => `M${at} ${short(bottom + y)}v${length}h1v-${length}z`),
     ];
     return svgNode("path", { d: d.join(""), fill: css(colour), opacity: isLine ? 1 : BAR.opacity });
   };
-  const text = (content, attributes) => svgNode("text", { fill: css(colours.muted), "font-size": 11, ...attributes }, [content]);
+  const text = (content, attributes) =>
+    svgNode("text", { fill: css(colours.muted), "font-size": 11, ...attributes }, [content]);
   const { keys, queries } = ticks(plane, geometry);
   const [{ most }] = totals;
   const labels = [

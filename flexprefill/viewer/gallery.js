@@ -1,29 +1,31 @@
 // All heads as small maps, in the order and choice that is asked for.
 
 const {
-  BlockMap, DENSE, PATTERNS, apart, classify, densityOf, element, grouped, headName, headText, heatText, inksOfOne, inksOfTwo, node,
-  paint, patternsOf, placesOf, readMap, state,
+  BlockMap, DENSE, PATTERNS, apart, classify, densityOf, element, grouped, headName, headText, heatText, inksOfOne,
+  inksOfTwo, keptText, node, paint, patternsOf, placesOf, readMap, state,
 } = window.flexprefill;
 
 const SIDE = 96; // CSS pixels, the longer one
 const PLACE = "layer and head"; // the order of the file
 
 // What heads can be sorted by, the largest first.
+const patternOf = (file, { key }) => file.patterns.get(key);
+const byPattern = (entry) => Object.fromEntries(PATTERNS.map(entry));
 const ORDERS = {
   [PLACE]: null,
   density: densityOf,
   difference: (_, place) => apart(place) ?? -1,
-  ...Object.fromEntries(PATTERNS.map((name) => [`share of ${name}`, (file, { key }) => shareOf(file.patterns.get(key), name)])),
+  ...byPattern((name) => [`share of ${name}`, (file, place) => shareOf(patternOf(file, place), name)]),
 };
 // Which heads can be shown.
 const CHOICES = {
   "all heads": () => true,
   "that differ": (_, place) => apart(place) > 0,
   "of this layer": (_, { layer }) => layer === state.chosen[0].layer,
-  [DENSE]: (file, { key }) => file.patterns.get(key).main === DENSE,
-  ...Object.fromEntries(PATTERNS.map((name) => [`mostly ${name}`, (file, { key }) => file.patterns.get(key).main === name])),
+  [DENSE]: (file, place) => patternOf(file, place).dense,
+  ...byPattern((name) => [`mostly ${name}`, (file, place) => patternOf(file, place).main === name]),
 };
-const COUNTED = new Set([DENSE, ...PATTERNS.flatMap((name) => [`share of ${name}`, `mostly ${name}`])]); // need all maps read
+const COUNTED = new Set([DENSE, ...PATTERNS.flatMap((name) => [`share of ${name}`, `mostly ${name}`])]); // read all heads
 
 const shareOf = ({ counts, kept, dense }, name) => (dense || !kept ? 0 : counts[name] / kept);
 
@@ -52,7 +54,8 @@ class Gallery {
     const sort = element("sort").value;
     const filter = element("filter").value;
     const layer = filter === "of this layer" ? state.chosen[0].layer : "";
-    const built = [identity(file), compared && identity(state.files[1]), Boolean(state.differences), sort, filter, layer].join();
+    const other = compared && identity(state.files[1]);
+    const built = [identity(file), other, Boolean(state.differences), sort, filter, layer].join();
     if (built !== this.#built) {
       if (COUNTED.has(sort) || COUNTED.has(filter)) {
         await patternsOf(file, (done, all) => this.#tell(`reading heads: ${grouped(done)} of ${grouped(all)}`));
@@ -78,7 +81,7 @@ class Gallery {
       const value = new Map(places.map((place) => [place, ORDERS[sort](file, place)]));
       places.sort((a, b) => value.get(b) - value.get(a));
     }
-    this.#tell(places.length === all.length ? `${grouped(all.length)}` : `${grouped(places.length)} of ${grouped(all.length)}`);
+    this.#tell(places.length === all.length ? grouped(all.length) : `${grouped(places.length)} of ${grouped(all.length)}`);
     this.#sight.disconnect();
     this.#seen.clear();
     const thumbs = places.map((place) => this.#thumb(file, place));
@@ -93,9 +96,8 @@ class Gallery {
     const canvas = node("canvas", "");
     canvas.style.width = `${Math.max(8, Math.round((SIDE * geometry.columns) / longer))}px`;
     canvas.style.height = `${Math.max(8, Math.round((SIDE * geometry.rows) / longer))}px`;
-    const density = densityOf(file, place);
     const blocks = apart(place);
-    const values = [density === 1 ? DENSE : `${(100 * density).toFixed(1)} %`, ...(blocks ? [`≠ ${grouped(blocks)}`] : [])];
+    const values = [keptText(file, place), ...(blocks ? [`≠ ${grouped(blocks)}`] : [])];
     const name = `${place.layer} · ${headName(file.layer(place.layer), place.column).replace("head ", "")}`;
     thumb.append(canvas, node("span", name), node("span", values.join(", "), "quiet"));
     thumb.type = "button";

@@ -31,8 +31,8 @@ function forgetFile(file) {
 
 // Every head of a file in its order: { layer, column, key }.
 function placesOf(file) {
-  return file.layers.flatMap((layer) =>
-    Array.from({ length: layer.columns }, (_, column) => ({ layer: layer.number, column, key: `${layer.number}:${column}` })),
+  return file.layers.flatMap(({ number, columns }) =>
+    Array.from({ length: columns }, (_, column) => ({ layer: number, column, key: `${number}:${column}` })),
   );
 }
 
@@ -49,8 +49,8 @@ async function patternsOf(file, tell) {
   return file.patterns;
 }
 
-// How two files differ, in blocks: { heads: { key: { onlyA, onlyB } }, compared, apart }, where `apart` are the heads of A that
-// B has not, or in another size. Heads whose checksums agree are equal, and are not read.
+// How two files differ: { heads, apart }, blocks { onlyA, onlyB } by key, and how many heads of A have no counterpart of
+// their size in B. Heads whose checksums agree are equal, and are not read.
 async function differencesOf(a, b, tell) {
   const heads = new Map();
   const unequal = [];

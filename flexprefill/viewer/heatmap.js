@@ -1,6 +1,6 @@
 // Layers down, heads to the right, each cell in the colour of its head.
 
-const { css, densityOf, headName } = window.flexprefill;
+const { DENSE, css, densityOf, headName } = window.flexprefill;
 
 const LABELS = { left: 30, top: 18 }; // CSS pixels
 const CELL = { least: 3, most: 26 };
@@ -82,11 +82,17 @@ class HeatMap {
   }
 }
 
-// "layer 3, head 5: 12.3 % kept"
-function headText(file, place) {
+// "12.3 %", or "dense"
+function keptText(file, place) {
   const density = densityOf(file, place);
-  const kept = density === 1 ? "dense" : `${(100 * density).toFixed(1)} % kept`;
-  return `layer ${place.layer}, ${headName(file.layer(place.layer), place.column)}: ${kept}`;
+  return density === 1 ? DENSE : `${(100 * density).toFixed(1)} %`;
 }
 
-Object.assign(window.flexprefill, { HeatMap, headText });
+// "layer 3, head 5: 12.3 % kept"
+function headText(file, place) {
+  const kept = keptText(file, place);
+  const name = headName(file.layer(place.layer), place.column);
+  return `layer ${place.layer}, ${name}: ${kept === DENSE ? kept : `${kept} kept`}`;
+}
+
+Object.assign(window.flexprefill, { HeatMap, headText, keptText });

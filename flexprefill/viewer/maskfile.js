@@ -39,6 +39,11 @@ class Geometry {
     return row === this.rows - 1 ? this.columns : this.firstVisible + row;
   }
 
+  // Whether the map has these blocks, and the query block sees the key block.
+  sees(row, column) {
+    return row >= 0 && row < this.rows && column >= 0 && column < this.visible(row);
+  }
+
   // How many query blocks see key block `column`, at least in part.
   seenBy(column) {
     return this.rows - Math.min(Math.max(0, column + 1 - this.firstVisible), this.rows - 1);
@@ -146,7 +151,7 @@ async function openMaskFile(source) {
   return file;
 }
 
-// What the header's strings say: layers, the search's settings, the caller's own entries, and the prompt's text if it is there.
+// What the header's strings say: layers, the search's settings, the caller's own entries, the prompt's text or null.
 function described(metadata, dataStart) {
   const user = JSON.parse(metadata.user);
   if (!areStrings(Object.values(user))) throw new Error("user must be an object of strings");

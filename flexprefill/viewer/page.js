@@ -1,9 +1,9 @@
 // What keys, clicks, files and the address do about the state.
 
 const {
-  Gallery, apart, blockOfToken, comparable, compose, differencesOf, drawNow, drawSoon, element, fileOf, find, fit, follow, forgetFile,
-  foundText, grouped, heat, MaskFileError, heatText, listenTo, loadHead, move, nearest, openMaskFile, panes, patternsOf, pixelView, placesOf, point,
-  recall, refreshPage, remember, save, say, shown, sourceOfBytes, sourceOfFile, state, wanted, zoomMiddle,
+  Gallery, MaskFileError, apart, blockOfToken, comparable, compose, differencesOf, drawNow, drawSoon, element, fileOf, find,
+  fit, follow, forgetFile, foundText, grouped, heat, heatText, listenTo, loadHead, move, nearest, openMaskFile, panes,
+  patternsOf, pixelView, placesOf, point, recall, refreshPage, remember, save, say, shown, sourceOfBytes, sourceOfFile, state, wanted, zoomMiddle,
 } = window.flexprefill;
 
 const COLOURS = {
@@ -90,11 +90,10 @@ async function showChosen(mine) {
     if (mine === latest) say(error.message);
   }
   if (mine !== latest) return;
-  const pointed = state.cursor;
   state.heads = heads;
   refresh();
-  const geometry = heads[0]?.map.geometry;
-  point(pointed && geometry && pointed.row < geometry.rows && pointed.column < geometry.visible(pointed.row) ? pointed : null);
+  const { row, column } = state.cursor ?? {};
+  point(heads[0]?.map.geometry.sees(row, column) ? state.cursor : null);
   try {
     if (state.files[0]) await gallery.refresh();
   } catch (error) {

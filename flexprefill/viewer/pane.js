@@ -1,4 +1,4 @@
-// One map on the page: its pixels on one canvas; axes, totals, the pointed-at block and a small overview on another above it.
+// One map on the page: its pixels on one canvas; axes, totals, the pointed-at block and an overview on another above it.
 
 const { BAR, MARGIN, bars, css, grouped, mapEnd, paint, ticks } = window.flexprefill;
 
@@ -18,8 +18,8 @@ class Pane {
     this.canvas.style.height = `calc(100% - ${top + bottom}px)`;
   }
 
-  // As wide as the page has room, as high as the map then is, and at most `room` CSS pixels; pixels of the device, so that
-  // a block's edge is sharp.
+  // As wide as the page has room, as high as the map then is, and at most `room` CSS pixels. Canvases have pixels of the
+  // device, so that a block's edge is sharp.
   resize(room) {
     const { rows, columns } = this.picture.causal.geometry;
     const width = this.plane.clientWidth - MARGIN.left - MARGIN.right;
@@ -82,8 +82,7 @@ class Pane {
     const { geometry } = this.picture.causal;
     const column = Math.floor(view.left + ((clientX - box.left) * this.ratio) / view.scale);
     const row = Math.floor(view.top + ((clientY - box.top) * this.ratio) / view.scale);
-    const inside = row >= 0 && row < geometry.rows && column >= 0 && column < geometry.visible(row);
-    return inside ? { row, column } : null;
+    return geometry.sees(row, column) ? { row, column } : null;
   }
 
   // The middle of a block in pixels of the canvas.
@@ -124,8 +123,8 @@ function drawAxes(context, plane, geometry, colours) {
   turned(context, "← query tokens", 9 - MARGIN.left, 2, "right");
 }
 
-// How many blocks each query block keeps, to the right of the map, and how many keep each key block, below it: as bars, or
-// as the line of their ends.
+// How many blocks each query block keeps, to the right of the map, and how many keep each key block, below it: bars, or
+// the line of their ends.
 function drawTotals(context, plane, geometry, { rows, columns, most, colour, isLine }, colours) {
   const { right, bottom } = mapEnd(plane, geometry);
   context.fillStyle = css(colour);
@@ -142,8 +141,9 @@ function drawTotals(context, plane, geometry, { rows, columns, most, colour, isL
   context.font = "10px ui-sans-serif, system-ui, sans-serif";
   context.textBaseline = "middle";
   context.textAlign = "left";
-  if (right > 150) context.fillText(`kept in each column, at most ${grouped(most.columns)}`, 2, bottom + BAR.gap + BAR.length + 7);
-  if (bottom > 150) turned(context, `kept in each row, at most ${grouped(most.rows)}`, right + BAR.gap + BAR.length + 7, 2, "right");
+  const beyond = BAR.gap + BAR.length + 7;
+  if (right > 150) context.fillText(`kept in each column, at most ${grouped(most.columns)}`, 2, bottom + beyond);
+  if (bottom > 150) turned(context, `kept in each row, at most ${grouped(most.rows)}`, right + beyond, 2, "right");
 }
 
 function turned(context, text, x, y, align) {

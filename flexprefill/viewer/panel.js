@@ -1,8 +1,8 @@
 // What the page says in words, bars and lists of the state.
 
 const {
-  DENSE, PATTERNS, apart, comparable, element, fileOf, grouped, headName, headText, heat, inOneMap, panes, placesOf, shown,
-  state, wanted,
+  DENSE, PATTERNS, apart, comparable, element, fileOf, grouped, headName, headText, heat, inOneMap, panes, placesOf,
+  shown, state, wanted,
 } = window.flexprefill;
 
 function say(message) {
@@ -30,7 +30,8 @@ function refreshPage() {
   element("pane-b").hidden = !panes[1].picture;
   element("panes").classList.toggle("two", Boolean(panes[1].picture));
   state.heads.forEach((head, slot) => describePane(panes[slot], slot, head));
-  if (inOneMap()) panes[0].element.querySelector("figcaption").append(" against ", tag(1), ` ${captionOf(state.heads[1])}`);
+  const caption = panes[0].element.querySelector("figcaption");
+  if (inOneMap()) caption.append(" against ", tag(1), ` ${captionOf(state.heads[1])}`);
   element("legend").replaceChildren(...legend().map(legendItem));
   element("patterns").replaceChildren(...state.heads.flatMap(patternBar));
   element("facts").replaceChildren(...facts(file));
@@ -44,14 +45,19 @@ function refreshHeat(file) {
   element("heat-legend").hidden = state.heatBy !== "pattern";
   element("heat-legend").replaceChildren(...[DENSE, ...PATTERNS].map((name) => legendItem([name, name])));
   element("heat-least").textContent = state.heatBy === "difference" ? "0 blocks" : "0 %";
-  most.textContent = state.heatBy === "difference" ? `${grouped(mostApart())} blocks` : percent(Math.max(...file.density));
+  const isApart = state.heatBy === "difference";
+  most.textContent = isApart ? `${grouped(mostApart())} blocks` : percent(Math.max(...file.density));
   element("heat-by").value = state.heatBy;
   element("heat-by").querySelector("[value=difference]").hidden = state.compare !== "file";
   element("heat-text").textContent = heatText(state.chosen[0]);
   heat.canvas.setAttribute("aria-label", `Layers × heads. Chosen: ${heatText(state.chosen[0])}`);
 }
 
-const mostApart = () => Math.max(0, ...[...(state.differences?.heads.values() ?? [])].map(({ onlyA, onlyB }) => onlyA + onlyB));
+// Blocks of the head that differs most between the two files.
+function mostApart() {
+  const counts = [...(state.differences?.heads.values() ?? [])];
+  return counts.reduce((most, { onlyA, onlyB }) => Math.max(most, onlyA + onlyB), 0);
+}
 
 // What the heat map says of a head.
 function heatText(place) {
@@ -208,7 +214,7 @@ function blockText({ row, column }) {
   };
   const distance = geometry.visible(row) - 1 - column;
   const verdict = ({ map, patterns }) => {
-    if (row >= map.geometry.rows || column >= map.geometry.visible(row)) return "not there";
+    if (!map.geometry.sees(row, column)) return "not there";
     if (!map.has(row, column)) return "dropped";
     return `kept, ${patterns.dense ? DENSE : patterns.classOf(row, column)}`;
   };
@@ -234,4 +240,4 @@ function totalsText({ row, column }) {
   return state.heads.map(sentence).filter(Boolean).join(" · ");
 }
 
-Object.assign(window.flexprefill, { blockText, heatText, legend, legendItem, mostApart, node, percent, refreshPage, say, totalsText });
+Object.assign(window.flexprefill, { blockText, heatText, legend, mostApart, node, refreshPage, say, totalsText });

@@ -24,7 +24,12 @@ const state = {
   message: "",
 };
 
-const fileOf = (slot) => [state.files[0], { nothing: null, head: state.files[0], file: state.files[1] }[state.compare]][slot];
+// The file that A or B is of, null where nothing is compared.
+function fileOf(slot) {
+  if (slot === 0 || state.compare === "head") return state.files[0];
+  return state.compare === "file" ? state.files[1] : null;
+}
+
 const shown = () => (state.files[0] ? [0, 1].filter((slot) => fileOf(slot)) : []);
 const comparable = () => state.heads.length === 2 && state.heads[0].map.geometry.equals(state.heads[1].map.geometry);
 const inOneMap = () => state.difference && comparable();

@@ -12,7 +12,8 @@ function promptText() {
 function showText(block) {
   const tokens = promptText();
   element("texts").hidden = element("search-tools").hidden = !tokens;
-  element("stage").classList.toggle("beside", Boolean(tokens) && drawnPanes().length === 1); // there is room beside one map
+  const isBeside = Boolean(tokens) && drawnPanes().length === 1; // there is room beside one map
+  element("stage").classList.toggle("beside", isBeside);
   if (!tokens) return;
   const { blockSize, offset, keyLength } = state.heads[0].map.geometry;
   const textOf = (first) => tokens.slice(first, Math.min(first + blockSize, keyLength)).join("");

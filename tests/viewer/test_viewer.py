@@ -83,6 +83,12 @@ def test_what_is_no_mask_file_gets_no_page(tmp_path, path):
     assert load_masks(path)
 
 
+def test_the_command_says_that_a_prompt_is_private(tmp_path, masks, capsys):
+    file = write_masks(tmp_path / "text", masks, tokens=json.dumps(["a"] * 640))
+    run_view(file, "--no-open", "--output", tmp_path / "page.html")
+    assert f"{file} holds its prompt's text" in capsys.readouterr().out
+
+
 def run_view(*arguments):
     parser = argparse.ArgumentParser()
     view.add_arguments(parser)
