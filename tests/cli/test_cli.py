@@ -131,6 +131,14 @@ def test_inspect_as_json_is_what_the_library_counts(files, masks, capsys):
     assert layer["heads"] == [summarize_heads(masks[4], config=CONFIG)[1].to_dict()]
 
 
+def test_no_command_prints_the_prompts_text(masks, capsys, tmp_path):
+    path = tmp_path / "text.safetensors"
+    save_masks(path, masks, tokens=["secret"] * masks[0].kv_len)
+    for arguments in (["inspect"], ["inspect", "--json"], ["inspect", "--quick", "--json"], ["inspect", "--csv"]):
+        assert "secret" not in run(capsys, *arguments, str(path))[1]
+    assert "secret" not in run(capsys, "diff", str(path), str(path), "--json")[1]
+
+
 def test_inspect_tells_batch_entries_apart(files, capsys):
     _, printed = run(capsys, "inspect", files["batch"], "--layer", "0")
     densities = make_map(5, batch=2).density()

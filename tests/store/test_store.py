@@ -230,6 +230,14 @@ def test_the_prompts_text_is_kept_only_where_it_is_given(tmp_path, masks):
     assert read_mask_info(tmp_path / "without").tokens is None
 
 
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.lists(st.text(st.characters(exclude_categories=[])), min_size=9, max_size=9))
+def test_any_text_of_a_prompt_survives(tmp_path_factory, tokens):
+    path = tmp_path_factory.mktemp("tokens") / "masks"
+    save_masks(path, {0: random_map(9, 9, 16)[0]}, tokens=tokens)
+    assert read_mask_info(path).tokens == tuple(tokens)
+
+
 def test_token_ids_are_hashed_by_value(tmp_path, masks):
     hashes = set()
     for token_ids in (TOKEN_IDS, tuple(TOKEN_IDS), torch.tensor([TOKEN_IDS], dtype=torch.int32)):
