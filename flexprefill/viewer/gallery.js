@@ -98,7 +98,7 @@ class Gallery {
     canvas.style.height = `${Math.max(8, Math.round((SIDE * geometry.rows) / longer))}px`;
     const blocks = apart(place);
     const values = [keptText(file, place), ...(blocks ? [`≠ ${grouped(blocks)}`] : [])];
-    const name = `${place.layer} · ${headName(file.layer(place.layer), place.column).replace("head ", "")}`;
+    const name = `${place.layer} · ${headName(file.layer(place.layer), place.column).replace(/^head /, "")}`;
     thumb.append(canvas, node("span", name), node("span", values.join(", "), "quiet"));
     thumb.type = "button";
     thumb.dataset.key = place.key;
@@ -136,7 +136,8 @@ async function drawThumb(canvas, file, place) {
     canvas.height = Math.round(parseFloat(canvas.style.height) * ratio);
     const context = canvas.getContext("2d");
     const image = context.createImageData(canvas.width, canvas.height);
-    const scale = Math.max(canvas.width / map.geometry.columns, canvas.height / map.geometry.rows);
+    const { rows, columns } = map.geometry;
+    const scale = columns >= rows ? canvas.width / columns : canvas.height / rows; // the longer side is filled
     paint(image, { left: 0, top: 0, scale }, BlockMap.causal(map.geometry), inks, state.colours);
     context.putImageData(image, 0, 0);
   } catch {

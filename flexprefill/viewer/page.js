@@ -52,7 +52,7 @@ async function compareFiles() {
     });
     if (a !== state.files[0] || b !== state.files[1]) return;
     state.differences = differences;
-    state.heatBy = "difference";
+    if (differences.heads.size) state.heatBy = "difference";
   } catch (error) {
     say(error.message);
     return;

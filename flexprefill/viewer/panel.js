@@ -194,7 +194,7 @@ function fillChoices() {
     const { layer: number, column } = state.chosen[slot];
     const layer = file.layer(number);
     fill(element(`layer-${"ab"[slot]}`), file.layers.map((each) => [each.number, each.number]), number);
-    const heads = Array.from({ length: layer.columns }, (_, each) => [each, headName(layer, each).replace("head ", "")]);
+    const heads = Array.from({ length: layer.columns }, (_, each) => [each, headName(layer, each).replace(/^head /, "")]);
     fill(element(`head-${"ab"[slot]}`), heads, column);
   }
 }

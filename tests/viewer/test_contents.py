@@ -112,9 +112,11 @@ def test_tokens_that_are_not_the_prompts_are_refused(browser, tmp_path, path, ma
 
 
 def test_heads_have_the_names_that_the_file_gives(browser, tmp_path, masks):
-    names = ["copies", "looks back", "rests"]
+    names = ["copies what stood there before and has a rather long name", "looks back", "rests"]
     page = browser(write_masks(tmp_path / "named", masks, user=json.dumps({"heads": ", ".join(names), "seed": "7"})))
-    assert "layer 0, head 0 (copies)" in page.text("#pane-a figcaption")
+    assert f"layer 0, head 0 ({names[0]})" in page.text("#pane-a figcaption")
+    page.show_as(390, 844, touch=True)
+    assert page.ask("return document.documentElement.scrollWidth") == 390
     options = page.ask("return [...document.getElementById('head-a').options].map(({ text }) => text)")
     assert options == [f"{number} ({name})" for number, name in enumerate(names)]
     assert "seed\n7" in page.text("#facts")
@@ -260,6 +262,19 @@ def test_all_heads_are_shown_sorted_and_chosen(browser, path, masks):
     page.settle()
     assert page.ask("return state.chosen[0]") == {"layer": 2, "column": 3}
     assert thumb.get_attribute("aria-current") == "true" and "layer 2, head 3" in thumb.accessible_name
+
+
+def test_a_thumbnail_of_a_chunk_shows_all_of_it(browser, tmp_path):
+    dense = np.zeros((1, 1, 1, 512), bool)
+    dense[..., ::2] = dense[..., 256:] = True
+    sizes = (16, 8192, 16)
+    write_mask_file(tmp_path / "row", {0: (pack_triangles(dense, *sizes), *sizes)})
+    page = browser(tmp_path / "row")
+    page.ask("document.getElementById('gallery').scrollIntoView()")
+    page.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 100))")
+    row = page.settle().pixels(".thumb canvas")[0]
+    assert np.array_equal(row[70], page.colour("kept"))
+    assert np.abs(row[20] - (page.colour("kept") + page.colour("dropped")) / 2).max() <= 2
 
 
 def test_a_thumbnail_shows_its_head(browser, path, masks):
