@@ -1,32 +1,34 @@
-"""FlashPrefill block search for long prompts, as BlockMasks for PyTorch's FlexAttention."""
+"""FlashPrefill block search for long prompts, as BlockMasks for PyTorch's FlexAttention.
 
-from flexprefill._version import __version__
-from flexprefill.attention.backends import BackendChoice
-from flexprefill.attention.prefill import create_prefill_block_mask, explain_backend, prefill_attention
-from flexprefill.blockmap.index_lists import ListBuffers
-from flexprefill.blockmap.map import BlockMap
-from flexprefill.config import PrefillConfig
-from flexprefill.errors import (
-    FlexPrefillError,
-    MaskFileError,
-    NotEnoughMemoryError,
-    RanEagerlyError,
-    UnsupportedError,
-)
-from flexprefill.inspection import attention_recall
-from flexprefill.search import KeyMeans
-from flexprefill.search.blocks import search_blocks
-from flexprefill.search.guard import GuardReport, guard_blocks
-from flexprefill.search.scorers import Scorer, register_scorer
-from flexprefill.store import MaskFileInfo, load_masks, read_mask_info, save_masks
-from flexprefill.store.cache import CachedPrompt, CacheStats, MaskCache
-from flexprefill.store.recording import Recording, record_masks
-from flexprefill.variant import AttentionVariant, Sequences
+The public names are those of ``flexprefill.api``. Python loads them, and torch, when the first one is asked for: a
+command that only reads a file's header starts without.
+"""
 
-__all__ = [
-    "AttentionVariant", "BackendChoice", "BlockMap", "CacheStats", "CachedPrompt", "FlexPrefillError", "GuardReport",
-    "KeyMeans", "ListBuffers", "MaskCache", "MaskFileError", "MaskFileInfo", "NotEnoughMemoryError", "PrefillConfig",
-    "RanEagerlyError", "Recording", "Scorer", "Sequences", "UnsupportedError", "__version__", "attention_recall",
-    "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention", "read_mask_info",
-    "record_masks", "register_scorer", "save_masks", "search_blocks",
-]  # fmt: skip
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flexprefill._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from flexprefill.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Makes all public names attributes, and returns this one (PEP 562)."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        api = importlib.import_module("flexprefill.api")  # from … import asks this function for api first
+    except AttributeError as error:  # as of a torch that lacks something: Python would hide it behind this name
+        raise ImportError(f"flexprefill cannot be loaded: {error}") from error
+    names = globals()
+    names |= {public: getattr(api, public) for public in api.__all__} | {"__all__": api.__all__}
+    if name not in names:  # nor a subpackage that is loaded by now
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return names[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__getattr__("__all__"))

@@ -1,6 +1,4 @@
-"""The library's own exceptions."""
-
-import torch
+"""The library's own exceptions. One more, NotEnoughMemoryError, is torch's as well: runtime/memory.py has it."""
 
 
 class FlexPrefillError(Exception):
@@ -13,10 +11,6 @@ class UnsupportedError(FlexPrefillError, ValueError):
 
 class RanEagerlyError(FlexPrefillError):
     """FlexAttention was about to run without torch.compile, dense; torch.compile has to be switched on again."""
-
-
-class NotEnoughMemoryError(FlexPrefillError, torch.OutOfMemoryError):
-    """A search, or the lists of a map, do not fit: nothing was begun, and the message says what would fit."""
 
 
 class MaskFileError(FlexPrefillError):

@@ -41,7 +41,7 @@ for scorer in ("flashprefill", "xattention", "exact"):
         start = time.perf_counter()
         density = search_blocks(*qkv[:2], case.config).density().item()
         seconds = time.perf_counter() - start
-        mass = attention_recall(*qkv[:2], case.block_map, rows=rows).item()
+        mass = attention_recall(*qkv[:2], case.block_map, rows=rows).mean.item()
         alpha = case.config.alpha
         print(f"{scorer:<12}  {head:<9}  {density:7.1%}  {mass:15.2%}  {alpha:9.2g}  {seconds:9.3f} s", flush=True)
         found.append(

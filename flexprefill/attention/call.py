@@ -57,10 +57,9 @@ class Call(NamedTuple):
 
     @property
     def attention(self) -> PlainAttention:
-        """The same over all blocks, in plain PyTorch; a BlockMask by its mask_mod."""
-        own = self.mask_mod.mask_mod if isinstance(self.mask_mod, BlockMask) else self.mask_mod
-        mask_mods = () if own is None else (own,)
+        """The same over all blocks, in plain PyTorch."""
         score_mods = () if self.score_mod is None else (self.score_mod,)
+        mask_mods = plain_mods(self.mask_mod)
         return PlainAttention(self.query, self.key, self.scale, self.variant, mask_mods, score_mods)
 
     def score_mods(self) -> tuple[ScoreMod, ...]:
@@ -88,6 +87,12 @@ class Call(NamedTuple):
             lse=asked.lse or inside,
             max_scores=asked.max_scores,
         )
+
+
+def plain_mods(mask_mod: MaskMod | BlockMask | None) -> tuple[MaskMod, ...]:
+    """What a PlainAttention takes for a mask_mod or a BlockMask."""
+    own = mask_mod.mask_mod if isinstance(mask_mod, BlockMask) else mask_mod
+    return () if own is None else (own,)
 
 
 def check_tensors(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from flexprefill.attention.backends import BackendChoice
-from flexprefill.attention.call import Call, check_call, check_tensors
+from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.steps import attend_kept, choose, corrected, kept_blocks, visible_blocks_of, with_sinks
 from flexprefill.blockmap.block_mask import masks_of
@@ -17,11 +17,13 @@ from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, block_mask_under
 from flexprefill.blockmap.masking import MaskMod
 from flexprefill.config import PrefillConfig, check_config
-from flexprefill.runtime.listeners import note
+from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.key_means import KeyMeans, check_means
+from flexprefill.variant.inputs import resolve_scale
+from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import ScoreMod, hiding_masks
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
@@ -122,7 +124,8 @@ def prefill_attention(
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=scale, kernel=choice.name)
     kept, cut = visible_blocks_of(call, kept_blocks(call, choice, means))
-    if not choice.dense:
+    if not choice.dense and is_recording():
+        note_attention(call.attention)
         note(kept)
     attended = attend_kept(call, choice, kept, cut, buffers)
     if config.mean_correction and not choice.dense:
@@ -203,5 +206,9 @@ def create_prefill_block_mask(
             "mean_correction=False"
         )
     kept = search_blocks(query, key, config, variant=variant, scale=scale, last_chunk=last_chunk, means=means)
-    hiding = hiding_masks(check_variant(variant, query, key), kept.words, kept.geometry)
+    variant = check_variant(variant, query, key)
+    if is_recording():
+        scale = resolve_scale(scale, query.shape[3])
+        note_attention(PlainAttention(query, key, scale, variant, plain_mods(mask_mod)))
+    hiding = hiding_masks(variant, kept.words, kept.geometry)
     return block_mask_under(kept, (*hiding, *masks_of(mask_mod, kept.words, kept.geometry)), buffers)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexprefill.blockmap.geometry import ceil_div
-
-WORD_BITS = 32
+from flexprefill.blockmap.geometry import WORD_BITS, ceil_div
 
 
 def pack_bits(dense: Tensor) -> Tensor:

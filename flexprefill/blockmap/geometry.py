@@ -1,11 +1,17 @@
-"""Geometry: the sizes of a map, and which of its blocks are causally visible."""
+"""Geometry: the sizes of a map, and which of its blocks are causally visible.
+
+torch is imported by the functions that need it: a mask file's header is read without.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WORD_BITS = 32  # key blocks in a word of a map
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -47,14 +53,19 @@ class Geometry(NamedTuple):
 
 def check_size(name: str, size: object) -> None:
     """Raises unless it is a whole number from 1 on that fits into 32 bits."""
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {size!r}")
+    if type(size) is not int:
+        import torch
+
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {size!r}")
     if not 1 <= size < 2**31:
         raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
 
 
 def visible_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
     """How many key blocks each query block sees causally, at least in part: int32 [M]."""
+    import torch
+
     # in int64: the end of the last row may be past 2**31
     row_end = torch.arange(1, geometry.rows + 1, device=device) * geometry.block_size
     last_position = row_end.clamp(max=geometry.q_len) + geometry.offset - 1
@@ -63,6 +74,8 @@ def visible_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
 
 def causal_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
     """Which blocks are causally visible at least in part: bool [M, N]."""
+    import torch
+
     columns = torch.arange(geometry.columns, device=device, dtype=torch.int32)
     return columns < visible_blocks(geometry, device)[:, None]
 
@@ -72,5 +85,7 @@ def full_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
 
     A short last key block counts as its nominal size, so it is never whole and keeps its bounds check.
     """
+    import torch
+
     first_row = torch.arange(geometry.rows, device=device, dtype=torch.int32) * geometry.block_size
     return (first_row + geometry.offset + 1) // geometry.block_size

@@ -20,6 +20,7 @@ from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod, classify_blocks
 from flexprefill.config import plain_number
 from flexprefill.runtime.devices import check_device
+from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.listeners import note
 from flexprefill.runtime.pytrees import register_node
 
@@ -332,7 +333,7 @@ def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
     if (block_map.q_len, block_map.kv_len) != (query.shape[2], key.shape[2]):
         raise ValueError(
             f"block_map must be of q_len={query.shape[2]} and kv_len={key.shape[2]}, "
-            f"got q_len={block_map.q_len} and kv_len={block_map.kv_len}"
+            f"got q_len={block_map.q_len} and kv_len={block_map.kv_len}{layout_hint(query=query, key=key)}"
         )
     if block_map.shape[:2] != query.shape[:2]:
         raise ValueError(

@@ -1,12 +1,13 @@
 """The command line: parses the arguments and calls the library, one module a command.
 
-A command's module has NAME, SUMMARY and DESCRIPTION for the help, ``add_arguments(parser)``, and
-``execute(arguments)``, which returns the exit code; ``COMMANDS`` lists it.
+``COMMANDS`` lists each command with its module and its line in the help. The module has DESCRIPTION for its own help,
+``add_arguments(parser)``, and ``execute(arguments)``, which returns the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import shlex
@@ -15,10 +16,20 @@ import traceback
 from collections.abc import Sequence
 
 from flexprefill._version import __version__
-from flexprefill.cli import bench, calibrate, demo, diff, evaluate, inspect, view
 from flexprefill.errors import FlexPrefillError
 
-COMMANDS = (demo, inspect, diff, view, bench, evaluate, calibrate)
+COMMANDS = {
+    "demo": ("flexprefill.cli.demo", "find, time and draw the blocks that matter in real text"),
+    "inspect": ("flexprefill.cli.inspect", "what a mask file holds, by layer and head"),
+    "diff": ("flexprefill.cli.diff", "where two mask files differ, by layer and head"),
+    "view": ("flexprefill.cli.view", "look at mask files in the browser"),
+    "bench": ("flexprefill.cli.bench", "time every part, and dense attention beside it"),
+    "eval": ("flexprefill.cli.evaluate", "ask a small model long questions, dense and sparse"),
+    "calibrate": (
+        "flexprefill.cli.calibrate",
+        "find alphas by layer and head that keep a share of the attention mass",
+    ),
+}
 TROUBLE = 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report them
 
@@ -38,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flexprefill", description="Block-sparse prefill attention for PyTorch.")
     parser.add_argument("--version", action="version", version=f"flexprefill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        command = commands.add_parser(module.NAME, help=module.SUMMARY, description=module.DESCRIPTION)
-        module.add_arguments(command)
-        command.set_defaults(parser=command, execute=module.execute)
     argv = sys.argv[1:] if argv is None else list(argv)
+    for name, (where, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in argv:  # most modules import torch, which takes a second: only the one that is asked for is loaded
+            module = importlib.import_module(where)
+            command.description = module.DESCRIPTION
+            module.add_arguments(command)
+            command.set_defaults(parser=command, execute=module.execute)
     if not argv:
         parser.print_help()
     arguments = parser.parse_args(argv)

@@ -17,8 +17,6 @@ from flexprefill.cli.values import list_of, parse_device, parse_integer, parse_s
 from flexprefill.config import PrefillConfig
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS
 
-NAME = "bench"
-SUMMARY = "time every part, and dense attention beside it"
 DESCRIPTION = (
     "Times the parts of prefill_attention, the whole, and every dense attention that is there, in turns on the same "
     "inputs: random ones with some structure, searched at the alpha that gives the asked density. Prints medians and "

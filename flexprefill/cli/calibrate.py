@@ -16,8 +16,6 @@ from flexprefill.evaluation import load_model, passages, read_text
 from flexprefill.evaluation.calibration import calibrate_decoder, steps_of
 from flexprefill.runtime.progress import stage
 
-NAME = "calibrate"
-SUMMARY = "find alphas by layer and head that keep a share of the attention mass"
 DESCRIPTION = (
     "Finds, for each layer and head of a model of train_needle_model.py, the largest alpha with which the search keeps "
     "a share of the exact attention mass on every one of some texts, and writes them to a JSON file that "

@@ -1,9 +1,11 @@
-"""flexprefill demo: real text, four attention heads built from it, and what the search does to each."""
+"""flexprefill demo: attention heads of a real model, and what the search does to each."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,26 +24,32 @@ from flexprefill.blockmap.map import BlockMap
 from flexprefill.cli.values import parse_device, parse_integer, parse_share
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
-from flexprefill.evaluation.built_heads import BUILT_HEAD_DIM, HEADS, Prompt, build_prompt, read_tokens
-from flexprefill.inspection import attention_recall
+from flexprefill.evaluation.built_heads import HEADS, build_prompt, read_tokens
+from flexprefill.evaluation.real_heads import MODEL, REAL_HEADS, REAL_LENGTH, TEXT, load_heads
+from flexprefill.inspection import Recall, attention_recall
 from flexprefill.plotting import plot_heads
+from flexprefill.plotting.canvas import new_figure
 from flexprefill.runtime.progress import Advance, stage
 from flexprefill.search import reference
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.rule import Rule
-from flexprefill.store import save_masks
+from flexprefill.store.writing import save_masks
 
-NAME = "demo"
-SUMMARY = "find, time and draw the blocks that matter in real text"
 DESCRIPTION = (
-    "Builds four attention heads (local, sink, induction, topic) from the source of Python's standard library, "
-    "without trained weights, and finds the blocks that matter to each. Prints for each head how many blocks are "
-    "kept, how much of the exact attention they hold and the error of the output, then the times of dense and of "
-    "sparse attention; saves the masks and, with matplotlib, draws them. Takes a minute or two on two CPU cores."
+    f"Shows what the search does to {len(REAL_HEADS)} attention heads of {MODEL}. Their queries, keys and values on a "
+    "real text come with the package. Prints for each head how many blocks are kept, how much of the exact attention "
+    "they hold, and the error of the output; then the times of dense and of sparse attention. Saves the masks and, "
+    f"with matplotlib, draws them. A --length above {REAL_LENGTH:,} takes four heads that are built from the source of "
+    "Python's standard library, without trained weights; a GPU shows these as well. Takes about half a minute on two "
+    "CPU cores, most of it to compile."
 )
 MIN_LENGTH = 1024
-DEFAULT_LENGTH = {"cpu": 16_384, "cuda": 131_072}
+BUILT_LENGTH = 131_072  # tokens of the heads that a GPU shows as well
+MUCH = 0.9  # a head whose rows keep less of their attention is named
+FEW = 0.5  # and one of which a row in twenty keeps less
+OFF = 0.2  # and one whose output is off by more
 REPEATS = 9
+PANEL, HEADLINE = 680, 200  # pixels of the picture: a head's, and the height of the words above
 
 # names of the timed calls
 DENSE_FLEX, DENSE_SDPA, SPARSE = "dense FlexAttention", "dense SDPA", "sparse, search included"
@@ -49,13 +57,12 @@ SEARCH, LISTS = "  its search alone", "  its index lists alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    lengths = ", ".join(f"{length} on {device}" for device, length in DEFAULT_LENGTH.items())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--length",
         type=_length,
         metavar="TOKENS",
-        help=f"tokens of text, at least {MIN_LENGTH} (default: {lengths})",
+        help=f"tokens of text, at least {MIN_LENGTH} (default: {REAL_LENGTH}, and on cuda also {BUILT_LENGTH})",
     )
     parser.add_argument(
         "--alpha",
@@ -78,14 +85,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=device,
         help=f"cpu (float32), cuda or cuda:N (bfloat16) (default: {device} here)",
     )
-    parser.add_argument("--seed", type=_seed, default="0", help="of the token embeddings (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default="0", help="of the heads that are built (default: %(default)s)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
-    length = arguments.length or DEFAULT_LENGTH[arguments.device.type]
-    run_demo(length, arguments.config, arguments.device, arguments.output, arguments.seed)
+    device, start = arguments.device, time.perf_counter()
+    lengths = [arguments.length or REAL_LENGTH]
+    if arguments.length is None and device.type == "cuda":
+        lengths.append(BUILT_LENGTH)
+    files = []
+    for length in lengths:
+        with stage("reading heads" if length <= REAL_LENGTH else "building heads", 1) as advance:
+            prompt = (
+                real_prompt(length, device) if length <= REAL_LENGTH else built_prompt(length, device, arguments.seed)
+            )
+            advance(1)
+        files.append(show(prompt, arguments.config, arguments.output / f"masks{prompt.suffix}.safetensors"))
+    print(f"{time.perf_counter() - start:.0f} s in all\n")
+    for file in files:
+        print(f"to look at the masks: flexprefill view {shlex.quote(str(file))}")
     return 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Heads that are shown together.
+
+    Attributes:
+        query: [1, Hq, S, D]; key, value: [1, Hkv, S, D].
+        heads: what each query head attends to, by its name.
+        text, origin: what was read, and where the heads come from, in words.
+        suffix: of the names of files.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    heads: dict[str, str]
+    text: str
+    origin: str
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,80 +134,89 @@ class HeadFigures:
 
     Attributes:
         density: kept share of the causal blocks.
-        mass: share of the exact attention mass in the kept blocks, averaged over the rows.
+        recall: share of the exact attention mass in the kept blocks, the mean of the rows that can lose some.
+        low: the share that one of these rows in twenty does not reach.
         error: norm of (sparse output - dense output) over the norm of the dense output.
     """
 
     name: str
     density: float
-    mass: float
+    recall: float
+    low: float
     error: float
 
 
-def run_demo(length: int, config: PrefillConfig, device: torch.device, output: Path, seed: int) -> None:
-    """Builds the heads, searches, measures, and prints and saves what came out.
+def real_prompt(length: int, device: torch.device) -> Prompt:
+    """The model's heads over the first tokens of their text."""
+    text, origin = f"{length:,} tokens of {TEXT}", f"of {MODEL}, named layer.head; two each share a key head"
+    return Prompt(*load_heads(length, device), REAL_HEADS, text, origin)
 
-    Prints the figures to stdout and the progress to stderr; writes masks.safetensors and, with matplotlib,
-    masks.png.
+
+def built_prompt(length: int, device: torch.device, seed: int) -> Prompt:
+    """The four built heads over so many tokens of the standard library's source."""
+    built = build_prompt(read_tokens(length), device, seed)
+    words = int(built.tokens.max()) + 1
+    text = f"{length:,} tokens, {words:,} different ones, of the source of Python {platform.python_version()}"
+    origin = f"built from the text without trained weights, seed {seed}"
+    return Prompt(built.query, built.key, built.value, HEADS, text, origin, "-built")
+
+
+def show(prompt: Prompt, config: PrefillConfig, masks: Path) -> Path:
+    """Searches, measures, prints what came out, saves the masks and, with matplotlib, their picture beside them.
+
+    The figures go to stdout and the progress to stderr.
 
     Args:
-        length: tokens of text.
         config: the rule's settings.
-        device: "cpu" (float32) or a CUDA device (bfloat16).
-        output: an existing folder.
-        seed: of the token embeddings.
+        masks: the file to write, in an existing folder.
+
+    Returns:
+        the file.
 
     Raises:
-        FlexPrefillError: the text is shorter than ``length``, or attention cannot be compiled here.
+        FlexPrefillError: attention cannot be compiled here.
         OSError: a file cannot be written.
     """
-    start = time.perf_counter()
-    with stage("building heads, searching", 2) as advance:
-        prompt = build_prompt(read_tokens(length), device, seed)
-        advance(1)
-        block_map = search_blocks(prompt.query, prompt.key, config)
-        everything = BlockMap.causal(
-            1, len(HEADS), q_len=length, kv_len=length, block_size=config.block_size, device=device
-        )
-        advance(1)
+    query, key, device = prompt.query, prompt.key, prompt.query.device
     print(describe_prompt(prompt, config), end="\n\n")
-
+    block_map = search_blocks(query, key, config)
+    everything = BlockMap.causal(
+        1, len(prompt.heads), q_len=query.shape[2], kv_len=key.shape[2], block_size=config.block_size, device=device
+    )
     with stage("compiling, first runs", 2) as advance:
         dense, compile_seconds = timed(lambda: attend(prompt, everything), device)
         advance(1)
         error = relative_error(attend(prompt, block_map), dense)
         advance(1)
-    with stage("exact attention mass", len(HEADS) * block_map.shape[2]) as advance:
-        mass = attention_recall(prompt.query, prompt.key, block_map, progress=advance)[0].tolist()
-    densities, errors = block_map.density()[0].tolist(), error.tolist()
-    figures = [HeadFigures(name, densities[head], mass[head], errors[head]) for head, name in enumerate(HEADS)]
-    print(head_table(figures), end="\n\n")
+    with stage("exact attention mass", len(prompt.heads)) as advance:
+        recall = attention_recall(query, key, block_map, progress=advance)
+    figures = head_figures(prompt, block_map, recall, error)
+    print(head_table(figures, prompt.heads))
+    print("\n".join(losses(figures)), end="\n\n")
 
     calls: dict[str, Callable[[], Any]] = {
         DENSE_FLEX: lambda: attend(prompt, everything),
-        DENSE_SDPA: lambda: scaled_dot_product_attention(prompt.query, prompt.key, prompt.value, is_causal=True),
-        SPARSE: lambda: prefill_attention(prompt.query, prompt.key, prompt.value, config),
-        SEARCH: lambda: search_blocks(prompt.query, prompt.key, config),
+        DENSE_SDPA: lambda: scaled_dot_product_attention(query, key, prompt.value, is_causal=True, enable_gqa=True),
+        SPARSE: lambda: prefill_attention(query, key, prompt.value, config),
+        SEARCH: lambda: search_blocks(query, key, config),
         LISTS: block_map.to_block_mask,
     }
     with stage("timing", (1 + REPEATS) * len(calls)) as advance:
         seconds = time_calls(calls, device, advance)
     print(time_table(seconds, compile_seconds), end="\n\n")
+    print(save(prompt, block_map, config, masks))
+    return masks
 
-    print(save(block_map, config, output, seed))
-    print(f"{time.perf_counter() - start:.0f} s in all")
 
-
-def always_kept_share(length: int, config: PrefillConfig) -> float:
+def always_kept_share(geometry: Geometry, config: PrefillConfig) -> float:
     """The share of causal blocks that sinks, window and last blocks keep whatever the scores are."""
-    rule = Rule.of(config, scale=BUILT_HEAD_DIM**-0.5, last_chunk=True)
-    geometry = Geometry(length, length, config.block_size)
+    rule = Rule.of(config, scale=1.0, last_chunk=True)
     kept = reference.always_kept(geometry, rule, "cpu")
     return BlockMap.from_dense(kept[None, None], **geometry._asdict()).density().item()
 
 
 def attend(prompt: Prompt, block_map: BlockMap) -> Tensor:
-    """Compiled attention of the prompt over the blocks of a map: [1, 4, S, 64]."""
+    """Compiled attention of the prompt over the blocks of a map: [1, Hq, S, D]."""
     return prefill_attention(prompt.query, prompt.key, prompt.value, block_map=block_map)
 
 
@@ -199,28 +248,51 @@ def time_calls(calls: dict[str, Callable[[], Any]], device: torch.device, advanc
 
 def describe_prompt(prompt: Prompt, config: PrefillConfig) -> str:
     """What is measured, on what."""
-    device, words = prompt.query.device, int(prompt.tokens.max()) + 1
+    query, device = prompt.query, prompt.query.device
+    _, heads, length, dim = query.shape
     cpu = f"CPU with {torch.get_num_threads()} threads"
+    always = always_kept_share(Geometry(length, length, config.block_size), config)
     return (
         f"flexprefill {__version__}, torch {torch.__version__}, "
         f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}\n"
-        f"text   {prompt.tokens.shape[0]:,} tokens, {words:,} different ones, of the source of Python "
-        f"{platform.python_version()}'s standard library\n"
-        f"heads  {len(HEADS)}, built from the text without trained weights; head dimension {BUILT_HEAD_DIM}, "
-        f"{str(prompt.query.dtype).removeprefix('torch.')}\n"
+        f"text   {prompt.text}\n"
+        f"heads  {heads}, {prompt.origin}; head dimension {dim}, {str(query.dtype).removeprefix('torch.')}\n"
         f"rule   alpha {config.alpha:g}, blocks of {config.block_size}; the sink, window and last blocks, "
-        f"always kept, are {100 * always_kept_share(prompt.tokens.shape[0], config):.1f} % of the causal ones"
+        f"always kept, are {100 * always:.1f} % of the causal ones"
     )
 
 
-def head_table(figures: Sequence[HeadFigures]) -> str:
+def head_figures(prompt: Prompt, block_map: BlockMap, recall: Recall, error: Tensor) -> list[HeadFigures]:
+    """The figures of each head."""
+    columns = (block_map.density()[0], recall.mean[0], recall.quantile(0.05)[0], error)
+    return [HeadFigures(*row) for row in zip(prompt.heads, *(column.tolist() for column in columns), strict=True)]
+
+
+def head_table(figures: Sequence[HeadFigures], heads: dict[str, str]) -> str:
     """The figures by head, aligned."""
-    lines = ["head       density  exact mass kept  output error  attends to"]
-    lines += [
-        f"{row.name:<9}  {100 * row.density:5.1f} %  {100 * row.mass:13.2f} %  {row.error:12.4f}  {HEADS[row.name]}"
-        for row in figures
-    ]
+    lines = ["head          kept  recall  5 % of rows below  output error  attends to"]
+    for row in figures:
+        shares = f"{100 * row.density:4.1f} %  {row.recall:6.3f}  {row.low:17.3f}  {row.error:12.4f}"
+        lines.append(f"{row.name:<11} {shares}  {heads[row.name]}")
     return "\n".join(lines)
+
+
+def losses(figures: Sequence[HeadFigures]) -> list[str]:
+    """What the recall means, and a sentence on each head that loses much."""
+    lines = ["recall: the share of the exact attention that the kept blocks hold, of the rows that can lose some"]
+    for row in figures:
+        off = f"Its output is off by {100 * row.error:.0f} %."
+        if row.recall < MUCH:
+            lines.append(f"{row.name} loses much: its rows keep {100 * row.recall:.0f} % on average. {off}")
+        elif row.low < FEW:
+            lines.append(
+                f"{row.name} loses much in a few rows: one in twenty keeps less than {100 * row.low:.0f} %. {off}"
+            )
+        elif row.error > OFF:
+            lines.append(f"{row.name} loses little, but of what counts. {off}")
+    if len(lines) > 1:
+        lines.append("Such heads need more blocks than this setting keeps: a smaller --alpha keeps more.")
+    return lines
 
 
 def time_table(seconds: dict[str, list[float]], compile_seconds: float) -> str:
@@ -243,21 +315,37 @@ def verdict(sparse: Sequence[float], dense: Sequence[float], name: str) -> str:
     return f"sparse, its search included, is {compared} than {name} here{doubt}"
 
 
-def save(block_map: BlockMap, config: PrefillConfig, output: Path, seed: int) -> str:
+def save(prompt: Prompt, block_map: BlockMap, config: PrefillConfig, masks: Path) -> str:
     """Writes the masks and, with matplotlib, their picture, and returns where they are."""
-    masks, picture = output / "masks.safetensors", output / "masks.png"
-    metadata = {"made_by": "flexprefill demo", "heads": ", ".join(HEADS), "seed": str(seed)}
-    save_masks(masks, {0: block_map}, config=config, metadata=metadata)
+    picture = masks.with_suffix(".png")
+    metadata = {"made_by": "flexprefill demo", "heads": ", ".join(prompt.heads), "origin": prompt.origin}
+    save_masks(masks, {0: block_map}, config=config, metadata=metadata, dtype=prompt.query.dtype)
     try:
-        plot_heads(block_map, picture, titles=list(HEADS))
+        draw(prompt, block_map, picture)
         drawn = str(picture)
     except FlexPrefillError as error:
         drawn = f"skipped: {error}"
     return (
         f"masks    {masks}\n"
-        f'         to open: from flexprefill import load_masks; load_masks("{masks}")[0]\n'
+        f'         to load: from flexprefill import load_masks; load_masks("{masks}")[0]\n'
         f"picture  {drawn}"
     )
+
+
+def draw(prompt: Prompt, block_map: BlockMap, picture: Path) -> None:
+    """A picture of the heads' masks, with sentences above that explain it."""
+    columns = math.ceil(math.sqrt(len(prompt.heads)))
+    rows = math.ceil(len(prompt.heads) / columns)
+    size = block_map.block_size
+    explained = (
+        f"Attention heads {prompt.origin.partition(';')[0]}, over {block_map.q_len:,} tokens.\n"
+        f"A square stands for {size} tokens that look (down) at {size} tokens (to the right).\n"
+        "Dark squares are computed, light ones are skipped."
+    )
+    figure = new_figure(PANEL * columns, PANEL * rows + HEADLINE, picture)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
+    figure.suptitle(explained, fontsize=11, linespacing=1.6)
+    plot_heads(block_map, picture, ax=figure.subplots(rows, columns), titles=list(prompt.heads))
 
 
 def _length(text: str) -> int:

@@ -26,8 +26,6 @@ from flexprefill.plotting import plot_difference, plot_layers
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
 
-NAME = "diff"
-SUMMARY = "where two mask files differ, by layer and head"
 DESCRIPTION = (
     "Compares the masks of two files, block by block; settings and other entries may differ. Prints one line a layer, "
     "or with --layer or --head one line a head: blocks that both keep, that only A and that only B keeps, and "

@@ -21,8 +21,6 @@ from flexprefill.evaluation.report import accuracy_points, table
 from flexprefill.plotting import plot_accuracy
 from flexprefill.runtime.progress import stage
 
-NAME = "eval"
-SUMMARY = "ask a small model long questions, dense and sparse"
 DESCRIPTION = (
     "Asks a small long-context model RULER-like questions (needles, variables, common words) and measures its "
     "next-token loss on held-out text, with dense attention and with blocks chosen by each method at each alpha. "

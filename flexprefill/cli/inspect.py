@@ -5,18 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexprefill.blockmap.geometry import visible_blocks
-from flexprefill.cli.layers import (
-    LayerSummary,
-    Record,
-    head_records,
-    layer_record,
-    quick_dict,
-    quick_head_records,
-    quick_layer_record,
-    read_layers,
-)
 from flexprefill.cli.masks import (
     add_choice_arguments,
     as_panels,
@@ -26,21 +17,23 @@ from flexprefill.cli.masks import (
     read_layer,
     row_name,
 )
+from flexprefill.cli.quick import Record, quick_dict, quick_head_records, quick_layer_record, with_recall
 from flexprefill.cli.table import print_csv, print_json, print_table, print_text, printable
-from flexprefill.config import PrefillConfig
-from flexprefill.inspection import PATTERNS, HeadSummary
-from flexprefill.plotting import plot_heads, plot_layers, token_label
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
 from flexprefill.store.contents import geometry_of
+from flexprefill.store.figures import RECALL_ENTRY, read_recall
 
-NAME = "inspect"
-SUMMARY = "what a mask file holds, by layer and head"
+if TYPE_CHECKING:
+    from flexprefill.cli.layers import LayerSummary
+    from flexprefill.inspection import HeadSummary
+
 DESCRIPTION = (
     "Prints what a mask file holds: one line a layer, or with --layer or --head one line a head: the density (kept "
     "share of the causal blocks), the kept blocks by pattern, and how alike heads and neighbouring layers are "
-    "(IoU, intersection over union of their blocks). A head that keeps every causal block is called dense. --quick "
-    "reads no masks: it prints the sizes, settings and densities that the file says of itself. --png draws the "
+    "(IoU, intersection over union of their blocks). A head that keeps every causal block is called dense. A file of "
+    "record_masks(recall=True) also says what share of the exact attention mass is kept. --quick reads no masks: it "
+    "prints the sizes, settings, densities and recall that the file says of itself. --png draws the "
     "density by layer and head, or with --layer or --head the maps themselves. Exit code 0, or 2 if the file cannot "
     "be read or has no such layer or head."
 )
@@ -69,30 +62,39 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         _tell_quick(arguments, info, numbers, overview)
         return 0
+
+    from flexprefill.cli.layers import head_records, layer_record, read_layers  # imports torch
+    from flexprefill.inspection import PATTERNS
+
     layers = read_layers(path, info, numbers, head)
     if arguments.json:
-        told = [{"layer": layer.number, **info.layers[layer.number], **layer.to_dict()} for layer in layers]
+        recall = read_recall(info)
+        told = [
+            {"layer": layer.number, **info.layers[layer.number], "recall": recall.get(layer.number), **layer.to_dict()}
+            for layer in layers
+        ]
         print_json(_about(path, info) | {"layers": told})
         return 0
     if overview:
         records = [layer_record(layer) for layer in layers]
     else:
         records = [record for layer in layers for record in head_records(layer)]
+    records = with_recall(records, read_recall(info))
     if arguments.csv:
         print_csv(records)
         return 0
     print_text(_heading(path, info, numbers))
     print()
     if overview:
-        _print_layers(records)
+        _print_layers(records, PATTERNS)
     else:
-        _print_heads(info, records, head, one_layer=len(layers) == 1)
+        _print_heads(info, records, head, PATTERNS, one_layer=len(layers) == 1)
     if layer is not None and head is not None:
         for summary in layers[0].heads:
             print()
             _print_profile(info, layer, summary)
     print()
-    print_text(_legend(info.config, layers, overview))
+    print_text(_legend(info, layers, overview))
     return 0
 
 
@@ -100,13 +102,18 @@ def _tell_quick(arguments: argparse.Namespace, info: MaskFileInfo, numbers: Sequ
     """What the header says, in the form that was asked for."""
     by_layer = {number: quick_head_records(info, number, arguments.head) for number in numbers}
     if arguments.json:
-        layers = [{"layer": number, **info.layers[number], **quick_dict(heads)} for number, heads in by_layer.items()]
+        recall = read_recall(info)
+        layers = [
+            {"layer": number, **info.layers[number], "recall": recall.get(number), **quick_dict(heads)}
+            for number, heads in by_layer.items()
+        ]
         print_json(_about(arguments.file, info) | {"layers": layers})
         return
     if overview:
         records = [quick_layer_record(heads) for heads in by_layer.values()]
     else:
         records = [record for heads in by_layer.values() for record in heads]
+    records = with_recall(records, read_recall(info))
     if arguments.csv:
         print_csv(records)
         return
@@ -132,7 +139,7 @@ def _about(path: Path, info: MaskFileInfo) -> Record:
         "dtype": info.dtype,
         "scoring": info.scoring,
         "library": info.library,
-        "metadata": info.metadata,
+        "metadata": _users_metadata(info),
     }
 
 
@@ -151,19 +158,26 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     told = {"model": info.model, "dtype": info.dtype, "token ids": info.token_ids_hash, "scoring": info.scoring}
     told |= {"written by": ", ".join(f"{name} {version}" for name, version in info.library.items())}
     lines += [f"{name}: {entry}" for name, entry in told.items() if entry]
-    lines += [f"{name}: {entry}" for name, entry in info.metadata.items()]
+    lines += [f"{name}: {entry}" for name, entry in _users_metadata(info).items()]
     return "\n".join(map(printable, lines))  # a file's own words are anybody's
 
 
-def _print_layers(records: Sequence[Record]) -> None:
-    header = ["layer", "density", "min–max", "dense", *PATTERNS, "heads' IoU", "IoU above"]
+def _users_metadata(info: MaskFileInfo) -> dict[str, str]:
+    """All but the recall, which is told by layer and head."""
+    return {name: entry for name, entry in info.metadata.items() if name != RECALL_ENTRY or not read_recall(info)}
+
+
+def _print_layers(records: Sequence[Record], patterns: Sequence[str] = ()) -> None:
+    header = ["layer", "density", "min–max", "dense", "recall", "least head", *patterns, "heads' IoU", "IoU above"]
     rows = [
         [
             str(record["layer"]),
             _percent(record["density"]),
             f"{100 * record['density_least']:.1f}–{100 * record['density_most']:.1f}",
             str(record.get("dense_heads") or ""),
-            *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+            _shown(record["recall"], 1, 3),
+            _shown(record["recall_least_head"], 1, 3),
+            *(_shown(record.get(name), 100, 1) for name in patterns),
             _shown(record.get("iou_of_heads"), 1, 2),
             _shown(record.get("iou_above"), 1, 2),
         ]
@@ -172,8 +186,11 @@ def _print_layers(records: Sequence[Record]) -> None:
     print_table(header, rows)
 
 
-def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None, *, one_layer: bool) -> None:
-    header = ["head" if one_layer else f"head {head}", "density", "", "blocks a row", *PATTERNS, "nearest", "IoU above"]
+def _print_heads(
+    info: MaskFileInfo, records: Sequence[Record], head: int | None, patterns: Sequence[str] = (), *, one_layer: bool
+) -> None:
+    header = ["head" if one_layer else f"head {head}", "density", "", "recall", "least row", "blocks a row", *patterns]
+    header += ["nearest", "IoU above"]
     rows = []
     for record in records:
         blocks = [record.get(f"blocks_{which}") for which in ("least", "median", "most")]
@@ -183,8 +200,10 @@ def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None
                 row_name(info, record["layer"], record["batch"], record["head"], one_layer=one_layer),
                 _percent(record["density"]),
                 "dense" if record.get("dense") else "",
+                _shown(record["recall"], 1, 3),
+                _shown(record["recall_least"], 1, 3),
                 "" if None in blocks else "/".join(map(str, blocks)),
-                *(_shown(record.get(name), 100, 1) for name in PATTERNS),
+                *(_shown(record.get(name), 100, 1) for name in patterns),
                 "" if nearest is None else f"{nearest} ({record['nearest_iou']:.2f})",
                 _shown(record.get("iou_above"), 1, 2),
             ]
@@ -194,6 +213,8 @@ def _print_heads(info: MaskFileInfo, records: Sequence[Record], head: int | None
 
 def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None:
     """How many blocks query blocks keep along the prompt, each line an equal number of them."""
+    from flexprefill.plotting import token_label  # imports torch
+
     sizes = info.layers[layer]
     geometry = geometry_of(sizes)
     visible = visible_blocks(geometry, "cpu")
@@ -217,13 +238,16 @@ def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None
     print_table(["query tokens", "blocks a row", "density", ""], lines)
 
 
-def _legend(config: PrefillConfig | None, layers: Sequence[LayerSummary], overview: bool) -> str:
+def _legend(info: MaskFileInfo, layers: Sequence[LayerSummary], overview: bool) -> str:
     """What the columns are; only what the table has."""
-    rule = "by the file's settings" if config else "by the default settings: the file has none"
+    rule = "by the file's settings" if info.config else "by the default settings: the file has none"
     dense = [summary.dense for layer in layers for summary in layer.heads]
     lines = []
     if any(dense):
         lines.append("dense: heads that keep every causal block" if overview else "dense: keeps every causal block")
+    if read_recall(info):
+        worst = "least head: that of its head which" if overview else "least row: that of the query that"
+        lines.append(f"recall: kept share of the exact attention mass, of rows that can lose some; {worst} keeps least")
     if not overview:
         lines.append("blocks a row: key blocks that a query block keeps, least/median/most")
     if not all(dense):
@@ -237,6 +261,8 @@ def _legend(config: PrefillConfig | None, layers: Sequence[LayerSummary], overvi
 def _draw(
     path: Path, info: MaskFileInfo, numbers: Sequence[int], head: int | None, picture: Path, *, overview: bool
 ) -> None:
+    from flexprefill.plotting import plot_heads, plot_layers  # imports torch
+
     if overview and len(numbers) > 1:
         densities = {}
         with terminal_stage("reading layers", len(numbers)) as advance:

@@ -7,18 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.cli.masks import read_layer
+from flexprefill.cli.quick import Record, spread
 from flexprefill.inspection import PATTERNS, HeadSummary, compare_maps, head_similarity, summarize_heads
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,7 @@ def layer_record(layer: LayerSummary) -> Record:
     off_diagonal = layer.similarity[:, ~torch.eye(heads, dtype=torch.bool)]
     return {
         "layer": layer.number,
-        **_spread(densities),
+        **spread(densities),
         "dense_heads": len(layer.heads) - len(others),
         **{name: sum(summary.patterns[name] for summary in others) / kept if others else None for name in PATTERNS},
         "iou_of_heads": float(off_diagonal.mean()) if heads > 1 else None,
@@ -110,39 +108,3 @@ def head_records(layer: LayerSummary) -> Iterator[Record]:
             "nearest_iou": nearest_iou,
             "iou_above": float(layer.before[1].flatten()[index]) if layer.before else None,
         }
-
-
-def quick_head_records(info: MaskFileInfo, number: int, head: int | None) -> list[Record]:
-    """What the header says of a layer's chosen heads, each in one line; None where it has no densities."""
-    batches, heads = info.layers[number]["shape"]
-    table = info.density.get(number)
-    return [
-        {
-            "layer": number,
-            "batch": batch,
-            "head": index,
-            "density": None if table is None else table[batch][index],
-        }
-        for batch in range(batches)
-        for index in (range(heads) if head is None else [head])
-    ]
-
-
-def quick_layer_record(heads: Sequence[Record]) -> Record:
-    """The records of a layer's heads in one line."""
-    return {"layer": heads[0]["layer"], **_spread([head["density"] for head in heads])}
-
-
-def quick_dict(heads: Sequence[Record]) -> Record:
-    """The records of a layer's heads, without the layer's number, ready for JSON."""
-    return {
-        "density": quick_layer_record(heads)["density"],
-        "heads": [{name: head[name] for name in ("batch", "head", "density")} for head in heads],
-    }
-
-
-def _spread(densities: Sequence[float | None]) -> Record:
-    known = [density for density in densities if density is not None]
-    if not known:
-        return dict.fromkeys(("density", "density_least", "density_most"))
-    return {"density": fmean(known), "density_least": min(known), "density_most": max(known)}

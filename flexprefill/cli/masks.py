@@ -1,21 +1,24 @@
-"""What the commands that read mask files share: the options, the choice of layers and heads, the reading."""
+"""What the commands that read mask files share: the options, the choice of layers and heads, the reading.
+
+torch is imported where masks are read: what a header says is told without.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from flexprefill.blockmap.map import BlockMap
 from flexprefill.cli.kinds import kind_of
 from flexprefill.cli.values import whole
 from flexprefill.errors import FlexPrefillError, MaskFileError
 from flexprefill.runtime.progress import terminal_stage
-from flexprefill.store import MaskFileInfo, load_masks, read_mask_info
+from flexprefill.store import MaskFileInfo, read_mask_info
 from flexprefill.store.contents import geometry_of
+
+if TYPE_CHECKING:
+    from flexprefill.blockmap.map import BlockMap
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +58,8 @@ def check_choice(path: Path, info: MaskFileInfo, layer: int | None, head: int | 
 
 def read_layer(path: Path, layer: int, head: int | None) -> BlockMap:
     """One layer's map, of one head or of all."""
+    from flexprefill.store.reading import load_masks  # imports torch
+
     return load_masks(path, layers=[layer], heads=None if head is None else [head])[layer]
 
 
@@ -83,6 +88,10 @@ def as_panels(path: Path, info: MaskFileInfo, layers: Sequence[int], head: int |
             f"argument --layer: the layers of {path} are not of one length and need a picture each, "
             f"such as those of layers {layers[0]} and {other[0]}"
         )
+    import torch
+
+    from flexprefill.blockmap.map import BlockMap
+
     words, titles = [], []
     with terminal_stage("reading layers", len(layers)) as advance:
         for layer in layers:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -47,6 +48,8 @@ def parse_integer(text: str) -> int:
 
 def parse_device(text: str) -> torch.device:
     """cpu or a CUDA device that is there."""
+    import torch
+
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -9,8 +9,6 @@ from pathlib import Path
 from flexprefill.cli.masks import read_info
 from flexprefill.viewer import EMBED_LIMIT, write_page
 
-NAME = "view"
-SUMMARY = "look at mask files in the browser"
 DESCRIPTION = (
     "Writes one HTML page that shows a mask file, or two beside each other, and opens it in the browser. "
     "Two files open at the head that differs most. The page needs no server and no network. "

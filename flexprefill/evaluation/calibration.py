@@ -116,5 +116,5 @@ def _recall(texts: Inputs, config: PrefillConfig, every: int) -> Tensor:
         sparse = max(1, length - config.last_full_blocks * config.block_size)
         rows = range(min(every // 2, sparse - 1), sparse, every)
         block_map = search_blocks(query, key, config)
-        found.append(attention_recall(query, key, block_map, rows=rows).amin(0).cpu())
+        found.append(attention_recall(query, key, block_map, rows=rows).mean.amin(0))
     return torch.stack(found).amin(0)

@@ -85,7 +85,7 @@ class Attender:
             length = query.shape[2]
             rows = range(min(37, length - 1), length, self.rows)
             self.densities.append(block_map.density().cpu())
-            self.recalls.append(attention_recall(query, key, block_map, rows=rows).cpu())
+            self.recalls.append(attention_recall(query, key, block_map, rows=rows).mean)
         return prefill_attention(query, key, value, self.method.config, block_map=block_map)
 
 

@@ -23,6 +23,7 @@ from flexprefill.attention.prefill import prefill_attention
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig, check_alphas, check_config
+from flexprefill.runtime.layout import layout_hint
 from flexprefill.search import operator
 from flexprefill.search.blocks import resolve_implementation
 from flexprefill.search.rule import Rule
@@ -319,5 +320,5 @@ def _check_local(name: str, tensor: Tensor, layout: ContextLayout) -> None:
     if tensor.shape[2] != own:
         raise ValueError(
             f"{name} must have the {own} positions of this process's chunks {layout.spans()}, "
-            f"got {tensor.shape[2]}: shard_context takes them out of a whole tensor"
+            f"got {tensor.shape[2]}: shard_context takes them out of a whole tensor{layout_hint(**{name: tensor})}"
         )

@@ -16,10 +16,11 @@ from flexprefill.blockmap.map import all_blocks
 from flexprefill.config import PrefillConfig
 from flexprefill.integrations.exact import attend_exactly
 from flexprefill.runtime.compiling import constant_in_graphs
-from flexprefill.runtime.listeners import is_recording, note
+from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.runtime.state import remembered
 from flexprefill.search.blocks import search_blocks
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS, check_attention_inputs, check_no_gradients
+from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import PLAIN, AttentionVariant
@@ -82,6 +83,7 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if is_recording():
+        note_attention(PlainAttention(query, key, scale, PLAIN))
         note(all_blocks(query, key, PrefillConfig.block_size))
     request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, lse=False, max_scores=False)
     choice = choose_dense(request, "the layer keeps all blocks")
@@ -93,6 +95,7 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, scale: float, var
     if is_recording():
         kept = all_blocks(query, key, PrefillConfig.block_size)
         words, _ = cut_by(kept.words, hiding_masks(variant, kept.words, kept.geometry))
+        note_attention(PlainAttention(query, key, scale, variant))
         note(replace(kept, words=words))
     if variant == PLAIN:
         check_no_gradients(query=query, key=key, value=value)

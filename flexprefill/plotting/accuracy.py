@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexprefill.blockmap.html import DROPPED, KEPT
-from flexprefill.plotting.canvas import add_axes, check_picture_path, new_figure, token_label
+from flexprefill.plotting.canvas import add_axes, check_picture_path, given_axes, new_figure, save_figure, token_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # pixels: of a panel, and around it
 PANEL_WIDTH, PANEL_HEIGHT = 640, 640
@@ -41,12 +44,24 @@ class AccuracyPoint:
     interval: tuple[float, float]
 
 
-def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws accuracy against density into a file: a panel for each length, a line for each method.
+def plot_accuracy(
+    points: Sequence[AccuracyPoint],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str,
+    ax: Axes | Iterable[Axes] | None = None,
+) -> list[Axes]:
+    """Draws accuracy against density: a panel for each length, a line for each method.
 
     Args:
         points: at least one.
-        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced. None writes none.
+        title: stands above the panels of a new figure.
+        ax: matplotlib Axes to draw in, one for each length. None makes a new figure: without a path one of pyplot's, as
+            notebooks show.
+
+    Returns:
+        The axes, one for each length, ascending; ``axes[0].figure`` is the figure.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -58,13 +73,9 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
         raise ValueError("points must be at least one, got none")
     lengths = sorted({point.length for point in points})
     methods = list(dict.fromkeys(point.method for point in points))
-    width = ACCURACY_LEFT + len(lengths) * PANEL_WIDTH + (len(lengths) - 1) * ACCURACY_GAP + ACCURACY_RIGHT
-    figure = new_figure(width, ACCURACY_TOP + PANEL_HEIGHT + ACCURACY_BOTTOM)
+    panels = _new_panels(len(lengths), path) if ax is None else given_axes(ax, len(lengths))
     handles: dict[str, Any] = {}  # lines and error bars; the stub of legend knows only lines
-    for panel, length in enumerate(lengths):
-        axes = add_axes(
-            figure, ACCURACY_LEFT + panel * (PANEL_WIDTH + ACCURACY_GAP), ACCURACY_BOTTOM, PANEL_WIDTH, PANEL_HEIGHT
-        )
+    for axes, length in zip(panels, lengths, strict=True):
         for method in methods:
             own = sorted(
                 (point for point in points if (point.length, point.method) == (length, method)),
@@ -91,18 +102,24 @@ def plot_accuracy(points: Sequence[AccuracyPoint], path: str | os.PathLike[str],
         axes.set_xlim(0, 103)
         axes.set_ylim(-3, 103)
         axes.grid(True, color=DROPPED, linewidth=0.8)
-        axes.tick_params(labelsize=9, length=0, pad=5, labelleft=panel == 0)
+        axes.tick_params(labelsize=9, length=0, pad=5, labelleft=axes is panels[0])
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#9aa3af")
-        if panel == 0:
-            axes.set_ylabel("% exact answers, mean of the tasks", fontsize=10)
-    figure.suptitle(title, fontsize=11, x=ACCURACY_LEFT / width, y=0.98, ha="left")
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="lower center",
-        ncols=min(len(handles), 3 * len(lengths)),
-        frameon=False,
-        fontsize=9,
-    )
-    figure.savefig(path, facecolor="white")
+    panels[0].set_ylabel("% exact answers, mean of the tasks", fontsize=10)
+    if ax is None:
+        figure, columns = panels[0].figure, min(len(handles), 3 * len(lengths))
+        figure.suptitle(title, fontsize=11, x=panels[0].get_position().x0, y=0.98, ha="left")
+        figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    else:
+        panels[0].legend(handles.values(), handles, fontsize=9)
+    save_figure(panels[0], path)
+    return panels
+
+
+def _new_panels(count: int, path: str | os.PathLike[str] | None) -> list[Axes]:
+    """Axes beside each other in a new figure."""
+    step = PANEL_WIDTH + ACCURACY_GAP
+    width = ACCURACY_LEFT + count * step - ACCURACY_GAP + ACCURACY_RIGHT
+    figure = new_figure(width, ACCURACY_TOP + PANEL_HEIGHT + ACCURACY_BOTTOM, path)
+    lefts = [ACCURACY_LEFT + panel * step for panel in range(count)]
+    return [add_axes(figure, left, ACCURACY_BOTTOM, PANEL_WIDTH, PANEL_HEIGHT) for left in lefts]

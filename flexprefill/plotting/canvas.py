@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.patches import Patch
     from torch import Tensor
 
 # the aim for a panel's longer side, one of several and one alone; each cell gets a whole number of pixels, and
@@ -52,8 +53,10 @@ def panel_pixels(heads: int) -> int:
     return LONE_SIDE_PIXELS if heads == 1 else SIDE_PIXELS
 
 
-def check_picture_path(path: str | os.PathLike[str]) -> None:
-    """Raises unless a picture's path is a file name with a suffix."""
+def check_picture_path(path: str | os.PathLike[str] | None) -> None:
+    """Raises unless a picture's path is None or a file name with a suffix."""
+    if path is None:
+        return
     check_path(path)
     if not Path(path).suffix:
         raise ValueError(f"path must end in the kind of picture, such as .png, got {str(path)!r}")
@@ -69,16 +72,50 @@ def check_titles(titles: Sequence[str] | None, heads: int) -> Sequence[str]:
     return titles
 
 
-def new_figure(width: int, height: int) -> Figure:
-    """An empty figure of width × height pixels."""
+def given_axes(ax: Any, count: int) -> list[Axes]:
+    """The caller's axes, one for each of so many panels; raises unless they are."""
     try:
+        from matplotlib.axes import Axes
+    except ImportError as error:
+        raise missing_matplotlib() from error
+    found = [ax] if isinstance(ax, Axes) else list(getattr(ax, "flat", ax)) if isinstance(ax, Iterable) else [ax]
+    if not all(isinstance(axes, Axes) for axes in found):
+        raise TypeError(f"ax must be matplotlib Axes, or a list of them, got {type(ax).__name__}")
+    if len(found) != count:
+        raise ValueError(f"ax must be one Axes for each of the {count} panels, got {len(found)}")
+    return found
+
+
+def missing_matplotlib() -> FlexPrefillError:
+    return FlexPrefillError("drawing needs matplotlib: pip install 'flexprefill[viz]'")
+
+
+def new_figure(width: int, height: int, path: str | os.PathLike[str] | None) -> Figure:
+    """An empty figure of width × height pixels: pyplot's, which notebooks and ``show`` know, if no file gets it."""
+    size: dict[str, Any] = {"figsize": (width / DPI, height / DPI), "dpi": DPI}
+    try:
+        if path is None:
+            from matplotlib import pyplot
+
+            return pyplot.figure(**size)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FlexPrefillError("drawing needs matplotlib: pip install 'flexprefill[viz]'") from error
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+        raise missing_matplotlib() from error
+    figure = Figure(**size)
     FigureCanvasAgg(figure)
     return figure
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The whole figure, also of axes in a part of one."""
+    return axes.figure.canvas.figure
+
+
+def save_figure(axes: Axes, path: str | os.PathLike[str] | None) -> None:
+    """Writes the figure of some axes into a file, if there is one to write."""
+    if path is not None:
+        figure_of(axes).savefig(path, facecolor="white")
 
 
 def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -87,9 +124,14 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
     return figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
 
 
-def panel_grid(block_map: BlockMap, factor: int) -> tuple[Figure, list[Axes]]:
-    """A figure with one axes for each head, in which each cell takes a whole number of pixels."""
+def panel_grid(block_map: BlockMap, factor: int, ax: Any, path: str | os.PathLike[str] | None) -> list[Axes]:
+    """One axes for each head: the caller's, or those of a new figure, in which cells take a whole number of pixels."""
     heads = block_map.shape[1]
+    if ax is not None:
+        panels = given_axes(ax, heads)
+        for axes in panels:
+            axes.set(xlabel="key token", ylabel="query token")
+        return panels
     cell_rows, cell_columns = (math.ceil(blocks / factor) for blocks in block_map.shape[2:])
     scale = max(1, round(panel_pixels(heads) / max(cell_rows, cell_columns)))
     width, height = cell_columns * scale, cell_rows * max(scale, math.ceil(MIN_HEIGHT / cell_rows))
@@ -97,7 +139,7 @@ def panel_grid(block_map: BlockMap, factor: int) -> tuple[Figure, list[Axes]]:
     rows = math.ceil(heads / columns)
     total_width = LEFT + columns * width + (columns - 1) * GAP_X + RIGHT
     total_height = TOP + rows * height + (rows - 1) * GAP_Y + BOTTOM
-    figure = new_figure(total_width, total_height)
+    figure = new_figure(total_width, total_height, path)
     panels = []
     for head in range(heads):
         row, column = divmod(head, columns)
@@ -107,7 +149,7 @@ def panel_grid(block_map: BlockMap, factor: int) -> tuple[Figure, list[Axes]]:
         axes.set_ylabel("query token", fontsize=10)
     for axes in panels[-COLUMNS:]:
         axes.set_xlabel("key token", fontsize=10)
-    return figure, panels
+    return panels
 
 
 def draw_cells(axes: Axes, cells: Tensor, block_map: BlockMap, factor: int, **colours: Any) -> AxesImage:
@@ -117,7 +159,7 @@ def draw_cells(axes: Axes, cells: Tensor, block_map: BlockMap, factor: int, **co
         cells.numpy(),
         extent=(0, cells.shape[1] * cell, offset + cells.shape[0] * cell, offset),
         aspect="auto",
-        interpolation="nearest",  # exact, since each cell is a whole number of pixels
+        interpolation="auto",  # exact where each cell is a whole number of pixels; no cell is passed over elsewhere
         zorder=3,  # above the tick marks, which begin half inside the panel
         **colours,
     )
@@ -157,11 +199,16 @@ def style_bar(bar: Axes, label: str) -> None:
     bar.spines[:].set_visible(False)
 
 
-def add_patches(figure: Figure, colours: dict[str, str]) -> None:
-    """A patch of each colour below the panels, with its name."""
+def colour_patches(colours: dict[str, str]) -> list[Patch]:
+    """A patch of each colour, with its name."""
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    return [Patch(color=colour, label=name) for name, colour in colours.items()]
+
+
+def add_patches(figure: Figure, colours: dict[str, str]) -> None:
+    """A patch of each colour below the panels, with its name."""
+    patches = colour_patches(colours)
     figure.legend(
         handles=patches,
         loc="lower center",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +21,17 @@ from flexprefill.plotting.canvas import (
     add_patches,
     check_picture_path,
     check_titles,
+    colour_patches,
     draw_cells,
+    figure_of,
     panel_grid,
     panel_pixels,
+    save_figure,
     style_bar,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BOTH, ONLY_FIRST, ONLY_SECOND = "#8b98ab", "#d9480f", "#0b8a7d"
@@ -38,25 +42,31 @@ SCALE_STEPS = 64
 def plot_difference(
     first: BlockMap,
     second: BlockMap,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
+    ax: Axes | Iterable[Axes] | None = None,
     names: tuple[str, str] = ("first", "second"),
     titles: Sequence[str] | None = None,
     batch: int = 0,
-) -> None:
-    """Draws two maps into a file in three colours, one panel a head: kept by both, only by one, only by the other.
+) -> list[Axes]:
+    """Draws two maps in three colours, one panel a head: kept by both, only by one, only by the other.
 
     Causal blocks that both drop are light, and the causal future is blank. A map of more than 512 blocks on a
     side, 1,024 if it has one head, is averaged: a cell then stands for several blocks. Its colour goes from light to
     that of both by the root of the share that both keep, and from there to that of the differing blocks by the root
-    of the share that differs, so that one block of a cell is seen; scales below the panels show it.
+    of the share that differs, so that one block of a cell is seen; scales below the panels of a new figure show it.
 
     Args:
         first, second: [B, H, M, N] of the same lengths.
-        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced. None writes none.
+        ax: matplotlib Axes to draw in, one for each head. None makes a new figure: without a path one of pyplot's, as
+            notebooks show.
         names: what to call the two maps.
         titles: a name for each head; "head 0", "head 1", … if None.
         batch: the batch entry to draw.
+
+    Returns:
+        The axes, one for each head; ``axes[0].figure`` is the figure.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -71,7 +81,7 @@ def plot_difference(
         raise TypeError(f"names must be two names, got {names!r}")
 
     factor = cell_factor(first.geometry, panel_pixels(first.shape[1]))
-    figure, panels = panel_grid(first, factor)
+    panels = panel_grid(first, factor, ax, path)
     parts = _parts(first, second)
     iou = difference.iou
     for head, axes in enumerate(panels):
@@ -80,11 +90,15 @@ def plot_difference(
         verdict = "equal" if iou[batch, head] == 1 else f"IoU {float(iou[batch, head]):.3f}"
         axes.set_title(f"{titles[head]}, {verdict}", fontsize=11, pad=7)
     labels = {"both": BOTH, f"only {names[0]}": ONLY_FIRST, f"only {names[1]}": ONLY_SECOND}
-    if factor == 1:
-        add_patches(figure, {**labels, "neither": DROPPED})
+    colours = {**labels, "neither": DROPPED}
+    if ax is not None:
+        panels[0].legend(handles=colour_patches(colours), loc="upper right", fontsize=8)  # in the causal future
+    elif factor == 1:
+        add_patches(figure_of(panels[0]), colours)
     else:
-        _add_scales(figure, labels, factor)
-    figure.savefig(path, facecolor="white")
+        _add_scales(figure_of(panels[0]), labels, factor)
+    save_figure(panels[0], path)
+    return panels
 
 
 def mix(both: Tensor, only_first: Tensor, only_second: Tensor) -> Tensor:

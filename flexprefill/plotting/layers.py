@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from flexprefill.plotting.canvas import (
     add_colour_bar,
     check_picture_path,
     colour_map,
+    given_axes,
     new_figure,
+    save_figure,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LAYERS_TOP = 40
 LAYERS_WIDTH, LAYERS_HEIGHT = 1000, 1000  # the aim for the panel, in pixels
@@ -30,16 +36,26 @@ ROUND = (1, 1.2, 1.6, 2, 3, 4, 6, 8)  # ends of a scale, whose halves are round 
 SCALE = (DROPPED, "#7ea6d0", KEPT, "#08203f")
 
 
-def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, label: str) -> None:
-    """Draws one share a head as a heat map into a file: layers down, heads to the right.
+def plot_layers(
+    values: Mapping[int, Tensor],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    label: str,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws one share a head as a heat map: layers down, heads to the right.
 
     The scale runs from 0 to the largest share, rounded up; a head that a layer has not is blank.
 
     Args:
-        values: by layer, shares in 0 … 1 by head, such as ``block_map.density()[0]``: float [H]; layers may differ
-            in H.
-        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        values: by layer, shares in 0 … 1 by head, such as ``block_map.density()[0]`` or ``recall.mean[0]``: float [H];
+            layers may differ in H.
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced. None writes none.
         label: what the shares are, for the scale.
+        ax: matplotlib Axes to draw in. None makes a new figure: without a path one of pyplot's, as notebooks show.
+
+    Returns:
+        The axes; ``axes.figure`` is the figure.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -66,9 +82,12 @@ def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, l
         cells[row, : values[layer].numel()] = values[layer].float().cpu()
     cell_width, cell_height = _cell_size(LAYERS_WIDTH, heads), _cell_size(LAYERS_HEIGHT, len(layers))
     width, height = heads * cell_width, len(layers) * cell_height
-    total_width = LEFT + max(width, BAR_WIDTH) + RIGHT
-    figure = new_figure(total_width, LAYERS_TOP + height + BOTTOM)
-    axes = add_axes(figure, LEFT, BOTTOM, width, height)
+    if ax is None:
+        figure = new_figure(LEFT + max(width, BAR_WIDTH) + RIGHT, LAYERS_TOP + height + BOTTOM, path)
+        axes = add_axes(figure, LEFT, BOTTOM, width, height)
+    else:
+        (axes,) = given_axes(ax, 1)
+        cell_width, cell_height = int(axes.bbox.width / heads), int(axes.bbox.height / len(layers))
     top = _round_up(float(cells.nan_to_num().max()))
     image = axes.imshow(
         cells.numpy(), cmap=colour_map(*SCALE), vmin=0, vmax=top, aspect="auto", interpolation="nearest", zorder=3
@@ -80,8 +99,12 @@ def plot_layers(values: Mapping[int, Tensor], path: str | os.PathLike[str], *, l
     axes.spines[:].set_visible(False)
     axes.set_xlabel("head", fontsize=10)
     axes.set_ylabel("layer", fontsize=10)
-    add_colour_bar(figure, image, LEFT + max(width, BAR_WIDTH) / 2, label, [0, top / 2, top])
-    figure.savefig(path, facecolor="white")
+    if ax is None:
+        add_colour_bar(figure, image, LEFT + max(width, BAR_WIDTH) / 2, label, [0, top / 2, top])
+    else:
+        axes.figure.colorbar(image, ax=axes, label=label, ticks=[0, top / 2, top])
+    save_figure(axes, path)
+    return axes
 
 
 def _cell_size(aim: int, cells: int) -> int:
@@ -91,7 +114,7 @@ def _cell_size(aim: int, cells: int) -> int:
 def _labelled(cells: int, pixels: int) -> list[int]:
     """Which of the cells have a label: all, or each second, fourth, …"""
     step = 1
-    while step * pixels < LABEL_PIXELS:
+    while step * max(1, pixels) < LABEL_PIXELS:
         step *= 2
     return list(range(0, cells, step))
 

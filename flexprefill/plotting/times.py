@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexprefill.blockmap.html import DROPPED, KEPT
-from flexprefill.plotting.canvas import check_picture_path, new_figure, token_label
+from flexprefill.plotting.canvas import (
+    DPI,
+    add_axes,
+    check_picture_path,
+    given_axes,
+    new_figure,
+    save_figure,
+    token_label,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,14 +46,21 @@ class TimeLine:
     times: Mapping[int, float]
 
 
-def plot_times(lines: Sequence[TimeLine], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws times against lengths into a file, both axes logarithmic; each line's name stands at its right end.
+def plot_times(
+    lines: Sequence[TimeLine], path: str | os.PathLike[str] | None = None, *, title: str, ax: Axes | None = None
+) -> Axes:
+    """Draws times against lengths, both axes logarithmic; each line's name stands at its right end.
 
     Parts are thin and coloured, wholes thick and blue, all but the first dotted, dense attention grey and dashed.
 
     Args:
         lines: at least one.
-        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced.
+        path: the picture's file; its suffix says which kind (``.png``). One that exists is replaced. None writes none.
+        title: stands above the axes.
+        ax: matplotlib Axes to draw in. None makes a new figure: without a path one of pyplot's, as notebooks show.
+
+    Returns:
+        The axes; ``axes.figure`` is the figure.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -55,12 +70,11 @@ def plot_times(lines: Sequence[TimeLine], path: str | os.PathLike[str], *, title
     check_picture_path(path)
     if not lines or not all(line.times for line in lines):
         raise ValueError(f"lines must be at least one, each with a time, got {lines!r}")
-    figure = new_figure(TIMES_WIDTH, TIMES_HEIGHT)
-    width = TIMES_WIDTH - TIMES_LEFT - TIMES_RIGHT
-    height = TIMES_HEIGHT - TIMES_TOP - TIMES_BOTTOM
-    axes = figure.add_axes(
-        (TIMES_LEFT / TIMES_WIDTH, TIMES_BOTTOM / TIMES_HEIGHT, width / TIMES_WIDTH, height / TIMES_HEIGHT)
-    )
+    if ax is None:
+        width, height = TIMES_WIDTH - TIMES_LEFT - TIMES_RIGHT, TIMES_HEIGHT - TIMES_TOP - TIMES_BOTTOM
+        axes = add_axes(new_figure(TIMES_WIDTH, TIMES_HEIGHT, path), TIMES_LEFT, TIMES_BOTTOM, width, height)
+    else:
+        (axes,) = given_axes(ax, 1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     lengths = sorted({length for line in lines for length in line.times})
@@ -80,8 +94,9 @@ def plot_times(lines: Sequence[TimeLine], path: str | os.PathLike[str], *, title
     for line, look in zip(lines, looks, strict=True):
         lengths_of_line = sorted(line.times)
         axes.plot(lengths_of_line, [line.times[length] for length in lengths_of_line], **look)
-    _label_ends(axes, lines, [look["color"] for look in looks], height)
-    figure.savefig(path, facecolor="white")
+    _label_ends(axes, lines, [look["color"] for look in looks])
+    save_figure(axes, path)
+    return axes
 
 
 def spread(positions: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -129,14 +144,15 @@ def _looks(lines: Sequence[TimeLine]) -> list[dict[str, Any]]:
     return looks
 
 
-def _label_ends(axes: Axes, lines: Sequence[TimeLine], colours: Sequence[str], height: int) -> None:
+def _label_ends(axes: Axes, lines: Sequence[TimeLine], colours: Sequence[str]) -> None:
     """Each line's name right of the axes, moved apart where ends are close, with a thin line from its end."""
     axes.autoscale_view()  # which is otherwise put off until the picture is drawn
     ends = [(max(line.times), line.times[max(line.times)]) for line in lines]
     pixels = [axes.transData.transform(end) for end in ends]
     left, bottom = axes.transAxes.transform((0, 0))
     right = axes.transAxes.transform((1, 0))[0]
-    places = spread([y - bottom for _, y in pixels], LABEL_STEP, 0, height)
+    height, step = axes.bbox.height, LABEL_STEP * axes.figure.dpi / DPI
+    places = spread([y - bottom for _, y in pixels], step, 0, height)
     for line, colour, end, place in zip(lines, colours, ends, places, strict=True):
         axes.annotate(
             line.name,

@@ -15,6 +15,9 @@ class Listener(Protocol):
     def hear_map(self, block_map: Any) -> None:
         """A BlockMap is about to be used."""
 
+    def hear_attention(self, attention: Any) -> None:
+        """Of which attention, a PlainAttention, the next map is."""
+
     def hear_guard(self, report: Any) -> None:
         """What the guard saw, a GuardReport, of a map that is about to be used."""
 
@@ -42,6 +45,13 @@ def note(block_map: Any) -> None:
     if is_recording():
         for listener in tuple(_listening.values()):
             listener.hear_map(block_map)
+
+
+def note_attention(attention: Any) -> None:
+    """Tells whoever listens of which attention the next map is."""
+    if is_recording():
+        for listener in tuple(_listening.values()):
+            listener.hear_attention(attention)
 
 
 def note_guard(report: Any) -> None:

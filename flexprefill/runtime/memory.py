@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
-from flexprefill.errors import NotEnoughMemoryError
+from flexprefill.errors import FlexPrefillError
 
 PIECE = 2**24  # elements that plain PyTorch holds at a time
 WORTH_ASKING = 2**28  # bytes; less is asked for by allocating it, since asking takes a call of some 0.1 ms
 IN_CHUNKS = "take the queries in chunks (examples/prefill_in_chunks.py)"
+
+
+class NotEnoughMemoryError(FlexPrefillError, torch.OutOfMemoryError):
+    """A search, or the lists of a map, do not fit: nothing was begun, and the message says what would fit."""
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig, check_alphas, check_config
+from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search import operator
 from flexprefill.search.guard import guard_checked
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
+from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN, AttentionVariant, check_variant
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -66,6 +68,8 @@ def search_blocks(
     check_means(means)
     variant = check_variant(variant, query, key)
     scale = resolve_scale(scale, query.shape[3])
+    if is_recording():
+        note_attention(PlainAttention(query, key, scale, variant))
     return search_checked(query, key, config, scale, last_chunk, implementation, means, variant)
 
 

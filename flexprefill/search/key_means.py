@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search import operator
 
@@ -72,6 +73,7 @@ class KeyMeans:
                 if got != ours:
                     raise ValueError(
                         f"means is of keys with {name} {ours}, got {got}: it belongs to one layer and prompt"
+                        f"{layout_hint(key=key)}"
                     )
             if kv_len < held.kv_len:
                 raise ValueError(

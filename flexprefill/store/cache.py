@@ -18,10 +18,13 @@ from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.runtime.devices import check_device
+from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search.blocks import pool_checked, search_checked
 from flexprefill.search.rule import Rule
 from flexprefill.store.tokens import token_tensor
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
+from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.variant import PLAIN
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,8 @@ class CachedPrompt:
             if self.identity.batch != query.shape[0]:
                 raise ValueError(f"query must have the prompt's batch size {self.identity.batch}, got {query.shape[0]}")
         rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
+        if is_recording():
+            note_attention(PlainAttention(query, key, rule.scale, PLAIN))
         everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
         kind = (layer, everywhere, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)
         place = (*kind, self.identity, q_len, kv_len, last_chunk)

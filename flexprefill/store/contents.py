@@ -1,4 +1,7 @@
-"""What a mask file says of its maps: the strings in its header, and which tensors follow from them."""
+"""What a mask file says of its maps: the strings in its header, and which tensors follow from them.
+
+Only what is written needs torch, and imports it: a header is read without.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import safetensors
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flexprefill._version import __version__
-from flexprefill.blockmap.geometry import Geometry
+from flexprefill.blockmap.geometry import WORD_BITS, Geometry, ceil_div
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.store.container import Entry, is_object, is_text, parse_json, parse_object
-from flexprefill.store.heads import triangle_bytes, words_shape
 from flexprefill.store.tokens import check_token_texts, check_tokens_fit, token_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FORMAT = "flexprefill-masks"
 FORMAT_VERSION = 2
@@ -75,6 +77,9 @@ def describe(
     Raises:
         TypeError, ValueError: an argument is not of its kind.
     """
+    import safetensors
+    import torch
+
     if config is not None:
         check_config(config)
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -167,6 +172,23 @@ def tensor_name(layer: int) -> str:
     return f"layer.{layer}"
 
 
+def words_shape(geometry: Geometry) -> tuple[int, int]:
+    """(M, W): rows of a head, and words in a row."""
+    return geometry.rows, ceil_div(geometry.columns, WORD_BITS)
+
+
+def triangle_bits(geometry: Geometry) -> int:
+    """The sum of :func:`visible_blocks`, in constant time whatever the sizes are."""
+    rows = geometry.rows
+    before = ceil_div(geometry.offset, geometry.block_size)  # row I < rows - 1 sees before + I + 1 blocks, the last all
+    return (rows - 1) * before + rows * (rows - 1) // 2 + geometry.columns
+
+
+def triangle_bytes(geometry: Geometry) -> int:
+    """Bytes of a head's stream: its visible blocks, row after row, a bit each; zero bits fill the last byte."""
+    return ceil_div(triangle_bits(geometry), 8)
+
+
 def planned_tensors(version: int, layers: Mapping[int, Mapping[str, Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each tensor of a file with these layers, in the order of version 2's bytes."""
     plan: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -213,6 +235,8 @@ def hash_token_ids(token_ids: Tensor | Sequence[int]) -> str:
     tokens = token_tensor(token_ids)
     if not tokens.numel():
         raise ValueError("token_ids must hold at least one token, got none")
+    import torch
+
     data = bytearray(8 * tokens.numel())
     torch.frombuffer(data, dtype=torch.int64).copy_(tokens.flatten())
     return hashlib.sha256(data).hexdigest()

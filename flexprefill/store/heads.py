@@ -9,31 +9,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from flexprefill.blockmap.bits import WORD_BITS, pack_bits
+from flexprefill.blockmap.bits import pack_bits
 from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, visible_blocks
+from flexprefill.store.contents import triangle_bits, triangle_bytes, words_shape
 
 Words = NDArray[np.int32]  # of maps, 32 blocks each
 Stream = NDArray[np.uint64]  # of files, 64 blocks each
 Numbers = NDArray[np.int64]
 STREAM_BITS = 64
 WORDS_AT_A_TIME = 2**18  # some megabytes, which stay in the cache
-
-
-def words_shape(geometry: Geometry) -> tuple[int, int]:
-    """(M, W): rows of a head, and words in a row."""
-    return geometry.rows, ceil_div(geometry.columns, WORD_BITS)
-
-
-def triangle_bits(geometry: Geometry) -> int:
-    """The sum of :func:`visible_blocks`, in constant time whatever the sizes are."""
-    rows = geometry.rows
-    before = ceil_div(geometry.offset, geometry.block_size)  # row I < rows - 1 sees before + I + 1 blocks, the last all
-    return (rows - 1) * before + rows * (rows - 1) // 2 + geometry.columns
-
-
-def triangle_bytes(geometry: Geometry) -> int:
-    """Bytes of a head's stream: its visible blocks, row after row, a bit each; zero bits fill the last byte."""
-    return ceil_div(triangle_bits(geometry), 8)
 
 
 class TrianglePacking:

@@ -1,4 +1,4 @@
-"""load_masks and read_mask_info: what is read is checked first, and only what was asked for is read."""
+"""load_masks: what is read is checked first, and only what was asked for is read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import functools
 import math
 import os
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,45 +23,28 @@ from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.memory import check_room
 from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
-from flexprefill.store.container import Container, Source, opened, read_container
+from flexprefill.store.container import opened
 from flexprefill.store.contents import (
-    TABLES,
     MaskFileInfo,
-    check_entries,
     check_model_name,
     geometry_of,
     hash_token_ids,
-    read_description,
     tensor_name,
+    triangle_bytes,
+    words_shape,
 )
+from flexprefill.store.header import MaskFile, read_mask_file
 from flexprefill.store.heads import (
     PlainUnpacking,
     TriangleUnpacking,
     as_stream_words,
     even_step,
-    triangle_bytes,
-    words_shape,
 )
 
 THREADS = 2  # more wait for each other and for the memory
 HUGE_PAGE = 2**21  # bytes
-BYTES_A_HEAD = 150  # of its density and checksum, as Python numbers
 Unpacking = PlainUnpacking | TriangleUnpacking
 UNPACKING: dict[int, Callable[[Geometry], Unpacking]] = {1: PlainUnpacking, 2: TriangleUnpacking}  # by format version
-
-
-@dataclass(frozen=True)
-class _MaskFile:
-    """An open mask file whose header and tables are checked.
-
-    Attributes:
-        checksums: per layer one for each head, in the order of the file; empty in version 1.
-    """
-
-    source: Source
-    container: Container
-    info: MaskFileInfo
-    checksums: dict[int, Sequence[int]]
 
 
 def load_masks(
@@ -98,7 +79,7 @@ def load_masks(
     device = check_device(device)
     expected = _expectations(config, model, token_ids)
     with opened(path) as source:
-        file = _read_mask_file(source)
+        file = read_mask_file(source)
         info = file.info
         for name, wanted in expected.items():
             if getattr(info, name) != wanted:
@@ -122,53 +103,6 @@ def load_masks(
                     masks[layer] = block_map.to(device)
                     advance(1)
         return masks
-
-
-def read_mask_info(path: str | os.PathLike[str]) -> MaskFileInfo:
-    """What a mask file says of itself: what it was saved with, sizes and densities by layer. No mask is read.
-
-    Raises:
-        TypeError: ``path`` is no file name.
-        MaskFileError: the file is missing, truncated, changed in any bit but those of the masks, of another kind or
-            of a newer format.
-    """
-    with opened(path) as source:
-        return _read_mask_file(source).info
-
-
-def _read_mask_file(source: Source) -> _MaskFile:
-    container = read_container(source)
-    try:
-        info = read_description(container.metadata)
-        check_entries(info, container.entries)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise source.refusal(error) from error
-    if info.format_version == 1:
-        return _MaskFile(source, container, info, {})
-
-    # a file's sizes are those of its bytes, but bytes that were never written take no room on a disk
-    stored = sum(math.prod(sizes["shape"]) for sizes in info.layers.values())
-    what = f"what {source.path} says of {stored:,} heads"
-    check_room(what, stored * BYTES_A_HEAD, torch.device("cpu"), "a real file holds fewer")
-    tables = {name: source.read(*container.place(name)) for name in TABLES}
-    header_sum, table_sum = struct.unpack("<2I", tables["checksums"])
-    if zlib.crc32(container.head) != header_sum:
-        raise source.refusal("its header does not have the checksum at its end")
-    if zlib.crc32(tables["density"] + tables["crc32"]) != table_sum:
-        raise source.refusal("its tables do not have the checksum at its end")
-    densities = iter(struct.unpack(f"<{len(tables['density']) // 4}f", tables["density"]))
-    checksums = iter(struct.unpack(f"<{len(tables['crc32']) // 4}I", tables["crc32"]))
-    by_layer = {layer: sizes["shape"] for layer, sizes in info.layers.items()}
-    density = {
-        layer: tuple(tuple(islice(densities, in_file)) for _ in range(batch))
-        for layer, (batch, in_file) in by_layer.items()
-    }
-    return _MaskFile(
-        source,
-        container,
-        replace(info, density=density),
-        {layer: tuple(islice(checksums, batch * in_file)) for layer, (batch, in_file) in by_layer.items()},
-    )
 
 
 def _memory_for(info: MaskFileInfo, layers: Sequence[int], heads: Sequence[int] | None) -> int:
@@ -222,7 +156,7 @@ def _parts(info: MaskFileInfo, layers: Sequence[int], heads: Sequence[int] | Non
             yield _Part(layer, stored[first:end], unpacking, words[first:end], whole)
 
 
-def _read_part(file: _MaskFile, part: _Part) -> tuple[int, BlockMap | None]:
+def _read_part(file: MaskFile, part: _Part) -> tuple[int, BlockMap | None]:
     """Reads the part's heads, checks them and fills its words; the layer, and its map if it is whole now."""
     layer, size = part.layer, part.unpacking.size
     start, _ = file.container.place(tensor_name(layer))

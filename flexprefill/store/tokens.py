@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def token_tensor(token_ids: Tensor | Sequence[int]) -> Tensor:
     """A prompt's tokens on the CPU, of any shape; TypeError unless they are whole numbers."""
+    import torch
+
     try:
         tokens = torch.as_tensor(token_ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

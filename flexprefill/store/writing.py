@@ -24,7 +24,9 @@ from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.store.ahead import ahead
 from flexprefill.store.container import HEADER_LIMIT, Entry, header_bytes, placed_entries
 from flexprefill.store.contents import FORMAT_VERSION, TABLES, describe, planned_tensors, tensor_name
+from flexprefill.store.figures import recall_entry
 from flexprefill.store.heads import Stream, TrianglePacking, even_step
+from flexprefill.store.recording import Recording
 from flexprefill.store.tokens import check_tokens_fit
 
 
@@ -49,8 +51,8 @@ def save_masks(
         path: the file; one that exists is replaced, and its permissions stay.
         masks: layer number to map; maps may differ in lengths, heads and device.
         config: the settings that made the masks, kept in the file.
-        metadata: the caller's own entries, str to str, kept in the file. An entry ``heads`` with a name for each head
-            of a layer, separated by commas, is what the viewer calls them.
+        metadata: the caller's own entries, str to str, kept in the file. A Recording's recall becomes one more. An
+            entry ``heads`` with a name for each head of a layer, separated by commas, is what the viewer calls them.
         model: the name of the model whose masks they are, kept in the file.
         token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
         tokens: the prompt's text, one string for each key, such as ``[tokenizer.decode([i]) for i in ids]``; the viewer
@@ -64,6 +66,8 @@ def save_masks(
     """
     check_path(path)
     numbers = _layer_numbers(masks)
+    own = recall_entry(masks.recalls) if isinstance(masks, Recording) else {}
+    metadata = own | dict(metadata or {}) if own else metadata
     description = describe(config, metadata, model, token_ids, tokens, dtype)
     start = _header_room(description, numbers)
     layers: dict[int, dict[str, Any]] = {}

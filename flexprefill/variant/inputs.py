@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
 from flexprefill.config import plain_number
+from flexprefill.runtime.layout import layout_hint, warn_of_layout
 from flexprefill.runtime.thread_state import is_fake, is_in_vmap
 from flexprefill.runtime.tracing import is_tracing
 
@@ -38,6 +39,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query must have a multiple of key's heads, got query {list(query.shape)} and key {list(key.shape)}"
+            f"{layout_hint(query=query, key=key)}"
         )
     if query.shape[3] != key.shape[3]:
         raise ValueError(
@@ -46,12 +48,14 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
     if query.shape[2] > key.shape[2]:
         raise ValueError(
             "query [B, Hq, S_q, D] must be no longer than key [B, Hkv, S_kv, D] (queries are the last positions), "
-            f"got S_q={query.shape[2]} and S_kv={key.shape[2]}"
+            f"got S_q={query.shape[2]} and S_kv={key.shape[2]}{layout_hint(query=query, key=key)}"
         )
     if value and value[0].shape[1:3] != key.shape[1:3]:
         raise ValueError(
             f"value must have key's heads and length, got value {list(value[0].shape)} and key {list(key.shape)}"
+            f"{layout_hint(key=key, value=value[0])}"
         )
+    warn_of_layout(query)
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexprefill.blockmap.geometry import check_size
 from flexprefill.config import plain_number
+from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.pytrees import register_node
 from flexprefill.runtime.thread_state import is_fake
 from flexprefill.runtime.tracing import is_tracing
@@ -104,7 +105,9 @@ class Sequences:
     def check_fits(self, key: Tensor) -> None:
         """Raises ValueError unless they are of key's batch size, length and device."""
         if self.kv_len != key.shape[2]:
-            raise ValueError(f"sequences must be of key's length S_kv={key.shape[2]}, got kv_len={self.kv_len}")
+            raise ValueError(
+                f"sequences must be of key's length S_kv={key.shape[2]}, got kv_len={self.kv_len}{layout_hint(key=key)}"
+            )
         if self.starts.shape[0] not in (1, key.shape[0]):
             raise ValueError(f"sequences must be of key's batch size {key.shape[0]}, got {self.starts.shape[0]}")
         if self.starts.device != key.device:

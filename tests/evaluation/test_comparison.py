@@ -35,11 +35,12 @@ def test_all_keep_as_many_and_the_exact_choice_keeps_the_most(length, seed, alph
     query, key, _ = make_qkv(length, heads=2, seed=seed)
     rule = PrefillConfig(alpha=alpha, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1)
     searched = search_blocks(query, key, rule)
-    recalls = {None: attention_recall(query, key, searched)}
+    every = range(length)
+    recalls = {None: attention_recall(query, key, searched, rows=every).mean}
     for chosen_by in ("xattention", "random", "exact", "flashprefill"):
         chosen = choose_as_many(query, key, searched, rule, chosen_by)
         assert torch.equal(chosen.counts(), searched.counts())
-        recalls[chosen_by] = attention_recall(query, key, chosen)
+        recalls[chosen_by] = attention_recall(query, key, chosen, rows=every).mean
     assert all((recalls["exact"] >= recall - 1e-5).all() for recall in recalls.values())
     # the search's own scores choose what it chose; ties and unscored blocks apart, which are the causal edge's
     same = choose_as_many(query, key, searched, rule, "flashprefill")
@@ -149,7 +150,7 @@ def test_an_attender_gives_the_methods_attention(model):
     logits = (query @ key.mT * 64**-0.5).masked_fill(~visible, -torch.inf)
     torch.testing.assert_close(output, logits.softmax(-1) @ value, rtol=1e-4, atol=1e-4)
     rows = range(37, 400, 101)
-    torch.testing.assert_close(attender.recalls[0], attention_recall(query, key, kept, rows=rows))
+    torch.testing.assert_close(attender.recalls[0], attention_recall(query, key, kept, rows=rows).mean)
     torch.testing.assert_close(attender.densities[0], kept.density())
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import math
 import pickle
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from flexprefill import (
     explain_backend,
     guard_blocks,
     load_masks,
+    mass_by_distance,
     prefill_attention,
     read_mask_info,
     record_masks,
@@ -67,11 +70,61 @@ CALLS = {
     "prefill_attention, block_map": lambda q, k, v: prefill_attention(q, k, v, block_map=a_map()),
     "explain_backend": lambda q, k, v: explain_backend(q, k, v, CONFIG),
     "attention_recall": lambda q, k, v: attention_recall(q, k, a_map()),
+    "mass_by_distance": lambda q, k, v: mass_by_distance(q, k),
     "guard_blocks": lambda q, k, v: guard_blocks(q, k, a_map(), GUARDED),
     "search_blocks, guard": lambda q, k, v: search_blocks(q, k, GUARDED),
     "CachedPrompt.search_blocks": lambda q, k, v: cached_search(q, k),
 }
 TAKES_VALUE = ("prefill_attention", "prefill_attention, block_map", "explain_backend")
+
+
+HINT = r"if \w+ \[.*\] is \[B, S, H, D\], pass \w+\.transpose\(1, 2\)"
+
+
+def tokens_before_heads(*tensors):
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_before_heads_get_a_hint(name):
+    with pytest.raises(ValueError, match=HINT):  # fewer key heads than query heads, which then look like lengths
+        CALLS[name](*tokens_before_heads(*inputs()))
+    query, key, value = inputs(kv_heads=HEADS)
+    with pytest.raises(ValueError, match=HINT):
+        CALLS[name](*tokens_before_heads(query), *tokens_before_heads(key[:, :, :60], value[:, :, :60]))
+    if name in TAKES_VALUE:
+        with pytest.raises(ValueError, match=HINT.replace(r"\w+ ", "value ", 1)):
+            CALLS[name](query, key, *tokens_before_heads(value))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_before_heads_that_fit_together_get_a_warning_or_a_hint(name):
+    query, key, value = make_qkv(300, heads=2, kv_heads=2, head_dim=DIM, device=DEVICE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            CALLS[name](*tokens_before_heads(query, key, value))
+        except ValueError as error:
+            assert re.search(HINT, str(error)), error
+    assert any(re.search(HINT, str(warning.message)) for warning in caught)
+
+
+def test_what_is_of_other_sizes_hints_at_tokens_before_heads():
+    query, key, _ = inputs(kv_heads=HEADS)
+    swapped = tokens_before_heads(query, key)
+    sequences = flexprefill.Sequences.from_lengths(torch.tensor([LENGTH], device=DEVICE), LENGTH, padding="left")
+    with pytest.raises(ValueError, match=f"sequences must be of key's length.*{HINT}"):
+        search_blocks(*swapped, CONFIG, variant=AttentionVariant(sequences))
+    means = KeyMeans()
+    search_blocks(query, key, CONFIG, means=means)
+    with pytest.raises(ValueError, match=f"means is of keys with kv_heads.*{HINT}"):
+        search_blocks(*swapped, CONFIG, means=means)
+
+
+def test_a_short_prompt_of_many_heads_gets_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        search_blocks(*make_qkv(16, heads=64, kv_heads=64, head_dim=DIM, device=DEVICE)[:2], CONFIG)
 
 
 def negated(tensor):
@@ -370,15 +423,27 @@ COMMON = {
     "return_aux": ([True, 1, "lse"], TypeError),
     "block_map": ([1, "map", torch.zeros(1)], TypeError),
     "progress": ([1, "yes"], TypeError),
-    "rows": ([1, [0.5], "0", [True]], TypeError),
-    "rows, range": ([[], [-1], [LENGTH]], ValueError),
+    "rows": ([1.5, [0.5], "0", [True], True], TypeError),
+    "rows, range": ([[], [-1], [LENGTH], 0, -1], ValueError),
+    "seed": ([1.5, "0", None, True], TypeError),
+    "seed, range": ([-1, 2**63], ValueError),
+    "edges": ([128, ["1"], "128", [1.0], [True]], TypeError),
+    "edges, range": ([[], [0], [5, 5], [9, 3], [-1]], ValueError),
 }
 
 
 @pytest.mark.parametrize("argument", COMMON)
 @pytest.mark.parametrize(
     "function",
-    [search_blocks, create_prefill_block_mask, prefill_attention, explain_backend, attention_recall, guard_blocks],
+    [
+        search_blocks,
+        create_prefill_block_mask,
+        prefill_attention,
+        explain_backend,
+        attention_recall,
+        guard_blocks,
+        mass_by_distance,
+    ],
 )
 def test_an_argument_of_another_kind_is_named(function, argument):
     bad, error = COMMON[argument]
@@ -600,12 +665,15 @@ def test_maps_without_bits_are_not_saved(tmp_path):
 
 def test_what_is_public_is_what_is_tested_here():
     """A new public name has to be put to the same test."""
-    made_by_the_library = {"BackendChoice", "CacheStats", "CachedPrompt", "GuardReport", "MaskFileInfo", "Recording"}
+    made_by_the_library = {
+        *("BackendChoice", "CacheStats", "CachedPrompt", "DistanceMass", "GuardReport", "MaskFileInfo", "Recall"),
+        "Recording",
+    }
     errors = {"FlexPrefillError", "MaskFileError", "NotEnoughMemoryError", "RanEagerlyError", "UnsupportedError"}
     tested = {
         "BlockMap", "KeyMeans", "ListBuffers", "MaskCache", "PrefillConfig", "Scorer", "attention_recall",
-        "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "prefill_attention",
-        "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
+        "create_prefill_block_mask", "explain_backend", "guard_blocks", "load_masks", "mass_by_distance",
+        "prefill_attention", "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
     tested |= {"AttentionVariant", "Sequences"}  # in test_variant.py, test_terms.py and test_sequences.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}

@@ -28,10 +28,12 @@ def test_every_example_is_tested():
         "compile_model.py",
         "context_parallel.py",
         "inspect_saved_masks.py",
+        "long_range_heads.py",
         "prefill_in_chunks.py",
         "read_masks_with_numpy.py",
         "transformers_generate.py",
         "calibrate_transformers.py",
+        "capture_demo_heads.py",  # its model is a download: tests/cli/test_demo.py looks at what it made
         "record_and_inspect.py",
         "train_needle_model.py",
     }
@@ -87,6 +89,16 @@ def test_record_and_inspect(tmp_path):
     densities = [float(share) for line in lines[1:] for share in re.findall(r"([\d.]+)%", line)]
     assert len(densities) == 8 and min(densities) < 90
     assert len(load_masks(tmp_path / "masks.safetensors")) == 3
+
+
+def test_long_range_heads(tmp_path):
+    lines = run(EXAMPLES / "long_range_heads.py", tmp_path / "heads.png").splitlines()
+    found = [
+        re.fullmatch(r"layer \d head \d: mass (0\.\d+) from 2,048 tokens back on, 0\.\d+ on sinks", x) for x in lines
+    ]
+    shares = [float(match[1]) for match in found]
+    assert len(shares) == 8 and shares == sorted(shares, reverse=True) and shares[-1] > 0.2
+    assert (tmp_path / "heads.png").stat().st_size > 5000
 
 
 def test_train_needle_model(tmp_path):

@@ -59,9 +59,9 @@ def find_circle(edges):
 
 
 def floor_of(module):
-    """How high up a module stands; the package's own face, and python -m, on top of all."""
+    """How high up a module stands; the package's own face, its names and python -m, on top of all."""
     _, *inside = module.split(".")
-    if not inside or inside[0] == "__main__":
+    if not inside or inside[0] in ("api", "__main__"):
         return len(ROOMS) + 1
     return 0 if inside[0] in GROUND else 1 + ROOMS.index(inside[0])
 

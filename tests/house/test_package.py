@@ -22,12 +22,40 @@ def test_every_public_name_is_there_and_documented():
     assert flexprefill.__version__ == importlib.metadata.version("flexprefill")
 
 
+def run_fresh(code, *, check=True, **environment):
+    """What a new process prints that runs this code, with none of this process's settings for Triton."""
+    inherited = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = [sys.executable, "-c", code]
+    result = subprocess.run(process, capture_output=True, text=True, check=check, env=inherited | environment)
+    return result.stdout.strip() if check else result.stderr
+
+
 def test_importing_the_library_stays_light():
     heavy = "('triton', 'transformers', 'matplotlib', 'torch._inductor')"
-    code = f"import sys, flexprefill; print([name for name in {heavy} if name in sys.modules])"
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout.strip() == "[]"
+    loaded = f"print([name for name in {heavy} if name in sys.modules])"
+    assert run_fresh(f"import sys, flexprefill; flexprefill.search_blocks; {loaded}") == "[]"
+    assert run_fresh("import sys, flexprefill; print('torch' in sys.modules, flexprefill.__version__)") == (
+        f"False {flexprefill.__version__}"
+    )
+
+
+def test_public_names_are_loaded_when_one_is_asked_for():
+    code = "import flexprefill, pickle; print(pickle.loads(pickle.dumps(flexprefill.PrefillConfig(alpha=0.5))).alpha)"
+    assert run_fresh(code) == "0.5"
+    code = "from flexprefill import *; print(search_blocks.__module__, BlockMap.__module__)"
+    assert run_fresh(code) == "flexprefill.search.blocks flexprefill.blockmap.map"
+    assert run_fresh("import flexprefill; print(dir(flexprefill) == sorted(flexprefill.__all__))") == "True"
+    assert run_fresh("import flexprefill; print(flexprefill.config.PUBLISHED['Qwen2.5-7B'])") == "{'alpha': 0.08}"
+    with pytest.raises(AttributeError, match="module 'flexprefill' has no attribute 'search_block'"):
+        _ = flexprefill.search_block
+    with pytest.raises(ImportError, match="cannot import name 'search_block'"):
+        exec("from flexprefill import search_block")
+
+
+def test_what_keeps_the_library_from_loading_is_said(tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    said = run_fresh("from flexprefill import search_blocks", check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "torch" in said.splitlines()[-1] and "cannot import name 'search_blocks'" not in said
 
 
 def test_the_index_is_told_what_the_package_is():
@@ -78,3 +106,4 @@ def test_the_wheel_has_the_package_alone(archives):
     others = {name for name in in_wheel if ".dist-info/" not in name}
     assert others == files_in("flexprefill")
     assert {"flexprefill/py.typed", "flexprefill/__main__.py", "flexprefill/viewer/page.html"} <= others
+    assert {f"flexprefill/evaluation/smollm2_heads.{kind}" for kind in ("safetensors", "NOTICE")} <= others

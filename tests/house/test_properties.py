@@ -198,10 +198,13 @@ def test_recall_is_a_share_that_grows_with_the_map(block_map, data):
     query, key, _ = make_qkv(block_map.q_len, block_map.kv_len, **shape, seed=data.draw(SEEDS))
     sizes = {"q_len": block_map.q_len, "kv_len": block_map.kv_len, "block_size": block_map.block_size}
     everything = BlockMap.causal(batch, heads, **sizes, device=DEVICE)
-    ours, whole = attention_recall(query, key, block_map), attention_recall(query, key, everything)
-    assert ((ours >= 0) & (ours <= whole + 1e-5)).all() and torch.allclose(whole, torch.ones_like(whole), rtol=1e-5)
-    rest = attention_recall(query, key, everything ^ block_map)
-    assert torch.allclose(ours + rest, whole, rtol=1e-4)
+    every = range(block_map.q_len)
+    whole = attention_recall(query, key, everything)
+    assert whole.mean.eq(1).all() and whole.overall == 1 and not whole.can_lose.any() and whole.rows.shape[2] == 0
+    ours = attention_recall(query, key, block_map, rows=every).shares
+    assert ((ours >= 0) & (ours <= 1)).all()
+    rest = attention_recall(query, key, everything ^ block_map, rows=every).shares
+    assert torch.allclose(ours + rest, torch.ones_like(ours), rtol=1e-4)
 
 
 @examples(100)

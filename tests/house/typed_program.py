@@ -35,8 +35,9 @@ def main(path: Path) -> None:
     flexprefill.save_masks(path, {0: guarded}, config=config, metadata={"by": choice.name})
     info: flexprefill.MaskFileInfo = flexprefill.read_mask_info(path)
     loaded: dict[int, BlockMap] = flexprefill.load_masks(path, layers=[0])
-    recall: Tensor = flexprefill.attention_recall(query, key, loaded[0])
-    print(shape, output.shape, again[1].lse, report.widened, info.layers, recall.mean())
+    recall: flexprefill.Recall = flexprefill.attention_recall(query, key, loaded[0])
+    mass: flexprefill.DistanceMass = flexprefill.mass_by_distance(query, key, edges=[64], variant=window)
+    print(shape, output.shape, again[1].lse, report.widened, info.layers, recall.mean, mass.beyond(64))
 
 
 if __name__ == "__main__":

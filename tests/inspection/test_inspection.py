@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import make_qkv
 
-from flexprefill import BlockMap, PrefillConfig, attention_recall, search_blocks
+from flexprefill import BlockMap, PrefillConfig
 from flexprefill.blockmap.geometry import visible_blocks
 from flexprefill.inspection import PATTERNS, block_patterns, compare_maps, head_similarity, summarize_heads
 from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, SLAB_ROWS, count_patterns
@@ -223,71 +222,6 @@ def test_what_cannot_be_inspected_is_refused():
         compare_maps(block_map, longer)
     with pytest.raises(ValueError, match="second must have first's q_len 48, got 64"):
         head_similarity(block_map, longer)
-
-
-def exact_mass(query, key, block_map, scale):
-    """The mass that the kept blocks hold of each query: float64 [B, H, S_q]."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    logits = scale * query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    future = torch.arange(kv_len) > torch.arange(q_len)[:, None] + kv_len - q_len
-    mass = logits.masked_fill(future, -torch.inf).softmax(-1)
-    size = block_map.block_size
-    kept = block_map.to_dense().repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :q_len, :kv_len]
-    return (mass * kept).sum(-1)
-
-
-@pytest.mark.parametrize("q_len, kv_len", [(300, 300), (100, 333), (1, 50)])
-def test_recall_is_the_mass_of_the_kept_blocks(q_len, kv_len):
-    query, key, _ = make_qkv(q_len, kv_len, batch=2, heads=4, kv_heads=2)
-    config = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
-    block_map = search_blocks(query, key, config)
-
-    steps = []
-    recall = attention_recall(query, key, block_map, scale=0.2, progress=steps.append)
-
-    expected = exact_mass(query, key, block_map, 0.2).mean(-1)
-    torch.testing.assert_close(recall.double(), expected, rtol=1e-5, atol=1e-6)
-    assert sum(steps) == 2 * 2 * -(-q_len // 16)
-
-
-@pytest.mark.parametrize("rows", [[250], range(3, 300, 50), [7, 299, 0], torch.tensor([5, 6])])
-def test_recall_of_sampled_rows_is_of_these_rows(rows):
-    query, key, _ = make_qkv(300, 333, heads=4, kv_heads=2)
-    config = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
-    block_map = search_blocks(query, key, config)
-    steps = []
-    recall = attention_recall(query, key, block_map, scale=0.2, rows=rows, progress=steps.append)
-    expected = exact_mass(query, key, block_map, 0.2)[:, :, list(rows)].mean(-1)
-    torch.testing.assert_close(recall.double(), expected, rtol=1e-5, atol=1e-6)
-    assert sum(steps) == 2 * len({int(row) // 16 for row in rows})
-
-
-def test_rows_that_are_no_queries_are_refused():
-    query, key, _ = make_qkv(200)
-    block_map = search_blocks(query, key)
-    for rows in ([], [200], [-1]):
-        with pytest.raises(ValueError, match="rows must be at least one of the queries 0 … 199"):
-            attention_recall(query, key, block_map, rows=rows)
-    for rows in (3, [1.5], [True], "1", torch.ones(2, 2)):
-        with pytest.raises(TypeError, match="rows must be a list of ints or None"):
-            attention_recall(query, key, block_map, rows=rows)
-
-
-def test_all_blocks_hold_all_mass_and_none_hold_none():
-    query, key, _ = make_qkv(200)
-    for share, expected in ((True, 1.0), (False, 0.0)):
-        dense = torch.full((1, 2, 2, 2), share)
-        block_map = BlockMap.from_dense(dense, q_len=200, kv_len=200, block_size=128)
-        torch.testing.assert_close(attention_recall(query, key, block_map), torch.full((1, 2), expected))
-
-
-def test_a_map_that_does_not_fit_is_refused():
-    query, key, _ = make_qkv(200)
-    other = search_blocks(*make_qkv(201)[:2])
-    with pytest.raises(ValueError, match="block_map must be of q_len=200 and kv_len=200, got q_len=201"):
-        attention_recall(query, key, other)
-    with pytest.raises(TypeError, match="block_map must be a BlockMap, got NoneType"):
-        attention_recall(query, key, None)
 
 
 @pytest.mark.gpu

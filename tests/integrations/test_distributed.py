@@ -68,6 +68,16 @@ def test_a_layout_needs_a_group():
         ContextLayout.of(1000)
 
 
+@pytest.mark.filterwarnings("ignore:query .* has more heads than tokens")
+def test_tokens_before_heads_get_a_hint():
+    layout = ContextLayout((0, 256, 512, 640, 1000), 1)
+    local = torch.randn(1, 384, 2, 16)  # [B, S_local, H, D]
+    with pytest.raises(ValueError, match=r"query must have the 384 positions.*; if query .* pass query\.transpose"):
+        context_parallel_search(local, local, layout)
+    with pytest.raises(ValueError, match=r"value must have the 384 positions.*; if value .* pass value\.transpose"):
+        context_parallel_attention(local, local, local, layout)
+
+
 def test_chunks_are_blocks_and_pair_early_with_late():
     layout = ContextLayout((0, 256, 512, 640, 1000), 1)
     assert layout.ranks == 2 and layout.length == 1000

@@ -11,8 +11,16 @@ from flexprefill import BlockMap, FlexPrefillError
 from flexprefill.blockmap.cells import kept_shares
 from flexprefill.blockmap.geometry import Geometry, causal_blocks
 from flexprefill.blockmap.html import DROPPED, KEPT, MAX_PANELS
+from flexprefill.plotting import (
+    AccuracyPoint,
+    TimeLine,
+    plot_accuracy,
+    plot_difference,
+    plot_heads,
+    plot_layers,
+    plot_times,
+)
 from flexprefill.plotting import layers as layer_plots
-from flexprefill.plotting import plot_difference, plot_heads, plot_layers
 from flexprefill.plotting.canvas import COLUMNS, GAP_X, LEFT, TOP, token_label, token_ticks
 from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND
 
@@ -249,3 +257,68 @@ def test_importing_plotting_does_not_import_matplotlib():
     code = "import sys, flexprefill.plotting, flexprefill.cli; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+# axes of the caller's
+
+
+@pytest.fixture
+def pyplot():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    yield pyplot
+    pyplot.close("all")
+
+
+def random_map(blocks=12, heads=2, seed=0):
+    return make_map(torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed)) < 0.5)
+
+
+POINTS = [AccuracyPoint(length, "exact", 0.5, 0.9, (0.8, 0.95)) for length in (4096, 8192)]
+PLOTS = {  # how each is called, and how many axes it has; None: one, which is no list
+    "heads": (lambda *path, **ax: plot_heads(random_map(), *path, **ax), 2),
+    "averaged heads": (lambda *path, **ax: plot_heads(random_map(1030, 1), *path, **ax), 1),
+    "difference": (lambda *path, **ax: plot_difference(random_map(), random_map(seed=1), *path, **ax), 2),
+    "layers": (lambda *path, **ax: plot_layers({0: torch.rand(40), 3: torch.rand(9)}, *path, label="x", **ax), None),
+    "times": (lambda *path, **ax: plot_times([TimeLine("a", "part", {4: 1.0, 8: 3.0})], *path, title="t", **ax), None),
+    "accuracy": (lambda *path, **ax: plot_accuracy(POINTS, *path, title="t", **ax), 2),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_take_and_return_axes(name, pyplot, tmp_path):
+    draw_it, count = PLOTS[name]
+    _, axes = pyplot.subplots(1, count or 1, squeeze=False)
+    given = axes[0, 0] if count is None else axes
+    found = draw_it(ax=given)
+    assert found is given if count is None else found == list(axes.flat)
+    assert all(panel.has_data() for panel in axes.flat) and len(pyplot.get_fignums()) == 1
+    axes[0, 0].figure.canvas.draw()
+
+    own = draw_it()  # in pyplot's own new figure
+    first = own if count is None else own[0]
+    assert len(pyplot.get_fignums()) == 2 and first.figure is pyplot.gcf() and first.has_data()
+    assert not list(tmp_path.iterdir())
+
+    saved = draw_it(tmp_path / "map.png")
+    assert len(pyplot.get_fignums()) == 2 and (tmp_path / "map.png").stat().st_size > 1000
+    assert type(saved) is type(own)
+    draw_it(tmp_path / "mine.png", ax=given)
+    assert read(tmp_path / "mine.png").shape[:2] == (480, 640)
+
+    for wrong, error in (
+        (3, TypeError),
+        ("ax", TypeError),
+        ([axes[0, 0], 1], TypeError),
+        ([axes[0, 0]] * 3, ValueError),
+    ):
+        with pytest.raises(error, match="^ax must be"):
+            draw_it(ax=wrong)
+
+
+def test_maps_in_the_callers_axes_are_in_tokens_and_say_what_colours_mean(pyplot):
+    _, axes = pyplot.subplots()
+    plot_heads(random_map(12, 1), ax=axes, titles=["mine"])
+    assert axes.get_xlabel() == "key token" and axes.get_title().startswith("mine, ")
+    assert axes.get_xlim() == (0, 192) and axes.get_ylim() == (192, 0)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kept block", "dropped block"]

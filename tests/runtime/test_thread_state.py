@@ -21,6 +21,7 @@ from flexprefill import (
     attention_recall,
     create_prefill_block_mask,
     guard_blocks,
+    mass_by_distance,
     prefill_attention,
     search_blocks,
 )
@@ -93,7 +94,9 @@ def tensors_of(inputs):
         "search of a cache": MaskCache().prompt(range(300)).search_blocks(0, query, key, CONFIG).words,
         "guard": guarded.words,
         "guard's recall": report.recall,
-        "recall": attention_recall(query, key, found),
+        "recall": attention_recall(query, key, found).shares.nan_to_num(2),
+        "recall's rows": attention_recall(query, key, found, rows=20).rows,
+        "mass by distance": mass_by_distance(query, key, edges=[20, 90], variant=capped).mass,
         "partial list": mask.kv_indices,
         "full list": mask.full_kv_indices,
         "dense": prefill_attention(query, key, value, PrefillConfig(dense_below=1000)),

@@ -125,10 +125,11 @@ def test_the_search_and_the_attention_guard_by_themselves():
     query, key, value = two_heads()
     config = replace(LEAN, block_size=64, alpha=0.05, guard=0.95)
     plain = search_blocks(query, key, replace(config, guard=None))
-    before = attention_recall(query, key, plain)
+    every = range(query.shape[2])
+    before = attention_recall(query, key, plain, rows=every).mean
     assert before[0, 0] > 0.97 and before[0, 1] < 0.9
     guarded = search_blocks(query, key, config)
-    assert attention_recall(query, key, guarded).min() >= 0.95
+    assert attention_recall(query, key, guarded, rows=every).mean.min() >= 0.95
     assert torch.equal(guarded.words[:, 0], plain.words[:, 0])
     assert guarded == guard_blocks(query, key, plain, config)[0]
     expected = prefill_attention(query, key, value, config, block_map=guarded)

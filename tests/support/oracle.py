@@ -167,3 +167,24 @@ def evaluate_cut_rule(
             close[n, list(hs), i, j] = min(abs(margin) for margin in margins) < 1e-3
         keep[n, list(hs), i] = kept
     return torch.from_numpy(keep), torch.from_numpy(close)
+
+
+def attention_weights(query, key, *, scale=None, window=None, starts=None, soft_cap=None, slopes=None):
+    """Every row's softmax over the keys that it sees, in float64: [B, Hq, S_q, S_kv], 0 in rows that see none.
+
+    starts: [B][S_kv], where each position's sequence begins; S_kv for padding.
+    """
+    (batch, heads, q_len, head_dim), kv_len = query.shape, key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    logits = scale * query.double() @ key.double().repeat_interleave(heads // key.shape[1], 1).mT
+    if soft_cap is not None:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    position, keys = torch.arange(kv_len - q_len, kv_len)[:, None], torch.arange(kv_len)
+    if slopes is not None:
+        logits = logits - slopes.double()[:, None, None] * (position - keys)
+    hidden = (keys > position).expand(batch, 1, -1, -1)
+    if window is not None:
+        hidden = hidden | (position - keys >= window)
+    if starts is not None:
+        hidden = hidden | (keys < torch.tensor(starts)[:, None, kv_len - q_len :, None])
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0)
