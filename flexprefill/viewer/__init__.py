@@ -17,6 +17,7 @@ from flexprefill.errors import FlexPrefillError, MaskFileError
 from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, PATTERNS, known_settings
 from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND
 from flexprefill.store import read_mask_info
+from flexprefill.store.figures import RECALL_ENTRY
 
 READS_VERSION = 2
 EMBED_LIMIT = 24 * 2**20  # bytes of a mask file; base64 makes a third more of it
@@ -106,12 +107,13 @@ def write_page(
 
 
 def _rule() -> dict[str, Any]:
-    """The rule of the patterns in numbers, for the page, which names the blocks of files that it opens itself."""
+    """What the page has to know to read files itself: the rule of the patterns in numbers, and where recall is kept."""
     return {
         "patterns": PATTERNS,
         "line_share": LINE_SHARE,
         "min_line_blocks": MIN_LINE_BLOCKS,
         "unknown": known_settings(None).to_dict(),
+        "recall_entry": RECALL_ENTRY,
     }
 
 

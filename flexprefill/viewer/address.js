@@ -45,7 +45,6 @@ function recall(address) {
     const other = kept.get("other")?.split(".").map((part) => Math.floor(Number(part)) || 0);
     state.chosen[1] = nearest(fileOf(1), other ? { layer: other[0], column: other[1] ?? 0 } : state.chosen[0]);
   }
-  if (state.heatBy === "difference" && state.compare !== "file") state.heatBy = "density";
 }
 
 Object.assign(window.flexprefill, { recall, remember, rememberSoon });

@@ -2,7 +2,7 @@
 
 const {
   BAR, MARGIN, PATTERNS, bars, css, densityOf, drawnPanes, legend, mapEnd, patternsOf,
-  pixelView, placesOf, state, ticks,
+  pixelView, placesOf, recallOf, state, ticks,
 } = window.flexprefill;
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -169,11 +169,13 @@ async function saveHeads() {
   const [file] = state.files;
   const patterns = await patternsOf(file, () => {});
   const compared = state.compare === "file" ? state.differences : null;
+  const measured = placesOf(file).some((place) => recallOf(file, place));
   const lines = placesOf(file).map((place) => {
     const { layer, column, key } = place;
     const sizes = file.layer(layer);
     const { counts, kept, dense } = patterns.get(key);
     const apart = compared?.heads.get(key);
+    const recall = recallOf(file, place);
     return {
       layer,
       batch: Math.floor(column / sizes.heads),
@@ -182,6 +184,7 @@ async function saveHeads() {
       density: densityOf(file, place),
       kept,
       visible: sizes.geometry.bits,
+      ...(measured && { recall: recall?.mean ?? "", recall_least: recall?.least ?? "" }),
       dense,
       ...Object.fromEntries(PATTERNS.map((name) => [name, dense ? "" : kept && counts[name] / kept])),
       ...(compared && { only_a: apart?.onlyA ?? "", only_b: apart?.onlyB ?? "" }),

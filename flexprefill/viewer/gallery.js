@@ -2,7 +2,7 @@
 
 const {
   BlockMap, DENSE, PATTERNS, apart, classify, densityOf, element, grouped, headName, headText, heatText, inksOfOne,
-  inksOfTwo, keptText, node, paint, patternsOf, placesOf, readMap, state,
+  inksOfTwo, keptText, node, paint, patternsOf, placesOf, readMap, recallOf, state,
 } = window.flexprefill;
 
 const SIDE = 96; // CSS pixels, the longer one
@@ -15,6 +15,7 @@ const ORDERS = {
   [PLACE]: null,
   density: densityOf,
   difference: (_, place) => apart(place) ?? -1,
+  "lost mass": (file, place) => 1 - (recallOf(file, place)?.mean ?? 2),
   ...byPattern((name) => [`share of ${name}`, (file, place) => shareOf(patternOf(file, place), name)]),
 };
 // Which heads can be shown.
@@ -47,9 +48,14 @@ class Gallery {
     const [file] = state.files;
     const asked = { sort: element("sort").value, filter: element("filter").value };
     const compared = state.compare === "file";
-    for (const [select, name] of [["sort", "difference"], ["filter", "that differ"]]) {
-      element(select).querySelector(`[value="${name}"]`).hidden = !compared;
-      if (!compared && asked[select] === name) element(select).selectedIndex = 0;
+    const measured = placesOf(file).some((place) => recallOf(file, place));
+    for (const [select, name, fits] of [
+      ["sort", "difference", compared],
+      ["filter", "that differ", compared],
+      ["sort", "lost mass", measured],
+    ]) {
+      element(select).querySelector(`[value="${name}"]`).hidden = !fits;
+      if (!fits && asked[select] === name) element(select).selectedIndex = 0;
     }
     const sort = element("sort").value;
     const filter = element("filter").value;

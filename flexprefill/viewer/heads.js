@@ -1,6 +1,6 @@
 // Heads read from files: those shown, and what is known of all.
 
-const { BlockMap, classify, popcount } = window.flexprefill;
+const { BlockMap, RECALL_ENTRY, classify, popcount } = window.flexprefill;
 
 const KEPT_HEADS = 8; // maps held after they were shown
 const TURN = 30; // milliseconds of work until the page gets a turn
@@ -37,6 +37,23 @@ function placesOf(file) {
 }
 
 const densityOf = (file, { layer, column }) => file.density[file.layer(layer).first + column];
+
+// The share of the exact attention mass that a head's blocks hold, { mean, least } over its rows, if the file says so.
+function recallOf(file, { layer, column }) {
+  file.recall ??= parsedRecall(file.user[RECALL_ENTRY]);
+  const { heads } = file.layer(layer);
+  const share = (name) => file.recall[layer]?.[name]?.[Math.floor(column / heads)]?.[column % heads];
+  const [mean, least] = [share("mean"), share("least")];
+  return [mean, least].every((value) => value >= 0 && value <= 1 && typeof value === "number") ? { mean, least } : null;
+}
+
+function parsedRecall(text) {
+  try {
+    return JSON.parse(text) ?? {};
+  } catch {
+    return {}; // none, or somebody else's entry
+  }
+}
 
 // The patterns of every head of a file, { counts, kept, dense, main } by key. tell(done, all) hears how far it is.
 async function patternsOf(file, tell) {
@@ -96,4 +113,4 @@ async function inTurns(items, tell, work) {
   }
 }
 
-Object.assign(window.flexprefill, { densityOf, differencesOf, forgetFile, loadHead, patternsOf, placesOf, readMap });
+Object.assign(window.flexprefill, { densityOf, differencesOf, forgetFile, loadHead, patternsOf, placesOf, readMap, recallOf });

@@ -1,6 +1,6 @@
 // Layers down, heads to the right, each cell in the colour of its head.
 
-const { DENSE, css, densityOf, headName } = window.flexprefill;
+const { DENSE, css, densityOf, headName, recallOf } = window.flexprefill;
 
 const LABELS = { left: 30, top: 18 }; // CSS pixels
 const CELL = { least: 3, most: 26 };
@@ -88,11 +88,13 @@ function keptText(file, place) {
   return density === 1 ? DENSE : `${(100 * density).toFixed(1)} %`;
 }
 
-// "layer 3, head 5: 12.3 % kept"
+// "layer 3, head 5: 12.3 % kept", and the recall that the file says
 function headText(file, place) {
   const kept = keptText(file, place);
   const name = headName(file.layer(place.layer), place.column);
-  return `layer ${place.layer}, ${name}: ${kept === DENSE ? kept : `${kept} kept`}`;
+  const recall = recallOf(file, place);
+  const measured = recall ? `, recall ${recall.mean.toFixed(3)}, least ${recall.least.toFixed(3)}` : "";
+  return `layer ${place.layer}, ${name}: ${kept === DENSE ? kept : `${kept} kept`}${measured}`;
 }
 
 Object.assign(window.flexprefill, { HeatMap, headText, keptText });

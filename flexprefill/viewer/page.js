@@ -121,7 +121,6 @@ function choose(slot, choice) {
 
 function compareWith(compare, choice = state.chosen[0]) {
   state.compare = compare;
-  if (state.heatBy === "difference" && compare !== "file") state.heatBy = "density";
   if (fileOf(1)) state.chosen[1] = nearest(fileOf(1), choice);
   return show();
 }

@@ -1,8 +1,8 @@
 // What the page says in words, bars and lists of the state.
 
 const {
-  DENSE, PATTERNS, apart, comparable, element, fileOf, grouped, headName, headText, heat, inOneMap, panes, placesOf,
-  shown, state, wanted,
+  DENSE, PATTERNS, RECALL_ENTRY, apart, comparable, densityOf, element, fileOf, grouped, headName, headText, heat, inOneMap,
+  panes, placesOf, recallOf, shown, state, wanted,
 } = window.flexprefill;
 
 function say(message) {
@@ -40,24 +40,34 @@ function refreshPage() {
 }
 
 function refreshHeat(file) {
+  const known = { difference: state.compare === "file", recall: placesOf(file).some((place) => recallOf(file, place)) };
+  for (const [name, isKnown] of Object.entries(known)) {
+    element("heat-by").querySelector(`[value=${name}]`).hidden = !isKnown;
+    if (!isKnown && state.heatBy === name) state.heatBy = "density";
+  }
   const most = element("heat-most");
   element("heat-scale").hidden = state.heatBy === "pattern";
   element("heat-legend").hidden = state.heatBy !== "pattern";
   element("heat-legend").replaceChildren(...[DENSE, ...PATTERNS].map((name) => legendItem([name, name])));
-  element("heat-least").textContent = state.heatBy === "difference" ? "0 blocks" : "0 %";
-  const isApart = state.heatBy === "difference";
-  most.textContent = isApart ? `${grouped(mostApart())} blocks` : percent(Math.max(...file.density));
+  const write = { density: percent, difference: (blocks) => `${grouped(blocks)} blocks`, recall: (lost) => `${percent(lost)} lost` };
+  if (state.heatBy in write) {
+    element("heat-least").textContent = write[state.heatBy](0);
+    most.textContent = write[state.heatBy](heatMost());
+  }
   element("heat-by").value = state.heatBy;
-  element("heat-by").querySelector("[value=difference]").hidden = state.compare !== "file";
   element("heat-text").textContent = heatText(state.chosen[0]);
   heat.canvas.setAttribute("aria-label", `Layers × heads. Chosen: ${heatText(state.chosen[0])}`);
 }
 
-// Blocks of the head that differs most between the two files.
-function mostApart() {
-  const counts = [...(state.differences?.heads.values() ?? [])];
-  return counts.reduce((most, { onlyA, onlyB }) => Math.max(most, onlyA + onlyB), 0);
+// What the heat map colours a head by: a density, blocks that differ, or mass that is lost.
+function heatValue(place) {
+  const [file] = state.files;
+  if (state.heatBy === "difference") return apart(place) ?? 0;
+  if (state.heatBy === "recall") return 1 - (recallOf(file, place)?.mean ?? 1);
+  return densityOf(file, place);
 }
+
+const heatMost = () => placesOf(state.files[0]).reduce((most, place) => Math.max(most, heatValue(place)), 0);
 
 // What the heat map says of a head.
 function heatText(place) {
@@ -171,7 +181,8 @@ function facts(file) {
     "written by": written(metadata.library),
   };
   const settings = Object.entries(config ?? {}).filter(([key]) => key !== "block_size");
-  return [...Object.entries(own), ...settings, ...Object.entries(user)]
+  const others = Object.entries(user).filter(([key]) => key !== RECALL_ENTRY);
+  return [...Object.entries(own), ...settings, ...others]
     .filter(([, value]) => value !== undefined && value !== "")
     .flatMap(([key, value]) => [node("dt", key.replaceAll("_", " ")), node("dd", String(value))]);
 }
@@ -240,4 +251,4 @@ function totalsText({ row, column }) {
   return state.heads.map(sentence).filter(Boolean).join(" · ");
 }
 
-Object.assign(window.flexprefill, { blockText, heatText, legend, mostApart, node, refreshPage, say, totalsText });
+Object.assign(window.flexprefill, { blockText, heatMost, heatText, heatValue, legend, node, refreshPage, say, totalsText });

@@ -3,6 +3,7 @@
 
 const {
   patterns: PATTERNS, line_share: LINE_SHARE, min_line_blocks: MIN_LINE_BLOCKS, unknown: NO_CONFIG,
+  recall_entry: RECALL_ENTRY,
 } = JSON.parse(document.getElementById("rule").textContent);
 const DENSE = "dense"; // what a head that keeps everything is called; its blocks' patterns say nothing
 
@@ -68,4 +69,4 @@ function covered(ranges, lines) {
   return steps.map((step) => (depth += step));
 }
 
-Object.assign(window.flexprefill, { DENSE, PATTERNS, classify });
+Object.assign(window.flexprefill, { DENSE, PATTERNS, RECALL_ENTRY, classify });

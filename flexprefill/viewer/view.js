@@ -1,7 +1,7 @@
 // Which part of the map is looked at, and when it is drawn.
 
 const {
-  apart, densityOf, drawnPanes, element, heat, mostApart, panes, rampColour, state,
+  apart, drawnPanes, element, heat, heatMost, heatValue, panes, rampColour, state,
 } = window.flexprefill;
 
 const LARGEST_BLOCK = 64; // CSS pixels of a block at the highest zoom, unless the whole map is shown larger
@@ -102,10 +102,9 @@ function drawNow() {
 function drawHeat() {
   const [file] = state.files;
   const { colours, heatBy } = state;
-  const most = heatBy === "difference" ? Math.max(1, mostApart()) : Math.max(...file.density, 1e-6);
+  const most = Math.max(heatMost(), 1e-6);
   const colourOf = (place) => {
-    if (heatBy === "density") return rampColour(colours.ramp, densityOf(file, place) / most);
-    if (heatBy === "difference") return rampColour(colours.ramp, (apart(place) ?? 0) / most);
+    if (heatBy !== "pattern") return rampColour(colours.ramp, heatValue(place) / most);
     const main = file.patterns?.get(`${place.layer}:${place.column}`)?.main;
     return main ? colours[main] : colours.dropped;
   };

@@ -17,6 +17,7 @@ from support.viewer_files import CONFIG, lines_and_noise, write_masks
 from flexprefill import load_masks, save_masks
 from flexprefill.inspection import PATTERNS, block_patterns, compare_maps, summarize_heads
 from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND
+from flexprefill.store.figures import RECALL_ENTRY
 
 HOSTILE = "</script><script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\">"
 WORDS = [f" word{place}" for place in range(640)]
@@ -122,6 +123,30 @@ def test_heads_have_the_names_that_the_file_gives(browser, tmp_path, masks):
     assert "seed\n7" in page.text("#facts")
     page.keys("}")  # of five heads: the three names are not theirs
     assert "layer 2, head 0:" in page.text("#pane-a figcaption")
+
+
+def test_the_recall_that_a_file_says_is_shown(browser, tmp_path, path, masks):
+    recall = {
+        "0": {"mean": [[0.99, None, 0.9]], "least": [[0.95, None, 0.4]]},
+        "2": {"mean": [[0.8, 1.0, 1.0, 1.0, 1.0]], "least": [[0.25, 1.0, 1.0, 1.0, 1.0]]},
+    }
+    user = json.dumps({RECALL_ENTRY: json.dumps(recall), "seed": "7"})
+    page = browser(write_masks(tmp_path / "measured", masks, user=user))
+    assert page.text("#pane-a figcaption").endswith("% kept, recall 0.990, least 0.950")
+    assert RECALL_ENTRY not in page.text("#facts") and "seed" in page.text("#facts")
+    page.choose("heat-by", "recall")
+    assert page.text("#heat-most") == "20.0 % lost"
+    page.choose("sort", "lost mass")
+    names = [thumb.text.split("\n")[0] for thumb in page.driver.find_elements("css selector", ".thumb")]
+    assert names[:3] == ["2 · 0", "0 · 2", "0 · 0"] and names[-1] == "0 · 1"  # the last one was not measured
+    with page.save("heads", tmp_path / "csv").open(newline="") as lines:
+        records = list(csv.DictReader(lines))
+    assert [line["recall"] for line in records[:4]] == ["0.99", "", "0.9", "0.8"]
+    page.choose_file(path)  # which has none
+    assert "recall" not in page.text("#pane-a figcaption") and page.text("#heat-most").endswith(" %")
+    for wrong in ("[", "null", "3", '{"0": {"mean": 1, "least": [[2, "a"]]}}'):
+        page.choose_file(write_masks(tmp_path / "wrong", masks, user=json.dumps({RECALL_ENTRY: wrong})))
+        assert page.text("#message") == "" and page.text("#pane-a figcaption").endswith("% kept")
 
 
 def test_a_head_that_keeps_everything_is_called_dense(browser, tmp_path):
