@@ -12,6 +12,7 @@ import torch
 from flexprefill import BlockMap, PrefillConfig, cli, save_masks
 from flexprefill.cli.masks import ranges
 from flexprefill.inspection import compare_maps, head_similarity, summarize_heads
+from flexprefill.plotting.difference import ONLY_FIRST, ONLY_SECOND
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 CONFIG = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=2, last_full_blocks=1)
@@ -301,6 +302,14 @@ def test_a_terminal_gets_colour_unless_it_has_none(files):
     # the words say what the colour does
     for sent in (coloured, plain, dumb):
         assert "1 of 3 heads differ" in re.sub(r"\x1b\[[\d;]*m", "", sent)
+
+
+def test_files_have_the_colours_of_pictures_and_viewer(files):
+    pytest.importorskip("rich")
+    sent = in_terminal(["diff", files["a"], files["changed"]], COLORTERM="truecolor", TERM="xterm-256color")
+    for name, colour in (("A", ONLY_FIRST), ("B", ONLY_SECOND)):
+        channels = ";".join(map(str, bytes.fromhex(colour[1:])))
+        assert f"\x1b[1;38;2;{channels}m{name}\x1b[0m" in sent
 
 
 def test_a_table_fits_in_80_columns(files, capsys):
