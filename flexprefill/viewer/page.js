@@ -90,10 +90,10 @@ async function showChosen(mine) {
     if (mine === latest) say(error.message);
   }
   if (mine !== latest) return;
+  const { row, column } = state.cursor ?? {};
+  if (!heads[0]?.map.geometry.sees(row, column)) state.cursor = null;
   state.heads = heads;
   refresh();
-  const { row, column } = state.cursor ?? {};
-  point(heads[0]?.map.geometry.sees(row, column) ? state.cursor : null);
   try {
     if (state.files[0]) await gallery.refresh();
   } catch (error) {
@@ -105,7 +105,8 @@ async function showChosen(mine) {
 function refresh() {
   compose();
   refreshPage();
-  if (state.heads.length) find(element("search").value);
+  find(element("search").value);
+  point(state.cursor);
   drawSoon();
 }
 

@@ -2,8 +2,9 @@
 
 const { comparable, drawnPanes, element, fileOf, grouped, shown, state } = window.flexprefill;
 
-// The text of a head that is shown; B's where A has none and both are of one length.
+// The text of the heads that are shown; B's where A has none and both are of one length.
 function promptText() {
+  if (!state.heads.length) return null;
   const slots = shown().filter((slot) => slot === 0 || comparable());
   return slots.map((slot) => fileOf(slot).tokens).find(Boolean) ?? null;
 }

@@ -84,6 +84,33 @@ def test_a_search_marks_blocks_and_goes_from_match_to_match(browser, tmp_path, m
     assert "needle" not in page.driver.current_url
 
 
+def test_the_text_stands_beside_one_map_and_below_two(browser, tmp_path, masks, other):
+    page = browser(with_tokens(tmp_path / "text", masks, WORDS), other)
+    page.point_at(20, 7)
+    edges = (
+        "const [map, text] = ['panes', 'texts'].map((id) => document.getElementById(id).getBoundingClientRect());"
+        "return [text.left >= map.right, text.top >= map.bottom];"
+    )
+    assert page.ask(edges) == [False, True]
+    page.keys("d")
+    assert page.ask(edges) == [True, False] and page.text("#query-text").split() == "".join(WORDS[320:336]).split()
+    page.keys("d")
+    assert page.ask(edges) == [False, True]
+
+
+def test_a_damaged_head_of_a_file_with_text_is_named_alone(browser, tmp_path, masks):
+    file = with_tokens(tmp_path / "text", masks, WORDS)
+    whole = file.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    file.write_bytes(whole[:first] + bytes([whole[first] ^ 1]) + whole[first + 1 :])
+    page = browser(file)
+    assert "layer 0, head 0 does not match its checksum" in page.text("#message")
+    assert not page.find("#texts").is_displayed()
+    page.keys("]")
+    page.point_at(20, 7)
+    assert page.text("#message") == "" and page.find("#texts").is_displayed()
+
+
 def test_a_files_words_are_shown_as_text_and_run_nothing(browser, tmp_path):
     loaded = load_masks(write_masks(tmp_path / "plain", {0: lines_and_noise(2, 40, 1)}))
     file = tmp_path / "hostile.safetensors"
