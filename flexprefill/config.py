@@ -66,11 +66,11 @@ class PrefillConfig:
             J's first key, as in FlashPrefill-V2, so that blocks on the causal edge are scored by all their rows. The
             scorers "xattention" and "exact" are "visible" by their own definitions.
         scorer: name of the function that scores the blocks, "flashprefill", "xattention", "exact" or one that was
-            registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
+            registered with :func:`flexprefill.register_scorer`; see docs/explanations/scorers.md.
         mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value
-            (FlashPrefill-V2; docs/mean_correction.md). What a search keeps does not depend on it.
+            (FlashPrefill-V2; docs/explanations/mean_correction.md). What a search keeps does not depend on it.
         guard: the share of the attention mass that the kept blocks of each head have to hold, in (0, 1); heads whose
-            sampled rows hold less keep all blocks (docs/guard.md). None is off.
+            sampled rows hold less keep all blocks (docs/explanations/guard.md). None is off.
 
     Raises:
         TypeError: a setting is of the wrong type.

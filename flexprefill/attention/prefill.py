@@ -80,8 +80,8 @@ def prefill_attention(
         key: [B, Hkv, S_kv, D]; Hq a multiple of Hkv. Under autocast, tensors of several dtypes are cast to its one.
         value: [B, Hkv, S_kv, Dv]; D and Dv multiples of 8 from 16 to 256.
         config: the rule's settings, of which a given ``block_map`` leaves only ``mean_correction``: dropped blocks that
-            are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
-            ``max_scores``.
+            are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). Not with
+            mods or ``max_scores``.
         variant: what the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
             :class:`AttentionVariant`. Search and attention follow it.
         block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.

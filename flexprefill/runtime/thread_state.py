@@ -1,4 +1,4 @@
-"""The thread's state kept out of what is computed: results depend on arguments alone (docs/robustness.md).
+"""The thread's state kept out of what is computed: results depend on arguments alone (docs/reference/robustness.md).
 
 Private to torch, seen with 2.11 to 2.13: _len_torch_dispatch_stack and _disable_current_modes (no public way asks for
 TorchDispatchModes or runs without them), FakeTensor and is_batchedtensor (none asks what a tensor is made by).

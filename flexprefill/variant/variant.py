@@ -26,8 +26,8 @@ class AttentionVariant:
 
     Args:
         sequences: which positions belong together; keys of other sequences and of padding enter no mean and no score,
-            and sinks, window and last query blocks are those of the query's own sequence (docs/masks.md). Rows of
-            padding output zeros.
+            and sinks, window and last query blocks are those of the query's own sequence (docs/howto/batches.md). Rows
+            of padding output zeros.
         sliding_window: how many keys a query sees, its own the last; None: all before it. Blocks outside are neither
             scored nor kept.
         soft_cap: cap · tanh(scores / cap) takes the place of the scaled products, as in Gemma 2.

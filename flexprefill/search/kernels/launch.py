@@ -38,7 +38,7 @@ class SearchLaunch(NamedTuple):
     registers: int | None  # a cap a thread
 
 
-# Measured on an H200 (docs/search_kernel.md)
+# Measured on an H200 (docs/explanations/search.md)
 def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
     head_dim = query.shape[3]
     if plain and hopper_takes(query, rule):
