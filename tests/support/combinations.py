@@ -14,7 +14,7 @@ from pathlib import Path
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "reference" / "combinations.md"
 RESULTS = DOCS / "reference" / "combinations"
-BACKENDS = {"cpu": "CPU", "triton": "TRITON", "flash": "FLASH"}
+BACKENDS = {"cpu": "the CPU", "triton": "FlexAttention's Triton kernel", "flash": "FlashAttention-4"}
 PARTS = 8  # of a backend's calls
 
 # names of features; those of one group exclude each other
@@ -121,7 +121,7 @@ def table():
         "",
         "The table says for every two features whether they gave the right output in one call. **C** is the CPU.",
         "**T** is FlexAttention's Triton kernel. **F** is FlashAttention-4 inside FlexAttention.",
-        "`–` means refused. The messages stand below the table. `!` means that it did not run.",
+        "`–` means refused, with a message that is listed below the table. `!` means that it did not run.",
         "",
         "Each call combined as many features as go together. Its lengths were no multiples of a block. Its output was",
         "compared with dense attention in float64 under the same boolean mask and score function.",
@@ -165,7 +165,7 @@ def _cell(results, pair):
             continue
         name = " + ".join(pair)
         if any({*pair} <= {*call} for call in result["calls"]):
-            letters += BACKENDS[backend][0]
+            letters += backend[0].upper()
         elif any(one in result["refused"] for one in (name, *pair)):
             letters += "–"
         else:
