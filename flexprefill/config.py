@@ -89,11 +89,11 @@ class PrefillConfig:
             first key, as in FlashPrefill-V2, so all rows score the blocks on the causal edge. The scorers "xattention"
             and "exact" are "visible" by their own definitions.
         scorer: Name of the function that scores the blocks: "flashprefill", "xattention", "exact", or one that was
-            registered with `register_scorer`. See docs/scorers.md.
+            registered with `register_scorer`. See docs/explanations/scorers.md.
         mean_correction: Dropped blocks answer with their mean key and value where every row of I sees the whole block
-            (FlashPrefill-V2; docs/mean_correction.md). It does not change what a search keeps.
+            (FlashPrefill-V2; docs/explanations/mean_correction.md). It does not change what a search keeps.
         guard: The least share of the attention mass that the kept blocks of each head must hold, in (0, 1). It is
-            measured on sampled rows. A head that holds less keeps all blocks (docs/guard.md). None turns it off.
+            measured on sampled rows. A head that holds less keeps all blocks (docs/explanations/guard.md). None turns it off.
 
     Raises:
         TypeError: A setting has the wrong type.
