@@ -6,17 +6,13 @@ model's place, and what it prints is not looked at. ``# needs a GPU``: the block
 
 import contextlib
 import io
+import operator
 
 import pytest
 from support.pages import PAGES, blocks_of, local_model, local_tokenizer
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.language == "python"]
-
-
-def parameter(block):
-    """Outside of README.md a block belongs to the slow tests: many compile something."""
-    marks = () if block.place.startswith("README.md") else (pytest.mark.slow,)
-    return pytest.param(block, id=block.place, marks=marks)
+PLACE = operator.attrgetter("place")
 
 
 @pytest.fixture
@@ -49,7 +45,8 @@ def test_there_are_blocks():
     assert len(BLOCKS) >= 10 and any(block.prints for block in BLOCKS)
 
 
-@pytest.mark.parametrize("block", [parameter(block) for block in BLOCKS if not block.needs_a_gpu])
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.needs_a_gpu], ids=PLACE)
 def test_a_block_runs_alone(block, instead_of_downloads, tmp_path, monkeypatch):
     instead_of_downloads(block.downloads)
     monkeypatch.chdir(tmp_path)
@@ -62,6 +59,6 @@ def test_a_block_runs_alone(block, instead_of_downloads, tmp_path, monkeypatch):
         assert printed.getvalue().strip() == block.prints.strip()
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in BLOCKS if block.needs_a_gpu])
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.needs_a_gpu], ids=PLACE)
 def test_a_block_for_a_gpu_is_python(block):
     compile(block.code, block.place, "exec")
