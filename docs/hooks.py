@@ -1,4 +1,4 @@
-"""What the site's build adds to mkdocs: the commands' help, and links that lead out of docs/ as plain text."""
+"""What the build adds to the site: the help of the commands, and names in place of links to files outside of docs/."""
 
 import argparse
 import re
@@ -9,19 +9,21 @@ import griffe
 
 from flexprefill.cli import COMMANDS
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(([^()\s:#]+)(?:#[^()\s]*)?\)")
 ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")
 PLACE = "<!-- the commands -->"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page with the commands where they belong, and without links to files that no site has."""
+    """The page with the commands where they belong, and names in place of links to files that the site lacks."""
     folder = (DOCS / page.file.src_uri).parent
 
     def plain(link: re.Match[str]) -> str:
-        leads_out = not (folder / link[2]).resolve().is_relative_to(DOCS)
-        return link[1] if leads_out else link[0]
+        target = (folder / link[2]).resolve()
+        if target.is_relative_to(DOCS):
+            return link[0]
+        return link[1] if link[1].endswith(target.name) else f"{link[1]}: `{target.relative_to(DOCS.parent)}`"
 
     return LINK.sub(plain, markdown).replace(PLACE, "\n\n".join(map(_command, COMMANDS)))
 
