@@ -7,6 +7,8 @@ model's place, and what it prints is not looked at. ``# needs a GPU``: the block
 import contextlib
 import io
 import operator
+import sys
+import types
 
 import pytest
 from support.pages import PAGES, blocks_of, local_model, local_tokenizer
@@ -52,9 +54,11 @@ def test_a_block_runs_alone(block, instead_of_downloads, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "block.py"
     file.write_text(block.code, "utf-8")
+    main = types.ModuleType("__main__")  # where torch.compile looks for the block's own names
+    monkeypatch.setitem(sys.modules, "__main__", main)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block.code, file, "exec"), {"__name__": "__main__"})
+        exec(compile(block.code, file, "exec"), main.__dict__)
     if block.prints is not None and not block.downloads:
         assert printed.getvalue().strip() == block.prints.strip()
 
