@@ -1,6 +1,7 @@
 """What the build adds to the site: the help of the commands, and names in place of links to files outside of docs/."""
 
 import argparse
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(plain, markdown).replace(PLACE, "\n\n".join(map(_command, COMMANDS)))
 
 
-def _command(module: Any) -> str:
+def _command(name: str) -> str:
     """A command's help as Markdown, by its parser."""
-    parser = argparse.ArgumentParser(prog=f"flexprefill {module.NAME}", add_help=False)
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"flexprefill {name}", add_help=False)
     module.add_arguments(parser)
     rows = [f"| {_names(action)} | {_cell(_help(parser, action))} |" for action in parser._actions]
     usage = parser.format_usage().removeprefix("usage: ")
     table = "\n".join(["| argument | what it is |", "|---|---|", *rows])
-    return f"## {module.NAME}\n\n```text\n{usage}```\n\n{_cell(module.DESCRIPTION)}\n\n{table}"
+    return f"## {name}\n\n```text\n{usage}```\n\n{_cell(module.DESCRIPTION)}\n\n{table}"
 
 
 def _names(action: argparse.Action) -> str:

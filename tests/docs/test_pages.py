@@ -1,5 +1,6 @@
 """What the pages name is there: commands and their options, scripts, files and headings."""
 
+import importlib
 import re
 import shlex
 
@@ -25,8 +26,8 @@ def anchors_of(page):
 
 @each_page
 def test_commands_take_the_arguments_shown(page, monkeypatch):
-    for module in cli.COMMANDS:
-        monkeypatch.setattr(module, "execute", lambda arguments: 0)
+    for module, _ in cli.COMMANDS.values():
+        monkeypatch.setattr(importlib.import_module(module), "execute", lambda arguments: 0)
     for line in commands_of(page):
         for command in re.split(r"&&|\|", line):
             words = shlex.split(command, comments=True)
@@ -39,7 +40,7 @@ def test_commands_take_the_arguments_shown(page, monkeypatch):
 
 @each_page
 def test_commands_in_the_text_are_known(page):
-    known = {module.NAME for module in cli.COMMANDS} | {"COMMAND"}
+    known = {*cli.COMMANDS, "COMMAND"}
     for code in INLINE.findall(page.read_text("utf-8")):
         if found := re.match(r"flexprefill (\w+)", code):
             assert found[1] in known, code
