@@ -1,6 +1,6 @@
 """Run outside of the checkout: the installed package is the wheel's, and has its data.
 
-    python tests/house/installed.py ENVIRONMENT
+python tests/house/installed.py ENVIRONMENT
 """
 
 import sys
