@@ -26,12 +26,7 @@ with torch.inference_mode(), record_masks(model, inputs=True) as masks:
     model(tokens, attend)
 table = masks.table()  # a dict for each head; pandas.DataFrame(table) takes it
 for head in sorted(table, key=lambda head: -head["beyond_2048"])[:8]:
-    print(
-        "layer {layer} head {head}: mass {beyond_2048:.3f} from 2,048 tokens back on, {sink:.3f} on sinks".format(
-            **head
-        )
-    )
-
+    print("layer {layer} head {head}: {beyond_2048:.3f} of its mass is 2,048 tokens back or more".format(**head))
 
 if len(sys.argv) > 1:  # a heat map, layers down and heads to the right
     shares = {layer: torch.tensor([h["beyond_2048"] for h in table if h["layer"] == layer]) for layer in masks}

@@ -125,6 +125,9 @@ def _tell_quick(arguments: argparse.Namespace, info: MaskFileInfo, numbers: Sequ
         _print_layers(records)
     else:
         _print_heads(info, records, arguments.head, one_layer=len(numbers) == 1)
+    if legend := _recall_legend(info, overview):
+        print()
+        print_text("\n".join(legend))
 
 
 def _about(path: Path, info: MaskFileInfo) -> Record:
@@ -245,9 +248,7 @@ def _legend(info: MaskFileInfo, layers: Sequence[LayerSummary], overview: bool) 
     lines = []
     if any(dense):
         lines.append("dense: heads that keep every causal block" if overview else "dense: keeps every causal block")
-    if read_recall(info):
-        worst = "least head: that of its head which" if overview else "least row: that of the query that"
-        lines.append(f"recall: kept share of the exact attention mass, of rows that can lose some; {worst} keeps least")
+    lines += _recall_legend(info, overview)
     if not overview:
         lines.append("blocks a row: key blocks that a query block keeps, least/median/most")
     if not all(dense):
@@ -256,6 +257,16 @@ def _legend(info: MaskFileInfo, layers: Sequence[LayerSummary], overview: bool) 
     if len(layers) > 1:
         lines.append("IoU above: same heads, with the layer of the line above, where shapes agree")
     return "\n".join(lines)
+
+
+def _recall_legend(info: MaskFileInfo, overview: bool) -> list[str]:
+    if not read_recall(info):
+        return []
+    least = "least head: recall of the head" if overview else "least row: share of the query"
+    return [
+        "recall: kept share of the exact attention mass, of queries that can lose some",
+        f"{least} that keeps least",
+    ]
 
 
 def _draw(

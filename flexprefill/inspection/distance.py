@@ -20,6 +20,7 @@ from flexprefill.inspection.rows import (
     first_seen,
     sample_rows,
 )
+from flexprefill.inspection.text import head_column, head_label, table_lines
 from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.variant.inputs import check_attention_inputs, resolve_scale
 from flexprefill.variant.logits import PlainAttention
@@ -89,13 +90,20 @@ class DistanceMass:
 
     def __str__(self) -> str:
         """A line a head, the one that looks farthest back first."""
-        heads = sorted(self.to_dicts(), key=lambda head: -head["mean_distance"])
-        names = ["batch", "head", "first 4 tokens", "mean distance", *(f"beyond {edge:,}" for edge in self.edges[1:])]
-        lines = ["share of the attention mass at least so many tokens back, of rows that see so far", "  ".join(names)]
-        for batch, head, sink, distance, *shares in (figures.values() for figures in heads):
-            cells = [str(batch), str(head), f"{sink:.3f}", f"{distance:,.0f}", *(f"{share:.3f}" for share in shares)]
-            lines.append("  ".join(f"{cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True)))
-        return "\n".join(lines)
+        batches = self.mass.shape[0]
+        header = [
+            head_column(batches),
+            "first 4 tokens",
+            "mean distance",
+            *(f"beyond {edge:,}" for edge in self.edges[1:]),
+        ]
+        rows = []
+        for figures in sorted(self.to_dicts(), key=lambda head: -head["mean_distance"]):
+            batch, head, sink, distance, *shares = figures.values()
+            label = head_label(batch, head, batches)
+            rows.append([label, f"{sink:.3f}", f"{distance:,.0f}", *(f"{share:.3f}" for share in shares)])
+        title = "share of the attention mass at least so many tokens back, of rows that see so far"
+        return "\n".join([title, *table_lines(header, rows)])
 
 
 def mass_by_distance(

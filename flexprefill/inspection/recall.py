@@ -25,6 +25,7 @@ from flexprefill.inspection.rows import (
     rows_that_can_lose,
     sample_rows,
 )
+from flexprefill.inspection.text import head_column, head_label, table_lines
 from flexprefill.runtime.progress import Advance, asked_stage
 from flexprefill.variant.inputs import check_attention_inputs, resolve_scale
 from flexprefill.variant.logits import PlainAttention
@@ -140,17 +141,22 @@ class Recall:
 
     def __str__(self) -> str:
         """The heads that lose most, the worst first, a line each."""
+        batches = self.rows.shape[0]
         heads = sorted(self.to_dicts(), key=lambda head: head["recall"])
         losing = [head for head in heads if head["rows_that_can_lose"]]
         lines = [f"recall of the attention mass: {self.overall:.3f}, the mean of the heads that can lose some"]
-        if losing:
-            lines.append("batch  head   mean    5 %  median  least  at query  rows measured/that can lose")
-        for head in losing[:SHOWN_HEADS]:
-            lines.append(
-                f"{head['batch']:5}  {head['head']:4}  {head['recall']:.3f}  {head['recall_p05']:.3f}   "
-                f"{head['recall_median']:.3f}  {head['recall_least']:.3f}  {head['least_row']!s:>8}  "
-                f"{head['measured_rows']:,}/{head['rows_that_can_lose']:,}"
-            )
+        header = [head_column(batches), "mean", "5 %", "median", "least", "at query", "measured/that can lose"]
+        figures = ("recall", "recall_p05", "recall_median", "recall_least")
+        rows = [
+            [
+                head_label(head["batch"], head["head"], batches),
+                *(f"{head[name]:.3f}" for name in figures),
+                str(head["least_row"]),
+                f"{head['measured_rows']:,}/{head['rows_that_can_lose']:,} rows",
+            ]
+            for head in losing[:SHOWN_HEADS]
+        ]
+        lines += table_lines(header, rows) if rows else []
         if len(losing) > SHOWN_HEADS:
             lines.append(f"… and {len(losing) - SHOWN_HEADS} heads that lose less")
         if len(losing) < len(heads):
@@ -235,13 +241,28 @@ def recall_of(
 
 
 def join_recalls(first: Recall, second: Recall, queries: int) -> Recall:
-    """Of two chunks of a prompt that follow each other, the first ending with so many queries: the recall of both."""
-    shifted = torch.where(second.rows == NO_ROW, NO_ROW, second.rows + queries)
-    return Recall(
-        torch.cat([first.shares, second.shares], -1),
-        torch.cat([first.rows, shifted], -1),
-        first.can_lose + second.can_lose,
-    )
+    """Of two chunks of a prompt that follow each other, the first ending with so many queries: the recall of both.
+
+    Of the chunk that was sampled more closely rows are left out, evenly, so that the mean weighs all rows alike.
+    """
+    shape = (first.rows.shape[0], first.rows.shape[1])
+    rows, shares = [], []
+    for place in product(*map(range, shape)):
+        chunks = []
+        for recall, shift in ((first, 0), (second, queries)):
+            measured = recall.rows[place] != NO_ROW
+            total = int(recall.can_lose[place])
+            chunks.append((recall.rows[place][measured] + shift, recall.shares[place][measured], total))
+        sampled = min((own.numel() / total for own, _, total in chunks if total), default=1.0)
+        picks = [_evenly(own.numel(), round(sampled * total)) for own, _, total in chunks]
+        rows.append(torch.cat([own[pick] for (own, _, _), pick in zip(chunks, picks, strict=True)]))
+        shares.append(torch.cat([own[pick] for (_, own, _), pick in zip(chunks, picks, strict=True)]))
+    return Recall(_by_head(shares, shape, torch.nan), _by_head(rows, shape, NO_ROW), first.can_lose + second.can_lose)
+
+
+def _evenly(count: int, kept: int) -> Tensor:
+    """So many of 0 … count - 1, at equal steps: int64 [kept]."""
+    return (2 * torch.arange(kept, device="cpu") + 1) * count // max(1, 2 * kept)
 
 
 def _kept_shares(attention: PlainAttention, block_map: BlockMap, batch: int, head: int, rows: Tensor) -> Tensor:

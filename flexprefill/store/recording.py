@@ -67,7 +67,7 @@ class Recording(Mapping[int, BlockMap]):
     def recalls(self) -> dict[int, Recall]:
         """What share of the exact attention mass each map keeps, by layer, where ``record_masks(recall=True)`` asked.
 
-        Of a prompt in chunks, each chunk has its own sample of rows.
+        Of a prompt in chunks, rows of all chunks are sampled equally closely.
         """
         return self._by_layer(self._recalls)
 
@@ -88,18 +88,21 @@ class Recording(Mapping[int, BlockMap]):
         seed: int = 0,
         progress: bool | Advance | None = None,
     ) -> list[dict[str, Any]]:
-        """A dict for each head of each layer. ``pandas.DataFrame(masks.table())`` makes a table of them.
+        """A list with a dict for each head of each layer. ``pandas.DataFrame(masks.table())`` makes a data frame of it.
 
-        Each has layer, module, batch, head and density (the kept share of the causal blocks). Where ``inputs=True``
-        was asked, it also has sink (the share of attention mass on the sequence's first four tokens), mean_distance (of
-        the other mass, in tokens) and beyond_E for each edge E (its share at least E tokens back, of the queries that
-        see so far). Where ``recall=True`` or ``inputs=True``
-        was asked, it also has recall, recall_p05, recall_median, recall_least, least_row, measured_rows and
-        rows_that_can_lose: see :meth:`Recall.to_dicts`.
+        It is a list whether or not pandas is installed. The names in a dict:
+
+        - always: layer, module, batch, head, and density (the kept share of the causal blocks);
+        - with ``inputs=True``: sink (the share of attention mass on the sequence's first four tokens), mean_distance
+          (of the other mass, in tokens), and beyond_E for each edge E (the share of mass at least E tokens back,
+          without sink, of the queries that see so far);
+        - with ``inputs=True`` or ``recall=True``: recall, recall_p05, recall_median, recall_least, least_row,
+          measured_rows and rows_that_can_lose, as in :meth:`Recall.to_dicts`. What ``recall=True`` measured is not
+          measured again.
 
         Args:
-            edges, rows, seed: as in :func:`mass_by_distance`, and the last two also as in :func:`attention_recall`; the
-                default edges are those of the longest layer.
+            edges: as in :func:`mass_by_distance`; the default ones are those of the longest layer.
+            rows, seed: as in :func:`mass_by_distance` and :func:`attention_recall`.
             progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
         Raises:
@@ -108,7 +111,9 @@ class Recording(Mapping[int, BlockMap]):
         attentions, recalls = self.inputs, self.recalls
         if edges is None and attentions:
             edges = default_edges(max(attention.key.shape[2] for attention in attentions.values()))
-        edges = None if edges is None else list(edges)
+        # each layer reads them
+        edges = list(edges) if isinstance(edges, Iterator) else edges
+        rows = list(rows) if isinstance(rows, Iterator) else rows
         table = []
         with asked_stage(progress, "attention mass", len(self)) as advance:
             for layer, block_map in self.items():

@@ -22,6 +22,7 @@ from flexprefill import (
 )
 from flexprefill.evaluation import TASKS, babble, load_model
 from flexprefill.evaluation.model import causal_sdpa
+from flexprefill.inspection.recall import join_recalls
 
 MODEL = Path(__file__).parents[2] / "examples" / "needle_model" / "model.safetensors"
 SPARSE = PrefillConfig(block_size=16, alpha=0.8, sink_blocks=0, window_blocks=1, last_full_blocks=0)
@@ -154,8 +155,10 @@ def test_what_is_printed_lists_the_heads_that_lose_most_and_where():
     rows = torch.tensor([[[3, 40, 900]] * 11 + [[7, 8000, -1]]])
     recall = Recall(shares, rows, torch.tensor([[3000] * 11 + [2]]))
     lines = str(recall).splitlines()
-    assert lines[2].split() == ["0", "11", "0.625", "0.287", "0.625", "0.250", "7", "2/2"]
-    assert lines[3].split() == ["0", "0", "0.700", "0.520", "0.700", "0.500", "40", "3/3,000"]
+    assert lines[2].split() == ["11", "0.625", "0.287", "0.625", "0.250", "7", "2/2", "rows"]
+    assert lines[3].split() == ["0", "0.700", "0.520", "0.700", "0.500", "40", "3/3,000", "rows"]
+    two = Recall(shares.expand(2, -1, -1), rows.expand(2, -1, -1), recall.can_lose.expand(2, -1))
+    assert [line.strip().split("  ")[0] for line in str(two).splitlines()[1:4]] == ["batch, head", "0, 11", "1, 11"]
     assert lines[-1] == "… and 2 heads that lose less" and len(lines) == 13
     assert recall.least_rows(2)[0][0, [0, 11]].tolist() == torch.tensor([[0.5, 0.7], [0.25, 1.0]]).tolist()
     assert recall.least_rows(4)[1][0, [0, 11]].tolist() == [[40, 900, 3, -1], [7, 8000, -1, -1]]
@@ -248,3 +251,16 @@ def test_figures_of_the_device_are_those_of_the_cpu():
     assert torch.equal(recall.rows, expected.rows) and torch.equal(recall.can_lose, expected.can_lose)
     torch.testing.assert_close(recall.shares, expected.shares, atol=1e-3, rtol=0, equal_nan=True)
     torch.testing.assert_close(distance.mass, mass_by_distance(query, key, variant=variant).mass, atol=1e-3, rtol=0)
+
+
+def test_chunks_are_joined_so_that_each_row_weighs_the_same():
+    def recall(measured, total, share):
+        rows = torch.arange(measured) * (total // measured)
+        return Recall(torch.full((1, 1, measured), share), rows[None, None], torch.tensor([[total]]))
+
+    joined = join_recalls(recall(256, 512, 1.0), recall(256, 2048, 0.5), 1000)
+    assert joined.rows[0, 0].tolist() == [*range(4, 512, 8), *range(1000, 3048, 8)]
+    assert joined.mean.item() == pytest.approx((512 * 1.0 + 2048 * 0.5) / 2560) and joined.can_lose.item() == 2560
+    nothing = Recall(torch.empty(1, 1, 0), torch.empty(1, 1, 0, dtype=torch.int64), torch.tensor([[0]]))
+    assert join_recalls(nothing, recall(3, 3, 0.5), 8).rows.tolist() == [[[8, 9, 10]]]
+    assert join_recalls(nothing, nothing, 8).mean.item() == 1

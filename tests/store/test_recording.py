@@ -231,7 +231,11 @@ def test_the_table_has_a_row_for_each_head_of_what_was_recorded():
         attention_recall(inputs.query, inputs.key, masks[1]).mean[0, 1].item(), abs=1e-5
     )
     assert row["density"] == masks[1].density()[0, 1].item()
-    assert "beyond_64" in masks.table(edges=iter([64]), rows=None)[0]
+    assert "beyond_64" in masks.table(edges=iter([64]), rows=None)[-1]
+    assert masks.table(rows=iter([500, 599]))[-1]["measured_rows"] == 2
+    for name, wrong in (("edges", 64), ("rows", 1.5), ("seed", "0")):
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            masks.table(**{name: wrong})
 
 
 class Calls(nn.Module):
