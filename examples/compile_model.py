@@ -3,6 +3,8 @@
 python examples/compile_model.py
 """
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -51,6 +53,8 @@ class Decoder(nn.Module):
             x = layer(x)
         return self.head(x[:, -1])
 
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 torch.manual_seed(0)
 model = Decoder(256, width=256, layers=2, heads=4, kv_heads=2, config=PrefillConfig(alpha=0.2)).eval()

@@ -5,7 +5,7 @@
 With a FILE (``flexprefill demo`` makes flexprefill-demo/masks.safetensors) it shows that file's masks.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -41,8 +41,11 @@ def show(path: Path) -> None:
             print(f"  heads 0 and {head} share {shared:.1%} of the blocks that either keeps")
 
 
-if len(sys.argv) > 1:
-    show(Path(sys.argv[1]))
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("file", type=Path, nargs="?", help="a file that save_masks wrote (default: one made for this)")
+file = parser.parse_args().file
+if file:
+    show(file)
 else:
     with tempfile.TemporaryDirectory() as folder:
         make_file(Path(folder, "masks.safetensors"))

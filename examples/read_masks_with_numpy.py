@@ -3,13 +3,16 @@
 python examples/read_masks_with_numpy.py FILE
 """
 
+import argparse
 import json
-import sys
 import zlib
 
 import numpy as np
 
-with open(sys.argv[1], "rb") as file:
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("file", help="a file that save_masks wrote")
+
+with open(parser.parse_args().file, "rb") as file:
     head = file.read(8)
     head += file.read(int.from_bytes(head, "little"))
     tensors = json.loads(head[8:])

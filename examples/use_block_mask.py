@@ -3,10 +3,14 @@
 python examples/use_block_mask.py
 """
 
+import argparse
+
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from flexprefill import BlockMap, PrefillConfig, create_prefill_block_mask
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 # outside torch.compile, flex_attention ignores the block lists and is dense
 attend = torch.compile(flex_attention, fullgraph=True)

@@ -4,7 +4,7 @@
 
 Times the extension and a search of everything in turns, for one layer and for all layers of a model in a row, host
 time included: one layer waits for the host, several in a row for the device. Checks that both give the same maps,
-prints medians and spreads, and writes every repeat to results/extend_cached_prompt_<device>.json.
+prints medians and spreads. --output keeps every repeat.
 """
 
 import argparse
@@ -27,7 +27,7 @@ parser.add_argument("--layers", type=int, default=32, help="in a row (default: %
 parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
 parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
 parser.add_argument("--repeats", type=int, default=20, help="(default: %(default)s)")
-parser.add_argument("--output", type=Path, help="a JSON file (default: results/extend_cached_prompt_<device>.json)")
+parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
 settings = parser.parse_args()
 device = torch.device(settings.device)
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -97,7 +97,6 @@ record = {
     "settings": {name: getattr(settings, name) for name in ("cached", "length", "heads", "kv_heads", "repeats")},
     "by_layers": measured,
 }
-results = Path(__file__).parent / "results"
-output = settings.output or results / f"extend_cached_prompt_{device.type}.json"
-output.write_text(json.dumps(record, indent=1) + "\n")
-print(f"written to {output}")
+if settings.output:
+    settings.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {settings.output}")

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/mask_files.py
 
-Prints medians and spreads, and writes every repeat to results/mask_files_cpu.json. Linux only.
+Prints medians and spreads. --output keeps every repeat. Linux only.
 """
 
 import argparse
@@ -28,8 +28,7 @@ parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s
 parser.add_argument("--density", type=float, default=0.1, help="of random blocks (default: %(default)s)")
 parser.add_argument("--repeats", type=int, default=15, help="(default: %(default)s)")
 parser.add_argument("--folder", type=Path, help="on the disk to measure (default: where temporary files go)")
-default = Path(__file__).parent / "results" / "mask_files_cpu.json"
-parser.add_argument("--output", type=Path, default=default, help="(default: %(default)s)")
+parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
 
 
 def random_masks(settings):
@@ -143,5 +142,6 @@ record = {
     "settings": {name: getattr(settings, name) for name in ("length", "layers", "heads", "density", "repeats")},
     **measured,
 }
-settings.output.write_text(json.dumps(record, indent=1) + "\n")
-print(f"written to {settings.output}")
+if settings.output:
+    settings.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {settings.output}")

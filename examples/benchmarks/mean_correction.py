@@ -5,8 +5,8 @@
 
 The first form builds the demo's heads, attends with and without correction over the same maps, and compares sampled
 rows with exact dense attention; some minutes on two CPU cores, seconds on a GPU. The second one (one GPU) times
-prefill_attention with and without it at given densities, in turns. Both print tables and write
-results/mean_correction_<error or cost>_<device>.json.
+prefill_attention with and without it at given densities, in turns. Both print tables. --output keeps
+the figures.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=53, help="one row in so many is compared (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the demo's heads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="of the timing (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="a JSON file (default: in results, see above)")
+    parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
     settings = parser.parse_args()
     device = torch.device(settings.device)
     what = "cost" if settings.cost else "error"
@@ -174,10 +174,9 @@ def main() -> None:
         "settings": {name: getattr(settings, name) for name in ("length", "every", "seed", "repeats")},
         what: measured,
     }
-    results = Path(__file__).parent / "results"
-    output = settings.output or results / f"mean_correction_{what}_{device.type}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nfigures  {output}")
+    if settings.output:
+        settings.output.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\nfigures  {settings.output}")
 
 
 if __name__ == "__main__":

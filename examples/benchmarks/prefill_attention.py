@@ -6,7 +6,7 @@ python examples/benchmarks/prefill_attention.py --crossover
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
 sparse call with dense attention from 1K to 16K tokens: `flexprefill.attention.backends.DENSE_BELOW` holds what it
-finds. Both write one JSON file with every repeat.
+finds. Both print tables. --output keeps every repeat.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crossover", action="store_true", help="look for the length from which sparse pays")
     parser.add_argument("--repeats", type=int, default=20, help="fewer where they take long (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("prefill_attention.json"), help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
     arguments = parser.parse_args()
     command = f"python examples/benchmarks/prefill_attention.py{' --crossover' if arguments.crossover else ''}"
     usual = {name: DEFAULTS["cuda"][name] for name in ("heads", "kv_heads", "head_dim", "dtype")}
@@ -113,12 +113,14 @@ def main() -> None:
         if arguments.crossover:
             table["first_sparse"] = {whole: first_sparse(runs, whole) for whole in WHOLES[1:]}
         record["parts"][part.title] = table
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        if arguments.output:
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.crossover:
         print("\nshortest length from which on sparse is never slower than the best dense attention")
         for title, table in record["parts"].items():
             print(f"  {title:<45} {table['first_sparse']}")
-    print(f"\nfigures  {arguments.output}")
+    if arguments.output:
+        print(f"\nfigures  {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/benchmarks/scorers.py
 
 On the demo's heads, each searched at the alpha at which it keeps the density that is asked for. Some minutes on two
-CPU cores. Prints a table and writes results/scorers_<device>.json.
+CPU cores. Prints a table. --output keeps the figures.
 """
 
 import argparse
@@ -24,7 +24,7 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 parser.add_argument("--length", type=int, default=16_384, help="tokens of the demo's text (default: %(default)s)")
 parser.add_argument("--density", type=float, default=0.15, help="of each head (default: %(default)s)")
 parser.add_argument("--every", type=int, default=101, help="one row in so many is looked at (default: %(default)s)")
-parser.add_argument("--output", type=Path, help="a JSON file (default: results/scorers_<device>.json)")
+parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
 settings = parser.parse_args()
 device = torch.device(settings.device)
 
@@ -55,6 +55,6 @@ record = {
     "settings": {name: getattr(settings, name) for name in ("length", "density", "every")},
     "scorers": found,
 }
-output = settings.output or Path(__file__).parent / "results" / f"scorers_{device.type}.json"
-output.write_text(json.dumps(record, indent=1) + "\n")
-print(f"\nfigures  {output}")
+if settings.output:
+    settings.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nfigures  {settings.output}")

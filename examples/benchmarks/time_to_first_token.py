@@ -4,8 +4,8 @@
 
 Random weights, made on the device; as many layers as --layers says, so that all fits the time. One forward pass of the
 prompt and the logits of its last token, in turns in one run; the attention's share is what events around the attention
-function take, of flexprefill with search and lists. Prints medians and writes every repeat to
-results/time_to_first_token_<device>.json.
+function take, of flexprefill with search and lists. Prints medians. --output keeps every
+repeat.
 
 The prompt is stretches of --stretch times one token. Of tokens drawn one by one, whose blocks have like means, such a
 model keeps every block; of these it keeps about what the paper's models keep (at 32,768 and 131,072 tokens 16 and 4.5 %
@@ -39,7 +39,7 @@ parser.add_argument("--vocabulary", type=int, default=32_000, help="(default: %(
 parser.add_argument("--alpha", type=float, default=0.18, help="published for Llama-3.1-8B (default: %(default)s)")
 parser.add_argument("--stretch", type=int, default=400, help="tokens that are alike (default: %(default)s)")
 parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
-parser.add_argument("--output", type=Path, help="a JSON file (default: results/time_to_first_token_<device>.json)")
+parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
 settings = parser.parse_args()
 device = torch.device(settings.device)
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -184,7 +184,6 @@ record = {
     "settings": {name: value for name, value in vars(settings).items() if name not in ("output", "device")},
     "by_length": found,
 }
-output = settings.output or Path(__file__).parent / "results" / f"time_to_first_token_{device.type}.json"
-output.parent.mkdir(parents=True, exist_ok=True)
-output.write_text(json.dumps(record, indent=1) + "\n")
-print(f"\nfigures  {output}")
+if settings.output:
+    settings.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nfigures  {settings.output}")

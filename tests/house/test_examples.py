@@ -39,6 +39,14 @@ def test_every_example_is_tested():
     }
 
 
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_script_has_help_and_overwrites_nothing(script):
+    if script.name == "capture_demo_heads.py":
+        pytest.importorskip("pydoc_data.topics")
+    assert run(script, "--help").startswith("usage: ")
+    assert 'parent / "results"' not in script.read_text("utf-8")
+
+
 def test_use_block_mask():
     lines = run(EXAMPLES / "use_block_mask.py").splitlines()
     assert len(lines) == 4
@@ -135,7 +143,7 @@ def test_read_masks_with_numpy():
     densities = [f"{100 * share:.1f}" for layer in info.density.values() for heads in layer for share in heads]
     assert re.findall(r"density ([\d.]+)%", printed) == densities
     modules = set(re.findall(r"^(?:import|from) (\w+)", example.read_text(), re.MULTILINE))
-    assert modules == {"json", "sys", "zlib", "numpy"}
+    assert modules == {"argparse", "json", "zlib", "numpy"}
 
 
 def test_time_to_first_token(tmp_path):
