@@ -93,7 +93,8 @@ class PrefillConfig:
         mean_correction: Dropped blocks answer with their mean key and value where every row of I sees the whole block
             (FlashPrefill-V2; docs/explanations/mean_correction.md). It does not change what a search keeps.
         guard: The least share of the attention mass that the kept blocks of each head must hold, in (0, 1). It is
-            measured on sampled rows. A head that holds less keeps all blocks (docs/explanations/guard.md). None turns it off.
+            measured on sampled rows. A head that holds less keeps all blocks (docs/explanations/guard.md). None turns
+            it off.
 
     Raises:
         TypeError: A setting has the wrong type.

@@ -84,8 +84,8 @@ def prefill_attention(
         key: [B, Hkv, S_kv, D]. Hq is a multiple of Hkv. Autocast casts tensors of several dtypes to its own.
         value: [B, Hkv, S_kv, Dv]. D and Dv are multiples of 8 from 16 to 256.
         config: The settings of the search. With a ``block_map`` only ``mean_correction`` is used: dropped blocks that
-            are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). It cannot be combined
-            with mods or ``max_scores``.
+            are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). It cannot
+            be combined with mods or ``max_scores``.
         variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
             ``AttentionVariant``. Search and attention follow it.
         block_map: A map to use instead of a search, [B, Hq, M, N] of these lengths.

@@ -26,8 +26,8 @@ class AttentionVariant:
 
     Args:
         sequences: Which positions belong together. Keys of other sequences and of padding enter no mean and no score.
-            Sinks, window and last query blocks are those of the query's own sequence (docs/howto/batches.md). Rows of padding
-            output zeros.
+            Sinks, window and last query blocks are those of the query's own sequence (docs/howto/batches.md). Rows of
+            padding output zeros.
         sliding_window: How many keys a query sees, its own the last. None: all up to its own. Blocks outside the window
             are not scored and not kept.
         soft_cap: cap · tanh(scores / cap) replaces the scaled products, as in Gemma 2.
