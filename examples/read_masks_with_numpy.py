@@ -1,4 +1,4 @@
-"""A mask file of format version 2 read with NumPy and the standard library alone: docs/format.md in code.
+"""A mask file of format version 2 read with NumPy and the standard library alone: docs/reference/format.md in code.
 
 python examples/read_masks_with_numpy.py FILE
 """

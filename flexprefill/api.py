@@ -14,16 +14,17 @@ from flexprefill.errors import (
 )
 from flexprefill.inspection import DistanceMass, Recall, attention_recall, mass_by_distance
 from flexprefill.runtime.memory import NotEnoughMemoryError
-from flexprefill.search import KeyMeans
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.guard import GuardReport, guard_blocks
+from flexprefill.search.key_means import KeyMeans
 from flexprefill.search.scorers import Scorer, register_scorer
 from flexprefill.store import MaskFileInfo, read_mask_info
 from flexprefill.store.cache import CachedPrompt, CacheStats, MaskCache
 from flexprefill.store.reading import load_masks
 from flexprefill.store.recording import Recording, record_masks
 from flexprefill.store.writing import save_masks
-from flexprefill.variant import AttentionVariant, Sequences
+from flexprefill.variant.sequences import Sequences
+from flexprefill.variant.variant import AttentionVariant
 
 __all__ = [
     "AttentionVariant", "BackendChoice", "BlockMap", "CacheStats", "CachedPrompt", "DistanceMass", "FlexPrefillError",

@@ -14,17 +14,14 @@ from typing import Any
 
 from flexprefill.errors import FlexPrefillError
 
-BLOCK_SIZES = (16, 32, 64, 128)
-MASK_HEADS = ("query", "kv")
-SCORE_ROWS = ("whole", "visible")
+CHOICES = {"block_size": (16, 32, 64, 128), "mask_heads": ("query", "kv"), "score_rows": ("whole", "visible")}
 FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
 
-# names of scorers; search/scorers.py has the scorers themselves, and register_scorer adds to both
-SCORERS = {"flashprefill", "xattention", "exact"}
+SCORERS: dict[str, Any] = {}  # by name; search/scorers.py fills it, and register_scorer adds to it
 
 LAYERS_FORMAT = "flexprefill layers 1"  # of files with a config for each layer
 
-# FlashPrefill (arXiv 2603.06199), and the last row FlashPrefill-V2 (arXiv 2608.19758)
+# FlashPrefill (arXiv 2603.06199). The last row is from FlashPrefill-V2 (arXiv 2608.19758).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": {"alpha": 0.18},
     "Qwen2.5-7B": {"alpha": 0.08},
@@ -36,45 +33,72 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def plain_number(value: Any) -> Any:
-    """A number of another kind, such as NumPy's, as Python's own; anything else as it is."""
+    """A number of another kind, such as NumPy's, as Python's own. Anything else is returned as it is."""
     if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_whole(name: str, number: object, least: int, wanted: str = "an int") -> None:
+    """Raises unless it is a whole number from ``least`` on that fits into 32 bits."""
+    if type(number) is not int:
+        import torch  # not at the top: a mask file's header is read without
+
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be {wanted}, got {number!r}")
+    if not least <= number < 2**31:
+        raise ValueError(f"{name} must be at least {least} and below 2**31, got {number}")
+
+
+def check_number(name: str, number: object, wanted: str) -> None:
+    """Raises TypeError unless it is an int or a float."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be {wanted}, got {number!r}")
+
+
+def check_name(name: str, string: object) -> None:
+    """Raises TypeError unless it is a string that can name a scorer."""
+    if not isinstance(string, str) or not string.isprintable() or not string:
+        raise TypeError(f"{name} must be a string that names a scorer, such as 'flashprefill', got {string!r}")
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
     """Which blocks of the attention matrix a prompt keeps (FlashPrefill, arXiv 2603.06199).
 
-    A block (I, J) of query block I and key block J that is causally visible is kept if any of these holds.
+    A block (I, J) is query block I against key block J. A causally visible block is kept if it is a sink, in the
+    window, in one of the last query blocks, among the ``min_blocks`` best of its row, or if its score is high enough.
 
     Args:
-        alpha: its score reaches ``alpha`` times the best score of query block I; in (0, 1]. Smaller keeps more. A tuple
-            is one for each query head; heads that share a mask have the same.
-        block_size: edge of a block in tokens; 16, 32, 64 or 128.
-        sink_blocks: J is one of the first ``sink_blocks`` key blocks.
-        window_blocks: J is at distance 0 … ``window_blocks - 1`` from the key block that holds the last
-            row of I. With 0, a row of an offset chunk can be left without any key, and outputs zero.
-        last_full_blocks: I is one of the last ``last_full_blocks`` query blocks of the prompt.
-        min_blocks: J is among the ``min_blocks`` best scores of I, ties included; 0 turns it off.
-        dense_below: prompts of fewer tokens (S_kv) are attended densely by :func:`flexprefill.prefill_attention`, which
-            says on which terms; 0 is never, and None the length below which dense was measured to be faster on the
-            device, which is 0 where nothing was measured. What a search keeps does not depend on it.
-        mask_heads: "query", a mask for each query head; or "kv", one for the query heads that share a key head, from
-            the scores of all their rows together (FlashPrefill-V2, arXiv 2608.19758). Maps have H = Hq either way.
-        score_rows: which rows of I give a score to J: "whole", those that see all of J; or "visible", those that see
-            J's first key, as in FlashPrefill-V2, so that blocks on the causal edge are scored by all their rows. The
-            scorers "xattention" and "exact" are "visible" by their own definitions.
-        scorer: name of the function that scores the blocks, "flashprefill", "xattention", "exact" or one that was
-            registered with :func:`flexprefill.register_scorer`; see docs/scorers.md.
-        mean_correction: dropped blocks that every row of I sees whole answer with their mean key and value
-            (FlashPrefill-V2; docs/mean_correction.md). What a search keeps does not depend on it.
-        guard: the share of the attention mass that the kept blocks of each head have to hold, in (0, 1); heads whose
-            sampled rows hold less keep all blocks (docs/guard.md). None is off.
+        alpha: The least score that keeps a block, as a share of the best score of query block I. In (0, 1]. Smaller
+            keeps more. A tuple has one number for each query head. Heads that share a mask must have the same number.
+        block_size: Edge of a block in tokens: 16, 32, 64 or 128.
+        sink_blocks: Every query block keeps the first ``sink_blocks`` key blocks.
+        window_blocks: Every query block keeps its nearest ``window_blocks`` key blocks. They are counted back from the
+            key block of its last row. With 0, a row of an offset chunk can be left without keys. It then outputs
+            zeros.
+        last_full_blocks: The last ``last_full_blocks`` query blocks of the prompt keep everything.
+        min_blocks: Every query block keeps its ``min_blocks`` best scores, ties included. 0 turns this off.
+        dense_below: `prefill_attention` attends densely to prompts of fewer tokens (S_kv), with the exceptions that it
+            lists. 0 means never. None takes the length from which the sparse path was measured to be faster on this
+            device, or 0 where nothing was measured. It does not change what a search keeps.
+        mask_heads: "query" makes a mask for each query head. "kv" makes one mask for the query heads that share a key
+            head, from the scores of all their rows together (FlashPrefill-V2, arXiv 2608.19758). Maps have H = Hq
+            either way.
+        score_rows: Which rows of I give a score to J. "whole": those that see all of J. "visible": those that see J's
+            first key, as in FlashPrefill-V2, so all rows score the blocks on the causal edge. The scorers "xattention"
+            and "exact" are "visible" by their own definitions.
+        scorer: Name of the function that scores the blocks: "flashprefill", "xattention", "exact", or one that was
+            registered with `register_scorer`. See docs/explanations/scorers.md.
+        mean_correction: Dropped blocks answer with their mean key and value where every row of I sees the whole block
+            (FlashPrefill-V2; docs/explanations/mean_correction.md). It does not change what a search keeps.
+        guard: The least share of the attention mass that the kept blocks of each head must hold, in (0, 1). It is
+            measured on sampled rows. A head that holds less keeps all blocks (docs/explanations/guard.md). None turns
+            it off.
 
     Raises:
-        TypeError: a setting is of the wrong type.
-        ValueError: a setting is out of range.
+        TypeError: A setting has the wrong type.
+        ValueError: A setting is out of range.
     """
 
     alpha: float | tuple[float, ...] = 0.1
@@ -96,26 +120,20 @@ class PrefillConfig:
                 object.__setattr__(self, name, plain)
         if isinstance(self.alpha, (list, tuple)):  # a list as JSON has it
             object.__setattr__(self, "alpha", tuple(map(plain_number, self.alpha)))
-        if isinstance(self.alpha, tuple) and not self.alpha:
+        if self.alpha == ():
             raise ValueError("alpha must be a number in (0, 1], or one for each query head, got ()")
         for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise TypeError(f"alpha must be a number in (0, 1], or one for each query head, got {alpha!r}")
+            check_number("alpha", alpha, "a number in (0, 1], or one for each query head")
             if not 0 < alpha <= 1:  # false for NaN as well
                 raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
-        for name in (*FIRST_SETTINGS[1:], "dense_below"):
-            number = getattr(self, name)
-            if number is None and name == "dense_below":
-                continue
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name} must be an int, got {number!r}")
-            if not 0 <= number < 2**31:
-                raise ValueError(f"{name} must be at least 0 and below 2**31, got {number}")
-        for name, known in (("block_size", BLOCK_SIZES), ("mask_heads", MASK_HEADS), ("score_rows", SCORE_ROWS)):
+        for name in FIRST_SETTINGS[1:]:
+            check_whole(name, getattr(self, name), 0)
+        if self.dense_below is not None:
+            check_whole("dense_below", self.dense_below, 0)
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if not isinstance(self.scorer, str) or not self.scorer.isprintable() or not self.scorer:
-            raise TypeError(f"scorer must be the name of a scorer such as 'flashprefill', got {self.scorer!r}")
+        check_name("scorer", self.scorer)
         if self.scorer not in SCORERS:
             raise ValueError(
                 f"scorer must be one of {sorted(SCORERS)}, got {self.scorer!r}; register_scorer makes another one known"
@@ -123,20 +141,19 @@ class PrefillConfig:
         if not isinstance(self.mean_correction, bool):
             raise TypeError(f"mean_correction must be a bool, got {self.mean_correction!r}")
         if self.guard is not None:
-            if isinstance(self.guard, bool) or not isinstance(self.guard, (int, float)):
-                raise TypeError(f"guard must be a number in (0, 1) or None, got {self.guard!r}")
+            check_number("guard", self.guard, "a number in (0, 1) or None")
             if not 0 < self.guard < 1:
                 raise ValueError(f"guard must be in (0, 1), got {self.guard!r}")
 
     @property
     def log2_alphas(self) -> tuple[float, ...]:
-        """The threshold's distance below the best score of a row in log2: one for all query heads, or one for each."""
+        """The distance from a row's best score to its threshold, in log2: one for all query heads, or one for each."""
         return tuple(math.log2(alpha) for alpha in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain dictionary, ready for JSON; those from ``dense_below`` on only where they are set."""
+        """The settings as a plain dictionary, ready for JSON. Those from ``dense_below`` on are left out at default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        # mask files and their hashes are as before there was a setting that is not used
+        # so the hash of a mask file does not change when the library gets a new setting
         return {
             name: setting
             for name, setting in dataclasses.asdict(self).items()
@@ -145,11 +162,11 @@ class PrefillConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PrefillConfig:
-        """The config that :meth:`to_dict` gave; settings left out take their defaults.
+        """The config that `to_dict` gave. Settings that are left out take their defaults.
 
         Raises:
             TypeError: ``settings`` is no mapping.
-            ValueError: a name that is no setting.
+            ValueError: A name is no setting.
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings must be a mapping of names to settings, got {type(settings).__name__}")
@@ -157,21 +174,20 @@ class PrefillConfig:
         unknown = sorted(str(name) for name in set(settings) - set(known))
         if unknown:
             raise ValueError(f"settings has unknown names {unknown}; known are {known}")
-        scorer = settings.get("scorer")
-        if scorer in SCORERS or not isinstance(scorer, str) or not scorer.isprintable() or not scorer:
-            return cls(**settings)
-        # a file's scorer need not be registered where the file is read: search_blocks asks for it
+        scorer = settings.get("scorer", cls.scorer)
+        check_name("scorer", scorer)
+        # a file can be read where its scorer is not registered: search_blocks asks for it
         config = cls(**{**settings, "scorer": cls.scorer})
         object.__setattr__(config, "scorer", scorer)
         return config
 
     @classmethod
     def load_layers(cls, path: str | os.PathLike[str]) -> dict[int, PrefillConfig]:
-        """The config of each layer from a file that ``flexprefill calibrate`` or :func:`save_layers` wrote.
+        """The config of each layer, from a file that ``flexprefill calibrate`` or `save_layers` wrote.
 
         Raises:
-            FlexPrefillError: it is no such file.
-            OSError: it cannot be read.
+            FlexPrefillError: It is no such file.
+            OSError: It cannot be read.
         """
         try:
             record = json.loads(Path(path).read_text("utf-8"))
@@ -188,15 +204,16 @@ class PrefillConfig:
     def published(cls, model: str) -> PrefillConfig:
         """The setting published for a model, by a name such as ``meta-llama/Llama-3.1-8B-Instruct``.
 
-        The names are the keys of ``flexprefill.config.PUBLISHED``; what stands before the name
-        (an organisation) or after it (``-Instruct``) is ignored, and case does not matter.
-        ``FlashPrefill-V2`` is the second paper's one setting for every model; its options are switched on by name,
+        The names are the keys of ``flexprefill.config.PUBLISHED``. An organisation before the name and an ending such
+        as ``-Instruct`` are ignored. Case does not matter.
+
+        ``FlashPrefill-V2`` is the second paper's one setting for every model. Its options are switched on by name:
         ``replace(config, mask_heads="kv", score_rows="visible", mean_correction=True)``. That paper also leaves the
-        first four layers dense, which is the model's matter, not a mask's.
+        first four layers dense. A mask cannot say that: the model has to.
 
         Raises:
             TypeError: ``model`` is no string.
-            ValueError: no published setting has this name.
+            ValueError: No published setting has this name.
         """
         if not isinstance(model, str):
             raise TypeError(f"model must be a string such as 'Llama-3.1-8B', got {model!r}")
@@ -208,15 +225,16 @@ class PrefillConfig:
 
 
 def save_layers(path: str | os.PathLike[str], configs: Sequence[PrefillConfig], **notes: Any) -> None:
-    """Writes a JSON file of a config for each layer, which :meth:`PrefillConfig.load_layers` reads.
+    """Writes a JSON file with a config for each layer. `PrefillConfig.load_layers` reads it.
 
     Args:
-        configs: of layers 0, 1, …
-        notes: whatever else the file is to say, for JSON.
+        path: The file to write.
+        configs: Those of layers 0, 1, …
+        **notes: Whatever else the file is to say, ready for JSON.
 
     Raises:
-        ValueError: there are no configs.
-        OSError: the file cannot be written.
+        ValueError: There are no configs.
+        OSError: The file cannot be written.
     """
     if not configs:
         raise ValueError("configs must be of one layer or more, got none")

@@ -2,16 +2,16 @@
 
 
 class FlexPrefillError(Exception):
-    """Base of the errors that a caller may want to catch as the library's own."""
+    """Base of the library's own errors."""
 
 
 class UnsupportedError(FlexPrefillError, ValueError):
-    """Arguments that are right in themselves ask for what cannot be done here; the message says what can."""
+    """The arguments are valid, but ask for something that cannot be done here. The message says what can."""
 
 
 class RanEagerlyError(FlexPrefillError):
-    """FlexAttention was about to run without torch.compile, dense; torch.compile has to be switched on again."""
+    """FlexAttention was about to run without torch.compile, and would be dense. Switch torch.compile on again."""
 
 
 class MaskFileError(FlexPrefillError):
-    """A mask file that is missing, truncated, of another kind, of a newer format or inconsistent."""
+    """A mask file is missing, cut off, of another kind, of a newer format or inconsistent."""

@@ -1,16 +1,16 @@
-"""Which kernel computes an attention call: the choice as data, with the reasons against the others."""
+"""Which kernel computes an attention call: the choice, and the reasons against the other kernels."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.errors import UnsupportedError
@@ -18,25 +18,25 @@ from flexprefill.runtime.compiling import constant_in_graphs
 from flexprefill.runtime.state import remembered
 from flexprefill.runtime.tracing import is_exporting, is_tracing
 
-Options = tuple[tuple[str, Any], ...]  # no dict: torch.compile takes it as a constant
+Options = tuple[tuple[str, Any], ...]  # a tuple, which torch.compile takes as a constant
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("auto", "triton", "flash")
 HOPPER = (9, 0)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-FLEX_TILE = 128  # of queries and keys, in FlexAttention's kernels; FlashAttention-4's up to D 128
-FLASH_HEAD_DIMS = (64, 96, 128)  # those that were held against a float32 evaluation
+FLEX_TILE = 128  # queries and keys of a kernel's tile; FlashAttention-4 has the same up to D 128
+FLASH_HEAD_DIMS = (64, 96, 128)  # compared with a float32 evaluation
 MAX_ELEMENTS = 2**31  # where 32-bit offsets end
 
-# FlexAttention's kernel options that beat its own defaults, by compute capability, head dimension and block size, in
-# float16 or bfloat16, for lengths that are known to be multiples of FLEX_TILE. Measured on an H200: 4 to 6 % there, and
-# slower by 13 % where the bounds of tiles are checked; whatever is not in the table keeps the defaults.
+# Kernel options that beat FlexAttention's defaults, by compute capability, head dimension and block size. They hold for
+# float16 and bfloat16, and for lengths known to be multiples of FLEX_TILE. Measured on an H200: 4 to 6 % faster there,
+# and 13 % slower where the bounds of tiles are checked. All other cases keep the defaults.
 TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
     (HOPPER, 128, 128): (("BLOCK_M", 128), ("BLOCK_N", 128), ("num_warps", 8), ("num_stages", 3)),
 }
 
-# Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together, by compute
-# capability and FlexAttention's kernel, in float16 or bfloat16 with D and Dv of 128. By device times on an H200:
-# sparse is never slower from 4,096 tokens on with flash, up to a density of 71 %, and from 6,144 with triton.
+# Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together. By compute
+# capability and FlexAttention's kernel, for float16 and bfloat16 with D and Dv of 128. Device times on an H200: sparse
+# is never slower from 4,096 tokens on with flash, up to a density of 71 %, and from 6,144 tokens on with triton.
 DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 6144}
 
 
@@ -45,13 +45,13 @@ class BackendChoice:
     """What computes an attention call, and why.
 
     Attributes:
-        name: "flash" (FlashAttention-4 in FlexAttention), "triton" or "cpp" (FlexAttention's own, on CUDA and the CPU);
-            or without FlexAttention "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
-        reason: why this one.
-        dense: whether every query attends to all keys before it, instead of the kept blocks.
-        kernel_options: what FlexAttention is told, pairs of name and setting.
-        passed_over: pairs of name and reason: why each better one was not taken.
-        tail_parts: into how many parts the keys of the last query blocks, which keep them all, are split; 1 if those
+        name: The kernel. In FlexAttention: "flash" (FlashAttention-4), "triton" (CUDA) or "cpp" (CPU). Without
+            FlexAttention: "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
+        reason: Why this kernel was chosen.
+        dense: Whether every query attends to all keys before it, instead of the kept blocks.
+        kernel_options: FlexAttention's options, as pairs of name and setting.
+        passed_over: Pairs of name and reason: why a better kernel was not chosen.
+        tail_parts: The last query blocks keep all keys. Their keys are split into this many parts; 1 means that these
             blocks are computed with the others.
     """
 
@@ -64,7 +64,7 @@ class BackendChoice:
 
 
 class Request(NamedTuple):
-    """What the choice depends on; no lengths, so that a choice is made once for all of them."""
+    """What the choice depends on. It holds no lengths, so one choice serves all of them."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,37 +72,28 @@ class Request(NamedTuple):
     value_dim: int
     block_size: int
     at_offset: bool  # S_q < S_kv
-    mods: bool  # a mask_mod or score_mod of the caller's
+    mods: bool  # FlexAttention gets a mask_mod or score_mod besides the causal one
     positive_scale: bool
     lse: bool
     max_scores: bool
     aligned: bool  # last stride 1 and all others multiples of 16 bytes
-    whole_tiles: bool  # both lengths are multiples of 128, and are known to be
+    whole_tiles: bool  # both lengths are known to be multiples of 128
     small: bool  # no tensor or index list reaches MAX_ELEMENTS
     compiling: bool  # inside a caller's torch.compile
 
     @classmethod
     def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        block_size: int,
-        mods: bool,
-        scale: float,
-        lse: bool,
-        max_scores: bool,
+        cls, query: Tensor, key: Tensor, value: Tensor, *, block_size: int, mods: bool, scale: float, aux: AuxRequest
     ) -> Request:
-        """The request that attention of these tensors makes, by FlexAttention over blocks of this size."""
+        """What FlexAttention of these tensors has to do, over blocks of this size."""
         batch, heads, q_len, head_dim = query.shape
         kv_len = key.shape[2]
         aligned = _is_aligned(query) and _is_aligned(key) and _is_aligned(value)
         entries = batch * heads * ceil_div(q_len, block_size) * ceil_div(kv_len, block_size)
         compiling = is_tracing()
-        # lengths are symbols while compiling: each fact asked of them costs a compilation
+        # lengths are symbols while compiling: each question about them costs a compilation
         whole_tiles = not compiling and q_len % FLEX_TILE == 0 and kv_len % FLEX_TILE == 0
-        # an exported program is to take every length: what asks for small ones is not taken
+        # an exported program has to take every length, also large ones
         small = not is_exporting() and max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
         return cls(
             query.device,
@@ -114,8 +105,8 @@ class Request(NamedTuple):
             True if q_len != kv_len else False,  # noqa: SIM210
             mods,
             True if scale > 0 else False,  # noqa: SIM210
-            lse,
-            max_scores,
+            aux.lse,
+            aux.max_scores,
             True if aligned else False,  # noqa: SIM210
             whole_tiles,
             True if small else False,  # noqa: SIM210
@@ -127,11 +118,11 @@ def choose_backend(backend: str, request: Request) -> BackendChoice:
     """FlexAttention's kernel for a request.
 
     Args:
-        backend: "auto", which takes the best one that can do the request, or the name of one that has to.
+        backend: "auto" chooses the best kernel that can do the request. A name demands that kernel.
 
     Raises:
-        ValueError: backend is no such name.
-        UnsupportedError: the named backend cannot do the request, or return_aux asks for what no backend here gives.
+        ValueError: The backend's name is unknown.
+        UnsupportedError: The named backend cannot do the request, or no backend here gives what return_aux asks for.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -142,13 +133,13 @@ def choose_backend(backend: str, request: Request) -> BackendChoice:
 
 @constant_in_graphs
 def _choose_in_graph(backend: str, *facts: Any) -> BackendChoice:
-    """choose_backend of the facts of a Request, flat because only plain constants get here."""
+    """As choose_backend. The request is flat, because a graph passes plain constants alone."""
     return choose_once(backend, Request(*facts))
 
 
 @remembered("choices of a backend", most=4096)
 def choose_once(backend: str, request: Request) -> BackendChoice:
-    """As :func:`choose_backend`, of a known name."""
+    """As choose_backend, for a known name."""
     if request.device.type != "cuda":
         if backend != "auto":
             raise UnsupportedError(f"backend {backend!r} needs tensors on a CUDA device, got {request.device}")
@@ -164,7 +155,7 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
         )
     if backend == "triton":
         return BackendChoice("triton", "named by the caller", kernel_options=triton_options(request))
-    against = next(against_flash(request, named=backend == "flash"), None)
+    against = against_flash(request, named=backend == "flash")
     if against is None:
         reason = "named by the caller" if backend == "flash" else "the fastest that can do the request"
         return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),))
@@ -176,7 +167,7 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
 
 
 def choose_dense(request: Request, reason: str) -> BackendChoice:
-    """The kernel for dense causal attention: FlashAttention-4 where it can do it, else PyTorch's own choice."""
+    """The kernel for dense causal attention: FlashAttention-4 where it can, else PyTorch's own choice."""
     if request.compiling:
         against = "it cannot be traced by torch.compile"
         return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
@@ -187,18 +178,18 @@ def choose_dense(request: Request, reason: str) -> BackendChoice:
 def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
     if request.device.type != "cuda":
         return BackendChoice("dense-sdpa", reason, dense=True)
-    # of what it cannot do in FlexAttention, without it only these are left
+    # the other limits are those of FlashAttention-4 inside FlexAttention
     plain = request._replace(block_size=FLEX_TILE, at_offset=False, mods=False, lse=False, max_scores=False)
-    against = next(against_flash(plain, named=True), None)
+    against = against_flash(plain, named=True)
     if against is None:
         return BackendChoice("dense-flash", reason, dense=True)
     return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
 
 
 def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
-    """The length below which dense attention was measured to be faster than sparse by this choice; 0 if it was not.
+    """The length below which dense attention was measured to be faster than this sparse choice; 0 if never.
 
-    0 as well inside a caller's torch.compile: a length to branch on costs a compilation.
+    It is 0 inside a caller's torch.compile too: branching on a length costs a compilation.
     """
     dims = request.head_dim, request.value_dim
     if request.compiling or request.device.type != "cuda" or request.dtype not in SIXTEEN_BIT or dims != (128, 128):
@@ -207,13 +198,13 @@ def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
 
 
 def triton_options(request: Request) -> Options:
-    """The kernel options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
+    """The options of FlexAttention's Triton kernel: measured ones where there are any, else its defaults."""
     options: Options = ()
     block, dim = request.block_size, max(request.head_dim, request.value_dim)
     row_bytes = (1 << (dim - 1).bit_length()) * request.dtype.itemsize  # padded to a power of two
     if block < 128 or row_bytes > 512:
-        # a kernel tile must divide the mask's blocks, and several of keys and values have to fit the shared memory:
-        # long rows get the tiles of FlexAttention's own defaults for them (it has none for float32 with D 192)
+        # a kernel tile must divide the mask's blocks, and several tiles have to fit the shared memory. Long rows get
+        # FlexAttention's own default tiles (it has none for float32 with D 192)
         queries = block if row_bytes <= 512 else min(block, 32)
         keys = block if row_bytes <= 256 else min(block, 32)
         options = ("BLOCK_M", queries), ("BLOCK_N", keys), ("num_warps", 4)
@@ -221,42 +212,41 @@ def triton_options(request: Request) -> Options:
         if request.dtype in SIXTEEN_BIT and request.head_dim == request.value_dim:
             capability = torch.cuda.get_device_capability(request.device)
             options = TRITON_OPTIONS.get((capability, request.head_dim, request.block_size), options)
-        # compiled for lengths of all kinds, FlexAttention would check the bounds of every tile
+        # without this FlexAttention checks the bounds of every tile, because it is compiled for all lengths
         options = *options, ("IS_DIVISIBLE", True)
-    # by name, because short queries would get FlexAttention's decoding kernel
+    # named, because short queries would get FlexAttention's decoding kernel
     return (("BACKEND", "TRITON"), *options)
 
 
-def against_flash(request: Request, *, named: bool) -> Iterator[str]:
-    """Whatever keeps FlashAttention-4 from a request, or speaks against it where it is not named; the cheapest first.
+def against_flash(request: Request, *, named: bool) -> str | None:
+    """Why FlashAttention-4 cannot do a request, or should not where it is not named; None if it can.
 
-    What it takes was found on an H200 with torch 2.11 and flash-attn-4 4.0.0b10.
+    Its limits were found on an H200 with torch 2.11 and flash-attn-4 4.0.0b10.
     """
     capability, dims = torch.cuda.get_device_capability(request.device), (request.head_dim, request.value_dim)
     if capability != HOPPER:
-        yield "it takes blocks of 128 on compute capability 9.0 alone, got {}.{}".format(*capability)
+        return "it takes blocks of 128 on compute capability 9.0 alone, got {}.{}".format(*capability)
     if request.dtype not in SIXTEEN_BIT:
-        yield f"it takes float16 or bfloat16, got {request.dtype}"
+        return f"it takes float16 or bfloat16, got {request.dtype}"
     if request.block_size != FLEX_TILE:
-        yield f"it takes blocks of {FLEX_TILE}, got block_size={request.block_size}"
+        return f"it takes blocks of {FLEX_TILE}, got block_size={request.block_size}"
     if not set(dims) <= set(FLASH_HEAD_DIMS):
-        yield "it was tested with D and Dv of {}, got D={}, Dv={}".format(FLASH_HEAD_DIMS, *dims)
+        return "it was tested with D and Dv of {}, got D={}, Dv={}".format(FLASH_HEAD_DIMS, *dims)
     if not request.positive_scale:
-        yield "it takes a positive scale"
+        return "it takes a positive scale"
     if not request.aligned:
-        yield "it takes tensors whose last stride is 1, the others multiples of 16 bytes"
+        return "it takes tensors whose last stride is 1, the others multiples of 16 bytes"
     if not request.small:
-        yield "its offsets are 32-bit, and a tensor or an index list has 2**31 elements or more"
+        return "its offsets are 32-bit, and a tensor or an index list has 2**31 elements or more"
     if request.max_scores:
-        yield "it gives no max_scores"
+        return "it gives no max_scores"
     if request.lse and request.compiling:
-        yield "its log-sum-exp is checked at the first use (see flash_lse_factor), which torch.compile cannot trace"
+        return "its log-sum-exp is checked at the first use (see flash_lse_factor), which torch.compile cannot trace"
     if request.at_offset and request.compiling and TORCH < (2, 13):
-        yield f"torch {torch.__version__} does not hand it an offset that is computed in a compiled graph"
+        return f"torch {torch.__version__} does not hand it an offset that is computed in a compiled graph"
     if request.mods and not named:
-        yield "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
-    if fault := flash_attention_4_fault():
-        yield fault
+        return "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
+    return flash_attention_4_fault()
 
 
 @remembered("whether flash-attn-4 is there", most=1)
@@ -266,7 +256,7 @@ def flash_attention_4_fault() -> str | None:
         return "it needs the package flash-attn-4, which is not installed"
     try:
         importlib.import_module("flash_attn.cute")
-    except Exception as error:  # whatever a package built for another version comes up with
+    except Exception as error:  # a package built for another version may raise anything
         return f"the package flash-attn-4 does not load: {type(error).__name__}: {error}"
     return None
 

@@ -19,7 +19,7 @@ from flexprefill.variant.variant import AttentionVariant, check_variant
 
 
 class Call(NamedTuple):
-    """Arguments of prefill_attention that decide what computes it."""
+    """The arguments of prefill_attention that decide what computes it."""
 
     query: Tensor
     key: Tensor
@@ -35,13 +35,8 @@ class Call(NamedTuple):
     return_aux: AuxRequest | None
 
     @property
-    def gives_lse(self) -> bool:
-        """Whether FlexAttention gives log-sum-exps here."""
-        return self.query.is_cuda
-
-    @property
     def plain(self) -> bool:
-        """Whether any attention kernel can compute it: FlexAttention is not asked for, nor what it alone can do."""
+        """Whether any attention kernel can compute it: nothing asks for FlexAttention."""
         asked = self.backend != "auto" or self.return_aux is not None
         return not asked and not self.mods and self.variant.sinks is None and self.scale > 0
 
@@ -51,41 +46,42 @@ class Call(NamedTuple):
         return self.mask_mod is not None or self.score_mod is not None or len(self.variant.changes_search) > 0
 
     @property
-    def decodes(self) -> bool:
-        """Whether it is a single query that ends a sequence, and no blocks are named for it."""
-        return self.query.shape[2] == 1 < self.key.shape[2] and self.last_chunk and self.block_map is None
+    def block_size(self) -> int:
+        """The block size of the map that is used."""
+        return self.config.block_size if self.block_map is None else self.block_map.block_size
 
     @property
     def attention(self) -> PlainAttention:
-        """The same over all blocks, in plain PyTorch."""
+        """The same over all blocks, in plain PyTorch. A BlockMask counts by its mask_mod alone."""
         score_mods = () if self.score_mod is None else (self.score_mod,)
         mask_mods = plain_mods(self.mask_mod)
         return PlainAttention(self.query, self.key, self.scale, self.variant, mask_mods, score_mods)
 
     def score_mods(self) -> tuple[ScoreMod, ...]:
-        """In the order in which they apply: the variant's, the caller's."""
+        """The variant's score_mods, then the caller's: they apply in this order."""
         mods = changing_mods(self.variant, self.query, self.key.shape[2] - self.query.shape[2])
         return mods if self.score_mod is None else (*mods, self.score_mod)
 
-    def aux_request(self, correct: bool) -> AuxRequest | None:
-        """What FlexAttention has to return besides the output, also for mean correction and sinks."""
-        if not self.gives_lse or not (correct or self.variant.sinks is not None):
+    def aux_request(self, *, dense: bool = False) -> AuxRequest | None:
+        """What FlexAttention has to return besides the output. Mean correction and sinks need a log-sum-exp.
+
+        FlexAttention gives none on the CPU. Dense attention has nothing to correct.
+        """
+        needs_lse = self.variant.sinks is not None or (self.config.mean_correction and not dense)
+        if not needs_lse or not self.query.is_cuda:
             return self.return_aux
         return AuxRequest(lse=True, max_scores=self.return_aux is not None and self.return_aux.max_scores)
 
     def request(self) -> Request:
         """What its kernel has to do."""
-        asked = self.return_aux or AuxRequest()
-        inside = (self.config.mean_correction or self.variant.sinks is not None) and self.gives_lse
         return Request.of(
             self.query,
             self.key,
             self.value,
-            block_size=self.config.block_size if self.block_map is None else self.block_map.block_size,
+            block_size=self.block_size,
             mods=self.mods,
             scale=self.scale,
-            lse=asked.lse or inside,
-            max_scores=asked.max_scores,
+            aux=self.aux_request() or AuxRequest(),
         )
 
 
@@ -98,13 +94,13 @@ def plain_mods(mask_mod: MaskMod | BlockMask | None) -> tuple[MaskMod, ...]:
 def check_tensors(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, variant: AttentionVariant | None
 ) -> tuple[float, AttentionVariant]:
-    """The scale and the variant, or what None stands for; raises unless all fit together."""
+    """The scale and the variant with None resolved. Raises unless all arguments fit together."""
     check_attention_inputs(query, key, value)
     return resolve_scale(scale, query.shape[3]), check_variant(variant, query, key)
 
 
 def check_call(call: Call) -> Call:
-    """The call; raises unless its other arguments fit its tensors and its variant."""
+    """The same call. Raises unless its other arguments fit its tensors and its variant."""
     check_config(call.config)
     check_last_chunk(call.last_chunk)
     if not isinstance(call.mask_mod, BlockMask):
@@ -114,18 +110,14 @@ def check_call(call: Call) -> Call:
         raise TypeError(f"return_aux must be an AuxRequest or None, got {type(call.return_aux).__name__}")
     find_scorer(call.config.scorer)
     if call.config.mean_correction:
-        max_scores = call.return_aux is not None and call.return_aux.max_scores
-        others = (
-            ("mask_mod", call.mask_mod is not None),
-            ("score_mod", call.score_mod is not None),
-            ("max_scores", max_scores),
-        )
-        for name, asked in (*others, *((name, True) for name in call.variant.changes_search)):
-            if asked:
-                raise ValueError(
-                    f"{name} cannot be combined with mean_correction, whose means stand for plain causal "
-                    "attention: pass a config with mean_correction=False"
-                )
+        asked = [name for name in ("mask_mod", "score_mod") if getattr(call, name) is not None]
+        if call.return_aux is not None and call.return_aux.max_scores:
+            asked.append("max_scores")
+        if asked := [*asked, *call.variant.changes_search]:
+            raise ValueError(
+                f"{asked[0]} cannot be combined with mean_correction, whose means stand for plain causal attention: "
+                "pass a config with mean_correction=False"
+            )
     if call.block_map is not None:
         check_block_map(call.block_map, call.query, call.key)
     return call

@@ -1,11 +1,10 @@
-"""Dense causal attention by the best kernel there is: for decoding, and for prompts that a search would not pay for."""
+"""Dense causal attention by the best kernel here, for decoding and for prompts too short for a search to pay."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
 
-_ordering = threading.Lock()
+_ordering = threading.Lock()  # the order of backends is the process's, and each thread puts back what it found
 
 DENSE_KERNELS = ("dense-flash", "dense-sdpa")
 
-# fastest first, for whole prompts on CUDA; the first that takes the tensors runs
+# fastest first, for whole prompts on CUDA; the first one that takes the tensors runs
 SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -32,8 +31,10 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     """Causal attention of the last S_q of S_kv positions over all keys before them.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
-        scale: positive.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        value: [B, Hkv, S_kv, Dv].
+        scale: Positive.
         kernel: "dense-flash" or "dense-sdpa", as choose_dense names them.
 
     Returns:
@@ -46,7 +47,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
 
 
 def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func  # a package that need not be there
+    from flash_attn.cute import flash_attn_func  # an optional package
 
     heads_inside = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, S, H, D]
     result = flash_attn_func(*heads_inside, softmax_scale=scale, causal=True)
@@ -54,16 +55,11 @@ def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return output.transpose(1, 2)
 
 
-def _order_alone() -> AbstractContextManager[object]:
-    """For one thread at a time: the order is the process's, and each puts back the one that it found."""
-    return contextlib.nullcontext() if is_tracing() else _ordering
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q_len, kv_len = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.dtype == torch.float32:
-        # no fused kernel takes grouped heads in float32, and the other one holds all scores at once
+        # no fused kernel takes grouped heads in float32, and the math kernel holds all scores at once
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         grouped = False
     sdpa = functools.partial(scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
@@ -72,10 +68,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if q_len == kv_len:
         if not query.is_cuda:
             return sdpa(is_causal=True)
-        with _order_alone(), sdpa_kernel(SDPA_ORDER, set_priority=True):
+        with contextlib.nullcontext() if is_tracing() else _ordering, sdpa_kernel(SDPA_ORDER, set_priority=True):
             return sdpa(is_causal=True)
     if is_tracing():
-        # the tensor subclass that causal_lower_right returns does not trace
+        # causal_lower_right returns a tensor subclass that cannot be traced
         rows = torch.arange(q_len, device=query.device)[:, None] + (kv_len - q_len)
         visible = torch.arange(kv_len, device=query.device) <= rows
         return sdpa(attn_mask=visible)

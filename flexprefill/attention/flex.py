@@ -1,4 +1,4 @@
-"""flex_attention under torch.compile: one compiled function for each kind of call, kept for the process."""
+"""flex_attention under torch.compile: each kind of call has one compiled function, kept for the process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from flexprefill.runtime.thread_state import what_graphs_guard, without_autocast
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.mods import ScoreMod
 
-FlexResult = tuple[Tensor, AuxOutput | None]  # the output and what was asked for besides
-Layout = tuple[tuple[int, ...], tuple[bool, ...]]
+FlexResult = tuple[Tensor, AuxOutput]  # the output, and what return_aux asks for
 
-_making = threading.Lock()  # one compiled function of a kind, whichever thread is first
+_making = threading.Lock()  # a kind has one compiled function, whichever thread is first
 
-NAMES = 8  # that inputs get in turn, where torch mixes sizes up
+NAMES = 8  # names that inputs get in turn where torch mixes sizes up
 
 
 class FlexSettings(NamedTuple):
@@ -38,20 +37,6 @@ class FlexSettings(NamedTuple):
     return_aux: AuxRequest | None = None
 
 
-class Kind(NamedTuple):
-    """What flex_attention compiles statically; lengths, batch sizes and the other strides become dynamic."""
-
-    device_type: str
-    dtype: torch.dtype
-    layouts: tuple[Layout, Layout, Layout]  # of query, key and value
-    heads: tuple[int, int]  # of queries and of keys
-    dims: tuple[int, int]  # of queries and of values
-    at_offset: bool
-    mod_codes: tuple[tuple[types.CodeType | type, ...], ...]  # of the mask_mods and of the score_mods
-    settings: FlexSettings
-    state: tuple[object, ...]  # of the thread: one kind's recompiles are not used up by a state that changes
-
-
 def flex_over(
     query: Tensor,
     key: Tensor,
@@ -60,21 +45,26 @@ def flex_over(
     settings: FlexSettings,
     score_mods: tuple[ScoreMod, ...] = (),
 ) -> FlexResult:
-    """FlexAttention over listed blocks, compiled; inside a caller's own torch.compile, a part of its graph.
+    """FlexAttention over listed blocks, compiled. Inside a caller's own torch.compile it is a part of that graph.
 
     Args:
-        query, key, value: as in prefill_attention, checked.
-        score_mods: applied one after the other.
+        query: As in prefill_attention, checked.
+        key: As in prefill_attention, checked.
+        value: As in prefill_attention, checked.
+        listed: The kept blocks.
+        settings: What FlexAttention is told besides.
+        score_mods: Applied one after the other.
 
     Raises:
         FlexPrefillError: torch.compile would not run, or finds no C++ compiler; see prefill_attention.
     """
-    # grad mode decides whether flex writes a log-sum-exp that nobody reads
+    # with gradients on, flex writes a log-sum-exp that nobody reads
     with torch.no_grad(), without_autocast():
         if is_tracing():
             return _attend((query, key, value, *listed, score_mods), settings)
         query, key, value = map(_of_a_common_kind, (query, key, value))
-        kind = Kind(
+        # what is compiled statically; lengths, batch sizes and the other strides are dynamic
+        kind = (
             query.device.type,
             query.dtype,
             (_layout(query), _layout(key), _layout(value)),
@@ -82,24 +72,23 @@ def flex_over(
             (query.shape[3], value.shape[3]),
             listed.offset is not None,
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
-            settings,
-            what_graphs_guard(),
+            what_graphs_guard(),  # a thread's state that changes must not use up one kind's recompiles
         )
         with refusals_explained(), without_dispatch_modes():
             with _making:
-                compiled = _compiled(kind)
+                compiled = _compiled(settings, kind)
             return compiled((query, key, value, *listed, score_mods))
 
 
 def _of_a_common_kind(tensor: Tensor) -> Tensor:
-    """A plain tensor whose last stride is 1: every other kind would be compiled for once more."""
+    """A plain tensor whose last stride is 1. Every other kind would cost a compilation of its own."""
     if tensor.requires_grad or type(tensor) is not Tensor:
         tensor = tensor.detach()
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _layout(tensor: Tensor) -> Layout:
-    """The dimensions by their strides, and which of them have none."""
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The dimensions ordered by their strides, and which strides are 0."""
     strides = tensor.stride()
     return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
 
@@ -111,9 +100,9 @@ def _code_of(mod: Callable[..., Tensor]) -> types.CodeType | type:
 class Compiled:
     """The compiled attention of one kind of call.
 
-    Threads that call one function while it is compiled would each compile it, up to the recompile limit: they take
-    turns. Where torch generates C++ that does not compile, because it mixes sizes up whose names begin alike, inputs
-    get other names, which sizes are named after.
+    Threads take turns: if several call a function while it is compiled, each compiles it, up to the recompile limit.
+    torch may mix up sizes whose names begin alike, and then generates C++ that does not compile. The inputs, after
+    which sizes are named, then get other names.
     """
 
     def __init__(self, settings: FlexSettings) -> None:
@@ -123,7 +112,7 @@ class Compiled:
         self._attend = self._compile()
 
     def _compile(self) -> Callable[..., FlexResult]:
-        # on its own: guards on locals are cheaper
+        # a local: guards on it are cheaper than on self
         settings = self._settings
 
         def attend(*inputs: Any) -> FlexResult:
@@ -137,7 +126,7 @@ class Compiled:
                 try:
                     return self._attend(*inputs)
                 except RanEagerlyError:
-                    # torch remembers of a function that it is not to be compiled
+                    # torch remembers that this function is not to be compiled: make another one
                     self._attend = self._compile()
                     raise
                 except Exception as error:
@@ -148,8 +137,8 @@ class Compiled:
 
 
 @remembered("compiled attention, by kind of call", most=1024)
-def _compiled(kind: Kind) -> Compiled:
-    return Compiled(kind.settings)
+def _compiled(settings: FlexSettings, kind: tuple[object, ...]) -> Compiled:
+    return Compiled(settings)
 
 
 def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
@@ -168,24 +157,22 @@ def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
 def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
     """flex_attention of (query, key, value, lists, offset, mask_mods, score_mods)."""
     if not is_tracing():
-        # reached when torch.compile is off (its environment variable, a stance): eager flex is dense
+        # torch.compile is off, by its environment variable or a stance: eager flex is dense
         raise RanEagerlyError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "
             "switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)"
         )
     query, key, value, lists, offset, mask_mods, score_mods = inputs
-    # made in here: a BlockMask that comes from outside costs a guard for each of its attributes, every call
-    listed, geometry = (
-        ListedBlocks(lists, offset, mask_mods),
-        Geometry(query.shape[2], key.shape[2], settings.block_size),
-    )
+    # made in here: a BlockMask from outside costs a guard for each of its attributes, in every call
+    listed = ListedBlocks(lists, offset, mask_mods)
+    geometry = Geometry(query.shape[2], key.shape[2], settings.block_size)
     arguments: dict[str, Any] = {
         "score_mod": _chained(score_mods),
         "block_mask": block_mask_of(listed, geometry),
         "scale": settings.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": dict(settings.kernel_options),
+        "return_aux": settings.return_aux,
     }
-    if settings.return_aux is None:
-        return flex_attention(query, key, value, **arguments), None
-    return flex_attention(query, key, value, **arguments, return_aux=settings.return_aux)
+    given = flex_attention(query, key, value, **arguments)
+    return given if settings.return_aux is not None else (given, AuxOutput())

@@ -1,4 +1,4 @@
-"""Log-sum-exps over kept blocks: in plain PyTorch, and FlashAttention-4's checked before they are passed on."""
+"""Log-sum-exps over kept blocks: in plain PyTorch, and a check of FlashAttention-4's."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
-KNOWN_LENGTH, KNOWN_HEAD_DIM = 128, 64  # of the input on which FlashAttention-4's is checked
-CLOSE = 0.01  # relative; the fault is 30 %
+KNOWN_LENGTH, KNOWN_HEAD_DIM = 128, 64  # of the input that checks FlashAttention-4's log-sum-exp
+CLOSE = 0.01  # relative; the known fault is 30 %
 
 
 def log_sum_exp_over(attention: PlainAttention, block_map: BlockMap) -> Tensor:
-    """Natural log-sum-exps over the kept keys, causal per element: float32 [B, Hq, S_q]. Plain PyTorch.
+    """Natural log-sum-exps over the kept keys, causal per element: float32 [B, Hq, S_q].
 
-    FlexAttention's kernel for the CPU gives none.
+    Computed in plain PyTorch, because FlexAttention's kernel for the CPU gives none.
 
     Raises:
-        UnsupportedError: inside torch.compile with mods.
+        UnsupportedError: There are mods inside torch.compile.
     """
     if attention.mask_mods or attention.score_mods:
         if is_tracing():
@@ -51,7 +51,7 @@ def kept_log_sum_exp_operator(
     ends: Tensor | None = None, sliding_window: int | None = None, soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As :func:`kept_log_sum_exp`, a variant's parts taken apart."""
+    """As kept_log_sum_exp, with the variant in parts."""
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
     return kept_log_sum_exp(PlainAttention(query, key, scale, variant), words, block_size)
 
@@ -62,7 +62,7 @@ def _(query, key, words, *_):
 
 
 def kept_log_sum_exp(attention: PlainAttention, words: Tensor, block_size: int) -> Tensor:
-    """As :func:`log_sum_exp_over`, of a map's words: the logits of kept blocks alone."""
+    """As log_sum_exp_over, from a map's words. Only the logits of kept blocks are computed."""
     batch, heads, q_len, _ = attention.query.shape
     kv_len, device = attention.key.shape[2], words.device
     lse = torch.empty(batch, heads, q_len, device=device, dtype=torch.float32)
@@ -78,16 +78,16 @@ def kept_log_sum_exp(attention: PlainAttention, words: Tensor, block_size: int) 
 
 @remembered("FlashAttention-4's log-sum-exp, by device", most=64)
 def flash_lse_factor(device: torch.device) -> float:
-    """What FlashAttention-4's log-sum-exp has to be multiplied with on a device.
+    """The factor that corrects FlashAttention-4's log-sum-exp on a device.
 
-    torch 2.11 multiplies it by ln 2 once too often (pytorch issue 181645). Found out once, at the first use, from a
-    small known input; that waits for the device.
+    torch 2.11 multiplies it by ln 2 once too often (pytorch issue 181645). A small known input shows it, once, at the
+    first use. That waits for the device.
 
     Raises:
-        FlexPrefillError: it is wrong in another way.
+        FlexPrefillError: It is wrong in another way.
     """
     generator = torch.Generator().manual_seed(0)
-    # whatever the default dtype and device are
+    # independent of the default dtype and device
     known = torch.randn(2, 1, 1, KNOWN_LENGTH, KNOWN_HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu")
     query, key = known.to(device, torch.bfloat16)
     block_map = BlockMap.causal(1, 1, q_len=KNOWN_LENGTH, kv_len=KNOWN_LENGTH, block_size=KNOWN_LENGTH, device=device)
@@ -99,16 +99,16 @@ def flash_lse_factor(device: torch.device) -> float:
 
 
 def factor_to(found: Tensor, right: Tensor) -> float:
-    """1 if the two agree, 1 / ln 2 if that makes them.
+    """1 if the two agree, 1 / ln 2 if they agree with that factor.
 
     Raises:
-        FlexPrefillError: neither does.
+        FlexPrefillError: They agree with neither.
     """
     for factor in (1.0, 1 / math.log(2)):
         if (factor * found - right).norm() <= CLOSE * right.norm():  # false for NaN as well
             return factor
     last, wanted = found.flatten()[-1].item(), right.flatten()[-1].item()
     raise FlexPrefillError(
-        "FlashAttention-4 returns a wrong log-sum-exp through this torch, and not by the factor ln 2 that is known: "
+        "FlashAttention-4 returns a wrong log-sum-exp through this torch, and not by the known factor ln 2: "
         f"{last:.4f} instead of {wanted:.4f}; backend='triton' gives a right one"
     )

@@ -1,19 +1,17 @@
 """Mean correction: dropped blocks answer with their mean key and value (FlashPrefill-V2, arXiv 2608.19758).
 
-A block (I, J) that is dropped although every row of query block I sees all of J takes part in the softmax as one more
-key: its logit is scale · q · K̄_J + ln |J| and its value V̄_J, with K̄_J and V̄_J the means of J's keys and values, kept
-in their dtype, and |J| the number of its keys. Computed as a second, small attention over the means, under the
-complement of the mask, that is merged with the first by their log-sum-exps.
+A dropped block (I, J) takes part if every row of query block I sees all of J. It enters the softmax as one more key.
+Its logit is scale · q · K̄_J + ln |J|, and its value is V̄_J. K̄_J and V̄_J are the means of J's keys and values, in their
+dtype, and |J| is the number of its keys. The means get a second, small attention under the complement of the mask. It
+is merged with the first one by their log-sum-exps.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from flexprefill.attention.log_sum_exp import log_sum_exp_over
+from flexprefill.attention.call import Call
 from flexprefill.blockmap.bits import unpack_bits
 from flexprefill.blockmap.geometry import Geometry, full_blocks
 from flexprefill.blockmap.map import BlockMap
@@ -23,33 +21,18 @@ from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN
 
 
-def add_dropped_blocks(
-    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, output: Tensor, lse: Tensor | None, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over the kept blocks to attention over the kept blocks and the means of the dropped ones.
+def add_dropped_blocks(call: Call, kept: BlockMap, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks, merged with attention over the means of the dropped ones.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
-        output: [B, Hq, S_q, Dv], over the map's kept blocks.
-        lse: float32 [B, Hq, S_q], natural log-sum-exps of its logits; None where the kernel gives none, and then they
-            are computed in plain PyTorch.
+        output: [B, Hq, S_q, Dv], over the kept blocks.
+        lse: float32 [B, Hq, S_q], the natural log-sum-exps of its logits.
 
     Returns:
         The same two with the means of the dropped blocks.
     """
-    if lse is None:
-        lse = log_sum_exp_over(PlainAttention(query, key, scale, PLAIN), block_map)
-    implementation = "triton" if query.is_cuda else "reference"
-    return merge_means(query, key, value, block_map.words, output, lse, block_map.block_size, scale, implementation)
-
-
-def whole_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
-    """How many leading key blocks every row of a query block sees to their last key: int32 [M]."""
-    whole = full_blocks(geometry, device)
-    if geometry.q_len % geometry.block_size == 1:
-        # the last row is a query block of its own, and sees a short last key block to its end
-        whole[-1] = geometry.columns
-    return whole
+    tensors, implementation = (call.query, call.key, call.value), "triton" if call.query.is_cuda else "reference"
+    return merge_means(*tensors, kept.words, output, lse, kept.block_size, call.scale, implementation)
 
 
 @operator("flexprefill::merge_means")
@@ -57,42 +40,28 @@ def merge_means(
     query: Tensor, key: Tensor, value: Tensor, words: Tensor, output: Tensor, lse: Tensor, block_size: int,
     scale: float, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As :func:`add_dropped_blocks`, by "reference" or "triton".
+    """As add_dropped_blocks, by "reference" (the definition in plain PyTorch, float32) or "triton".
 
     Args:
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        value: [B, Hkv, S_kv, Dv].
         words: int32 [B, Hq, M, ceil(N / 32)], a BlockMap's.
     """
     geometry = Geometry(query.shape[2], key.shape[2], block_size)
     key_means = pool_keys(key, block_size, implementation)  # [B, Hkv, N, D]
     value_means = pool_keys(value, block_size, implementation)  # [B, Hkv, N, Dv]
-    means = Means(key_means, value_means, geometry, scale)
-    if implementation == "reference":
-        return merge_plainly(query, means, words, output, lse)
-    from flexprefill.attention import mean_correction_kernel  # imports triton
+    if implementation == "triton":
+        from flexprefill.attention import mean_correction_kernel  # imports triton
 
-    with torch.cuda.device_of(query):
-        return mean_correction_kernel.merge(query, *means, words, output, lse)
-
-
-@torch.library.register_fake("flexprefill::merge_means")
-def _(query, key, value, words, output, lse, *_):
-    return torch.empty_like(output), lse.new_empty(lse.shape)
-
-
-class Means(NamedTuple):
-    """Means of key blocks [B, Hkv, N, D] and of value blocks [B, Hkv, N, Dv], and how they are attended."""
-
-    keys: Tensor
-    values: Tensor
-    geometry: Geometry
-    scale: float
-
-
-def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch, float32: attention over the means of dropped blocks, merged with the other."""
-    geometry = means.geometry
-    block_size, columns = geometry.block_size, geometry.columns
-    kept, whole = unpack_bits(words, columns), whole_blocks(geometry, query.device)
+        with torch.cuda.device_of(query):
+            return mean_correction_kernel.merge(query, key_means, value_means, geometry, scale, words, output, lse)
+    columns = geometry.columns
+    kept = unpack_bits(words, columns)
+    whole = full_blocks(geometry, query.device)  # leading key blocks that every row of a query block sees whole
+    if geometry.q_len % block_size == 1:
+        # the last row is a query block of its own, and sees a short last key block to its end
+        whole[-1] = columns
     sizes = geometry.kv_len - torch.arange(columns, device=query.device) * block_size
     log_sizes = sizes.clamp(max=block_size).float().log()
 
@@ -104,11 +73,16 @@ def merge_plainly(query: Tensor, means: Means, words: Tensor, output: Tensor, ls
         return (kv_idx < whole[block]) & ~kept[b, h, block, kv_idx]
 
     mods = (is_dropped,), (add_log_size,)
-    attention = PlainAttention(query, means.keys, means.scale, PLAIN, *mods, causal=False)
-    of_means, sums = attention.attend(means.values)
+    attention = PlainAttention(query, key_means, scale, PLAIN, *mods, causal=False)
+    of_means, sums = attention.attend(value_means)
     total = torch.logaddexp(lse.float(), sums)
-    shift = torch.where(total == -torch.inf, 0, total)  # a row with nothing at all stays zero
+    shift = torch.where(total == -torch.inf, 0, total)  # a row without anything stays zero
     share = (lse.float() - shift).exp()[..., None]
-    # a row that keeps nothing may come as anything; a share that is NaN stays one
+    # the output of a row that keeps nothing may hold anything; a share that is NaN stays NaN
     of_kept = torch.where(share == 0, 0, share * output.float())
     return (of_kept + (sums - shift).exp()[..., None] * of_means).to(output.dtype), total
+
+
+@torch.library.register_fake("flexprefill::merge_means")
+def _(query, key, value, words, output, lse, *_):
+    return torch.empty_like(output), lse.new_empty(lse.shape)

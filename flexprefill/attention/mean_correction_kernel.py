@@ -1,9 +1,8 @@
-"""The means of dropped blocks in Triton: their attention, and its merge with that over the kept blocks."""
+"""Attention over the means of dropped blocks in Triton, merged with attention over the kept blocks."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,11 +23,11 @@ def merge_means_kernel(
     D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one query block and head: an online softmax over the means of the blocks that it drops.
+    """ROWS rows of one query block and head: an online softmax over the means of its dropped blocks.
 
-    merged has output's strides; lse and sums are contiguous.
+    merged has output's strides. lse and sums are contiguous.
     """
-    # the long rows first
+    # the longest rows start first
     first_row = (tiles - 1 - tl.program_id(0)) * ROWS
     batch_head = tl.program_id(1).to(tl.int64)
     I = first_row // BLOCK
@@ -78,26 +77,20 @@ def merge_means_kernel(
     offsets = output_base + row.to(tl.int64)[:, None] * output_stride_s + dv[None, :] * output_stride_d
     mask = inside[:, None] & (dv[None, :] < DV)
     output = tl.load(output_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    # a row that keeps nothing may come as anything
+    # the output of a row that keeps nothing may hold anything
     output = tl.where(of_kept[:, None] > 0, output * of_kept[:, None], 0.0)
     merged = (output + mean * of_means[:, None]) / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(merged_ptr + offsets, merged.to(merged_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + batch_head * q_len + row, (shift + tl.log2(total)) * LN_2, mask=inside)
 
 
-class MergeLaunch(NamedTuple):
-    rows: int  # a program, at most; of one query block
-    tile: int  # means a step
-    warps: int
-    stages: int
-
-
-def _launch(query: Tensor, value_dim: int) -> MergeLaunch:
+def _launch(query: Tensor, value_dim: int) -> tuple[int, int, int, int]:
+    """Rows a program at most, means a step, warps and stages."""
     wide = max(query.shape[3], value_dim) > 128
     if query.dtype == torch.float32 and query.is_cuda:
-        # its products are exact, not tensor-core ones, and registers are few
-        return MergeLaunch(32 if wide else 64, 32, 8, 1)
-    return MergeLaunch(64, 64, 4, 2) if wide else MergeLaunch(128, 64, 8, 3)
+        # exact products need many registers, and no tensor core computes them
+        return 32 if wide else 64, 32, 8, 1
+    return (64, 64, 4, 2) if wide else (128, 64, 8, 3)
 
 
 def merge(
@@ -110,14 +103,14 @@ def merge(
     output: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As mean_correction.merge_plainly."""
+    """As merge_means by "reference", in mean_correction.py, from the means of key and value blocks."""
     batch, heads, q_len, head_dim = query.shape
     value_dim, dtype = value_means.shape[3], output.dtype
     if not query.is_cuda:
-        # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
+        # Triton's interpreter has a wrong dot for bfloat16; products of bfloat16 are exact in float32
         query, key_means, value_means, output = (x.float() for x in (query, key_means, value_means, output))
-    launch = _launch(query, value_dim)
-    rows = min(launch.rows, geometry.block_size)
+    most_rows, tile, warps, stages = _launch(query, value_dim)
+    rows = min(most_rows, geometry.block_size)
     tiles = ceil_div(q_len, rows)
     merged = torch.empty_like(output)
     lse = lse.contiguous()
@@ -127,7 +120,7 @@ def merge(
         *output.stride(),
         *(q_len, geometry.kv_len, tiles, key_means.shape[2], words.shape[3], heads, heads // key_means.shape[1]),
         scale * LOG2_E, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), DV=value_dim,
-        DV_PAD=triton.next_power_of_2(value_dim), BLOCK=geometry.block_size, ROWS=rows, TILE=launch.tile,
-        num_warps=launch.warps, num_stages=launch.stages,
+        DV_PAD=triton.next_power_of_2(value_dim), BLOCK=geometry.block_size, ROWS=rows, TILE=tile,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return merged.to(dtype), sums

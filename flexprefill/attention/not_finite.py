@@ -1,7 +1,7 @@
-"""Rows whose logits are not finite, on the CPU.
+"""Rows with a logit that is not finite, on the CPU.
 
-A logit that is NaN or +inf makes its row NaN, as in any softmax. FlexAttention's kernel for the CPU may pass over such
-a key instead, or give zeros (torch 2.11 to 2.15).
+A logit that is NaN or +inf makes its row NaN, as in any softmax. FlexAttention's kernel for the CPU may skip such a key
+instead, or give zeros (torch 2.11 to 2.15).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LARGEST = torch.finfo(torch.float32).max
 def mark_rows_not_finite(attention: PlainAttention, block_map: BlockMap, output: Tensor) -> None:
     """Writes NaN into the rows of an output that have a kept and visible key whose logit is NaN or +inf.
 
-    Where no product can be so large, which one look at each tensor tells, nothing more is done.
+    The largest magnitudes of query and key mostly show that there is no such logit. Then nothing more is done.
 
     Args:
         output: [B, Hq, S_q, Dv].
 
     Raises:
-        ValueError: there are such logits and mods inside torch.compile, whose graph cannot look at them.
+        ValueError: There may be such logits, and mods inside torch.compile, where a graph cannot look at them.
     """
     mods = bool(attention.mask_mods or attention.score_mods)
     query, key, scale = attention.query, attention.key, attention.scale
@@ -49,8 +49,8 @@ def _marked(
         return
     if mods:
         raise ValueError(
-            "query and key must be finite, and their products, where a mask_mod or score_mod is compiled for the CPU, "
-            "whose kernel does not keep NaN: call prefill_attention outside of torch.compile"
+            "query and key must be finite, and their products, where a mask_mod or score_mod is compiled for the CPU: "
+            "its kernel does not keep NaN. Call prefill_attention outside of torch.compile"
         )
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
     _mark(output, kept_log_sum_exp(PlainAttention(query, key, scale, variant), words, block_size))
@@ -62,7 +62,7 @@ def _(query, key, words, output, *_):
 
 
 def _may_not_be_finite(query: Tensor, key: Tensor, scale: float) -> bool:
-    # the comparison is false for NaN as well
+    # NaN makes the comparison false too
     return not abs(scale) * query.shape[3] * _largest(query) * _largest(key) < LARGEST
 
 

@@ -11,7 +11,9 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from flexprefill.attention.backends import BackendChoice
 from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
-from flexprefill.attention.steps import attend_kept, choose, corrected, kept_blocks, visible_blocks_of, with_sinks
+from flexprefill.attention.log_sum_exp import log_sum_exp_over
+from flexprefill.attention.mean_correction import add_dropped_blocks
+from flexprefill.attention.steps import attend_kept, choose, kept_blocks, visible_blocks_of
 from flexprefill.blockmap.block_mask import masks_of
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, block_mask_under
@@ -23,7 +25,7 @@ from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.variant.inputs import resolve_scale
-from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.logits import PlainAttention, add_sinks
 from flexprefill.variant.mods import ScoreMod, hiding_masks
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
@@ -63,60 +65,60 @@ def prefill_attention(
     means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
-    """Causal attention of a prompt over the blocks that matter: exact softmax over the kept blocks alone.
+    """Causal attention of a prompt over the blocks that matter. The softmax over the kept blocks is exact.
 
-    The compiled flex_attention is made once a process for each combination of device, dtype, heads, head
-    dimensions, block size, scale, backend and mods, and kept; the first call of a kind therefore compiles for some
-    seconds. It traces inside a caller's own ``torch.compile(fullgraph=True)``. :func:`explain_backend` says which
-    kernel runs; so does each call in the log ``flexprefill`` at level DEBUG.
+    The first call of a kind compiles flex_attention, which takes some seconds. A kind is a combination of device,
+    dtype, heads, head dimensions, block size, scale, backend and mods. The compiled function is kept for the process.
+    The call can be traced inside a caller's own ``torch.compile(fullgraph=True)``. ``explain_backend`` names the kernel
+    that runs. The log ``flexprefill`` does so for each call at level DEBUG.
 
-    Two kinds of call are dense instead:
+    Two kinds of call are dense:
 
-    - fewer keys than ``config.dense_below``, for which a search does not pay. A ``block_map``, a mod, ``return_aux``,
-      a named ``backend`` or masks being recorded ask for kept blocks, and get them at any length;
-    - a single query after other tokens, a step of decoding: it attends to all keys, without a search, and no map is
+    - Fewer keys than ``config.dense_below``: a search does not pay. A ``block_map``, a mod, ``return_aux``, a named
+      ``backend`` or masks being recorded ask for kept blocks, and get them at any length.
+    - A single query after other tokens (a step of decoding): it attends to all keys without a search, and no map is
       recorded. A ``block_map`` or ``last_chunk=False`` asks for kept blocks.
 
     Args:
-        query: [B, Hq, S_q, D], the last S_q of the S_kv positions; float16, bfloat16 or float32.
-        key: [B, Hkv, S_kv, D]; Hq a multiple of Hkv. Under autocast, tensors of several dtypes are cast to its one.
-        value: [B, Hkv, S_kv, Dv]; D and Dv multiples of 8 from 16 to 256.
-        config: the rule's settings, of which a given ``block_map`` leaves only ``mean_correction``: dropped blocks that
-            are seen whole then answer with their mean key and value (docs/mean_correction.md). Not with mods or
-            ``max_scores``.
-        variant: what the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
-            :class:`AttentionVariant`. Search and attention follow it.
-        block_map: a map to use instead of a search, [B, Hq, M, N] of these lengths.
-        mask_mod: a further mask_mod that hides elements inside the kept blocks, any of which is then partial; or a
-            BlockMask that is made once for all layers (:meth:`BlockMap.with_mask`, create_block_mask), which says of
-            each block whether it is hidden, cut or left whole.
-        score_mod: FlexAttention's score_mod; the search does not know of it. It follows the soft cap and ALiBi.
-        scale: factor on the dot products; 1 / sqrt(D) if None.
-        last_chunk: whether these queries end the prompt, as in :func:`search_blocks`.
-        backend: "triton" (CUDA), "flash" (a Hopper GPU with the package flash-attn-4), or "auto": on CUDA flash where
-            it can do the request and there are no mods, else triton; FlexAttention's own C++ kernel on the CPU.
-        return_aux: as in flex_attention; not on the CPU. FlashAttention-4's log-sum-exp is checked on the device at
-            the first use, which waits for it, and corrected where torch scales it wrongly.
-        means: block means kept from chunk to chunk, as in :func:`search_blocks`; not used by a call without a search.
-        buffers: memory for the index lists, shared by calls that follow each other on one stream; not inside
+        query: [B, Hq, S_q, D], float16, bfloat16 or float32. The queries are the last S_q of the S_kv positions.
+        key: [B, Hkv, S_kv, D]. Hq is a multiple of Hkv. Autocast casts tensors of several dtypes to its own.
+        value: [B, Hkv, S_kv, Dv]. D and Dv are multiples of 8 from 16 to 256.
+        config: The settings of the search. With a ``block_map`` only ``mean_correction`` is used: dropped blocks that
+            are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). It cannot
+            be combined with mods or ``max_scores``.
+        variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
+            ``AttentionVariant``. Search and attention follow it.
+        block_map: A map to use instead of a search, [B, Hq, M, N] of these lengths.
+        mask_mod: Hides elements inside the kept blocks. Either a mask_mod, with which any kept block is partial, or a
+            BlockMask made once for all layers (``BlockMap.with_mask``, create_block_mask). A BlockMask says of each
+            block whether it is hidden, cut or left whole.
+        score_mod: FlexAttention's score_mod. It applies after the soft cap and ALiBi. The search does not know of it.
+        scale: Factor on the dot products. Default: 1 / sqrt(D).
+        last_chunk: Whether these queries end the prompt, as in ``search_blocks``.
+        backend: "triton" (CUDA), "flash" (a Hopper GPU with the package flash-attn-4) or "auto". On CUDA, "auto" is
+            flash where flash can do the request and there are no mods, and triton elsewhere. On the CPU it is
+            FlexAttention's own C++ kernel.
+        return_aux: As in flex_attention. Not supported on the CPU. FlashAttention-4's log-sum-exp is checked at its
+            first use, which waits for the device, and corrected where torch scales it wrongly.
+        means: Block means kept from chunk to chunk, as in ``search_blocks``. A call without a search does not use them.
+        buffers: Memory for the index lists, shared by calls that follow each other on one stream. Not inside
             torch.compile.
 
     Returns:
-        [B, Hq, S_q, Dv], and with ``return_aux`` a pair of it and flex_attention's AuxOutput.
+        The output, [B, Hq, S_q, Dv]. With ``return_aux`` a pair of the output and flex_attention's AuxOutput.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        FlexPrefillError: the backend cannot run here; no C++ compiler is found, which the CPU needs; or
-            torch.compile would not run (its recompile limit is hit, or it is switched off), and FlexAttention
-            would then ignore the mask and be dense; or FlashAttention-4 gives a wrong log-sum-exp.
-        NotEnoughMemoryError: the search or its index lists do not fit into the device's memory.
+        TypeError, ValueError: An argument does not fit. The message names it.
+        FlexPrefillError: The backend cannot run here. Or the CPU's kernel finds no C++ compiler. Or torch.compile would
+            not run because it is switched off or its recompile limit is hit: FlexAttention would then ignore the mask
+            and be dense. Or FlashAttention-4 gives a wrong log-sum-exp.
+        NotEnoughMemoryError: The search or its index lists do not fit into the device's memory.
     """
     query, key, value = of_one_dtype(query, key, value)
     scale, variant = check_tensors(query, key, value, scale, variant)
-    asked = Call(
-        query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+    call = check_call(
+        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    call = check_call(asked)
     check_means(means)
     choice = choose(call)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
@@ -127,15 +129,18 @@ def prefill_attention(
     if not choice.dense and is_recording():
         note_attention(call.attention)
         note(kept)
-    attended = attend_kept(call, choice, kept, cut, buffers)
-    if config.mean_correction and not choice.dense:
-        attended = corrected(call, kept, attended)
-    if call.variant.sinks is not None:
-        attended = with_sinks(call, kept, attended)
+    output, aux = attend_kept(call, choice, kept, cut, buffers)
+    correct = config.mean_correction and not choice.dense
+    if correct or variant.sinks is not None:
+        lse = log_sum_exp_over(call.attention, kept) if aux.lse is None else aux.lse
+        if correct:
+            output, lse = add_dropped_blocks(call, kept, output, lse)
+        if variant.sinks is not None:
+            output = add_sinks(output, lse, variant.sinks)  # the log-sum-exp stays without them
+        aux = aux._replace(lse=lse)
     if return_aux is None:
-        return attended.output
-    lse = attended.lse if return_aux.lse else None
-    return attended.output, AuxOutput(lse=lse, max_scores=attended.max_scores)
+        return output
+    return output, aux if return_aux.lse else aux._replace(lse=None)
 
 
 def explain_backend(
@@ -153,21 +158,22 @@ def explain_backend(
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
 ) -> BackendChoice:
-    """What would compute :func:`prefill_attention` of the same arguments, with which options, and why not by others.
+    """Which kernel ``prefill_attention`` takes for the same arguments, with which options, and why not others.
 
-    Nothing is searched or attended.
+    Nothing is searched or attended. The arguments are those of ``prefill_attention``.
 
-    Args: as in :func:`prefill_attention`.
+    Returns:
+        The choice with its reasons.
 
     Raises:
-        TypeError, ValueError, FlexPrefillError: as :func:`prefill_attention`, where it would not run.
+        TypeError, ValueError, FlexPrefillError: As ``prefill_attention``, where that would not run.
     """
     query, key, value = of_one_dtype(query, key, value)
     scale, variant = check_tensors(query, key, value, scale, variant)
-    asked = Call(
-        query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+    call = check_call(
+        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    return choose(check_call(asked))
+    return choose(call)
 
 
 def create_prefill_block_mask(
@@ -182,22 +188,28 @@ def create_prefill_block_mask(
     means: KeyMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> BlockMask:
-    """The BlockMask of the blocks that :func:`search_blocks` finds, for a compiled flex_attention.
+    """The BlockMask of the blocks that ``search_blocks`` finds, for a compiled flex_attention.
+
+    Call flex_attention under torch.compile with it. Outside of torch.compile, FlexAttention ignores the block lists and
+    is dense.
 
     Args:
-        query, key, config, scale, last_chunk, means: as in :func:`search_blocks`.
-        variant: as in :func:`search_blocks`. Sequences and sliding window are part of the mask; for flex_attention
-            itself soft cap and ALiBi are a score_mod, which is the caller's.
-        mask_mod: a further mask_mod that hides elements, or a BlockMask; it is applied inside the kept blocks, and the
-            search does not know of it.
-        buffers: memory for the index lists, as in :meth:`BlockMap.to_block_mask`.
+        query: As in ``search_blocks``.
+        key: As in ``search_blocks``.
+        config: As in ``search_blocks``.
+        variant: As in ``search_blocks``. Sequences and sliding window are part of the mask. Soft cap and ALiBi are not:
+            give flex_attention a score_mod for them.
+        mask_mod: Hides elements inside the kept blocks: a mask_mod or a BlockMask. The search does not know of it.
+        scale: As in ``search_blocks``.
+        last_chunk: As in ``search_blocks``.
+        means: As in ``search_blocks``.
+        buffers: Memory for the index lists, as in ``BlockMap.to_block_mask``.
 
     Returns:
-        A BlockMask for [B, Hq, S_q, S_kv], causal per element. Call flex_attention under torch.compile with
-        it: outside, FlexAttention ignores the block lists and is dense.
+        A BlockMask for [B, Hq, S_q, S_kv], causal per element.
 
     Raises:
-        TypeError, ValueError: as :func:`search_blocks`, or ``config.mean_correction`` is set.
+        TypeError, ValueError: As ``search_blocks``, or ``config.mean_correction`` is set.
     """
     check_config(config)
     if config.mean_correction:

@@ -1,9 +1,8 @@
-"""prefill_attention's steps, each of one purpose: choose, search, hide, attend, correct, add sinks."""
+"""prefill_attention's steps: choose a kernel, find the kept blocks, hide what masks hide, attend."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +10,8 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill.attention.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.attention.call import Call
-from flexprefill.attention.flex import FlexSettings, flex_over
-from flexprefill.attention.log_sum_exp import flash_lse_factor, log_sum_exp_over
-from flexprefill.attention.mean_correction import add_dropped_blocks
+from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
+from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
 from flexprefill.attention.tail import TAIL_SPLIT_FROM, Split, flex_in_parts, parts_for
 from flexprefill.blockmap.block_mask import Cut, cut_by, list_blocks, masks_of
@@ -28,7 +26,6 @@ from flexprefill.runtime.operators import operator
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.key_means import KeyMeans
-from flexprefill.variant.logits import add_sinks
 from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.variant import AttentionVariant
 
@@ -39,7 +36,7 @@ def choose(call: Call) -> BackendChoice:
     sparse = _with_tail(call, request, choose_backend(call.backend, request))
     if call.block_map is not None:
         return sparse
-    if call.decodes:
+    if call.query.shape[2] == 1 < call.key.shape[2] and call.last_chunk:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
         if call.plain:
             return BackendChoice("dense-sdpa", reason, dense=True)
@@ -55,9 +52,9 @@ def choose(call: Call) -> BackendChoice:
 
 
 def _with_tail(call: Call, request: Request, sparse: BackendChoice) -> BackendChoice:
-    """The choice, its last rows split where that pays and is possible."""
+    """The choice, with the last rows split where that is possible and pays."""
     rows = call.config.last_full_blocks if call.last_chunk else 0
-    # lengths are symbols while compiling, and a mod may read the position of a query
+    # a length that is a symbol cannot be compared here, and a mod may read a query's position
     if rows == 0 or request.device.type != "cuda" or request.compiling or request.mods or request.max_scores:
         return sparse
     if call.key.shape[2] < TAIL_SPLIT_FROM or call.query.shape[2] <= rows * request.block_size:
@@ -69,7 +66,7 @@ def _with_tail(call: Call, request: Request, sparse: BackendChoice) -> BackendCh
 
 
 def kept_blocks(call: Call, choice: BackendChoice, means: KeyMeans | None) -> BlockMap:
-    """The blocks to attend to: all, the caller's, or those that a search finds."""
+    """The blocks to attend to: all, the caller's, or those of a search."""
     if choice.dense:
         return all_blocks(call.query, call.key, call.config.block_size)
     if call.block_map is not None:
@@ -78,27 +75,19 @@ def kept_blocks(call: Call, choice: BackendChoice, means: KeyMeans | None) -> Bl
 
 
 def visible_blocks_of(call: Call, kept: BlockMap) -> tuple[BlockMap, Cut]:
-    """The kept blocks that masks do not empty, and what they hide inside them."""
+    """The kept blocks that no mask empties, and what masks hide inside them."""
     hiding = hiding_masks(call.variant, kept.words, kept.geometry)
     words, cut = cut_by(kept.words, (*hiding, *masks_of(call.mask_mod, kept.words, kept.geometry)))
     return replace(kept, words=words), cut
 
 
-class Attended(NamedTuple):
-    """What attention over blocks gave."""
-
-    output: Tensor
-    lse: Tensor | None
-    max_scores: Tensor | None
-
-
-def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> Attended:
+def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> FlexResult:
     """FlexAttention over the kept blocks."""
     query, key, value, sequences = call.query, call.key, call.value, call.variant.sequences
     if sequences is not None:
-        # a weight of zero times what is not finite would be NaN
+        # a weight of zero times a value that is not finite is NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
-    asked = call.aux_request(correct=call.config.mean_correction and not choice.dense)
+    asked = call.aux_request(dense=choice.dense)
     settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked)
     split = choice.tail_parts > 1
     needs_lse = split or (asked is not None and asked.lse)
@@ -113,42 +102,25 @@ def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buf
             output, aux = sparse_by_any_compiler(call, kept, output, aux)
         if choice.name == "cpp":
             mark_rows_not_finite(call.attention, kept, output)
-    if aux is None:
-        return Attended(output, None, None)
-    lse = aux.lse if aux.lse is None or factor == 1 else aux.lse * factor
-    return Attended(output, lse, aux.max_scores)
+    if aux.lse is not None and factor != 1:
+        aux = aux._replace(lse=aux.lse * factor)
+    return output, aux
 
 
-def corrected(call: Call, kept: BlockMap, attended: Attended) -> Attended:
-    """With the means of the dropped blocks."""
-    tensors = call.query, call.key, call.value
-    output, lse = add_dropped_blocks(*tensors, kept, attended.output, attended.lse, scale=call.scale)
-    return attended._replace(output=output, lse=lse)
+def sparse_by_any_compiler(call: Call, kept: BlockMap, output: Tensor, aux: AuxOutput) -> FlexResult:
+    """FlexAttention's result inside a caller's graph, made sparse where the graph's compiler makes no kernel of it.
 
-
-def with_sinks(call: Call, kept: BlockMap, attended: Attended) -> Attended:
-    """With the variant's sinks in the softmax; the log-sum-exp stays without them."""
-    lse = log_sum_exp_over(call.attention, kept) if attended.lse is None else attended.lse
-    assert call.variant.sinks is not None
-    return attended._replace(output=add_sinks(attended.output, lse, call.variant.sinks), lse=lse)
-
-
-def sparse_by_any_compiler(
-    call: Call, kept: BlockMap, output: Tensor, aux: AuxOutput | None
-) -> tuple[Tensor, AuxOutput | None]:
-    """What FlexAttention gave inside a caller's graph, also where the graph's compiler makes no kernel of it.
-
-    Another backend of torch.compile than inductor runs FlexAttention eagerly, and so does an exported program as it is:
-    densely. An operator behind it is nothing to inductor. Wherever it runs, it attends again, over the kept blocks.
+    Backends of torch.compile other than inductor run FlexAttention eagerly, which is dense. An exported program that
+    runs as it is does so too. An operator stands behind FlexAttention: inductor compiles it to nothing, and wherever it
+    runs it attends again, over the kept blocks.
     """
     pass_on_when_compiled("flexprefill::over_kept_blocks")
-    own = call.mask_mod is not None or call.score_mod is not None or (aux is not None and aux.max_scores is not None)
-    lse = None if aux is None else aux.lse
-    given = output, output.new_empty(0) if lse is None else lse
+    own = call.mask_mod is not None or call.score_mod is not None or aux.max_scores is not None
+    given = output, output.new_empty(0) if aux.lse is None else aux.lse
     words, size = kept.words, kept.block_size
     tensors = call.query, call.key, call.value
     output, sums = over_kept_blocks(*given, *tensors, words, size, call.scale, own, *call.variant.parts)
-    return output, None if aux is None else aux._replace(lse=None if lse is None else sums)
+    return output, aux._replace(lse=None if aux.lse is None else sums)
 
 
 @operator("flexprefill::over_kept_blocks")
@@ -157,7 +129,7 @@ def over_kept_blocks(
     scale: float, own_mods: bool, starts: Tensor | None = None, ends: Tensor | None = None,
     sliding_window: int | None = None, soft_cap: float | None = None, alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention over a map's blocks, and its log-sum-exps if lse holds any; both are shaped as those given."""
+    """Attention over a map's blocks, and its log-sum-exps if ``lse`` holds any. Both have the shapes of those given."""
     if own_mods:
         raise UnsupportedError(
             "mask_mod, score_mod and max_scores need a graph that is compiled by inductor, torch.compile's default "
@@ -168,8 +140,8 @@ def over_kept_blocks(
     asked = AuxRequest(lse=True) if lse.numel() > 0 else None
     config = PrefillConfig(last_full_blocks=0)
     call = Call(query, key, value, config, variant, kept, None, None, scale, False, "auto", asked)
-    attended = attend_kept(call, choose(call), *visible_blocks_of(call, kept), None)
-    return attended.output, lse.clone() if attended.lse is None else attended.lse
+    output, aux = attend_kept(call, choose(call), *visible_blocks_of(call, kept), None)
+    return output, lse.clone() if aux.lse is None else aux.lse
 
 
 @torch.library.register_fake("flexprefill::over_kept_blocks")

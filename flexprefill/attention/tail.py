@@ -1,8 +1,8 @@
 """The last query blocks, which attend to all keys, split over their keys.
 
-A kernel runs one program for each row of blocks, in order. The rows that keep everything are the longest and, in the
-last head, start last: at length, the whole GPU waits for them. Computed on their own, in parts of their keys that are
-merged by their log-sum-exps, they keep it busy.
+A kernel runs one program for each row of blocks, in order. The rows that keep everything are the longest, and those of
+the last head start last. In a long prompt the whole GPU waits for them. Here these rows are computed on their own, in
+parts of their keys, which keeps the GPU busy. The parts are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from flexprefill.runtime.state import remembered
 
 TAIL_SPLIT_FROM = 16_384  # tokens (S_kv) from which splitting pays, by device times on an H200
 MOST_PARTS = 8
-WELL_USED = 0.9  # of the multiprocessors' time, while all programs take equally long
+WELL_USED = 0.9  # of the multiprocessors' time, if all programs take equally long
 
 
 @remembered("parts of the last rows", most=1024)
 def parts_for(programs: int, kernel: str, value_dim: int, device: torch.device) -> int:
-    """Into how many parts to split the keys of rows that are ``programs`` programs as a whole.
+    """Into how many parts to split the keys of the last rows, which are ``programs`` programs when whole.
 
-    The fewest that leave few multiprocessors idle: every part is one more output to merge.
+    It is the smallest number that leaves few multiprocessors idle, because every part is one more output to merge.
     """
-    # so small, two of Triton's programs share a multiprocessor
+    # two of Triton's programs of this size share a multiprocessor
     side_by_side = 2 if kernel == "triton" and value_dim <= 64 else 1
     places = side_by_side * torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -46,9 +46,9 @@ def parts_for(programs: int, kernel: str, value_dim: int, device: torch.device) 
 class Split(NamedTuple):
     """How the last rows are split."""
 
-    rows: int  # query blocks that are split; fewer than there are
-    parts: int  # of equally many key blocks, each more than rows + 1: the first has all that the causal edge crosses
-    lse_factor: float  # what the kernel's log-sum-exp has to be multiplied with; what is returned has to be as well
+    rows: int  # query blocks that are split; fewer than all
+    parts: int  # of equally many key blocks, each more than rows + 1: the first holds the whole causal edge
+    lse_factor: float  # corrects the kernel's log-sum-exp; the one that is returned is not corrected
 
 
 def flex_in_parts(
@@ -60,7 +60,7 @@ def flex_in_parts(
     settings: FlexSettings,
     buffers: ListBuffers | None = None,
 ) -> FlexResult:
-    """As :func:`flex_over` without mods, the last query blocks on their own and split over their keys.
+    """As flex_over without mods. The last query blocks are computed on their own, split over their keys.
 
     Args:
         settings: ``return_aux`` asks for the log-sum-exp at most.
@@ -75,20 +75,17 @@ def flex_in_parts(
     output, aux = flex_over(query, key, value, others, settings)
 
     tail = query[:, :, first * block :]
-    if length < rows * block:  # filled up, so that every part starts on a block's edge
+    if length < rows * block:  # padded, so that every part starts on a block's edge
         tail = pad(tail, (0, 0, 0, rows * block - length))
-    # Triton launches on the current device, which need not be the tensors'
+    # Triton launches on the current device, and the tensors may be on another
     with torch.cuda.device_of(query):
         by_part = tail_kernel.part_words(words, first, geometry.columns, parts)
     lists = make_lists(by_part, geometry._replace(q_len=length))
-    partial_counts, partial, full_counts, full = (tensor.unflatten(1, (-1, parts)).flatten(2, 3) for tensor in lists)
-    listed = ListedBlocks(
-        (partial_counts, partial, full_counts, full), offsets_at(words, geometry.offset + first * block)
-    )
+    counts, partial, full_counts, full = (tensor.unflatten(1, (-1, parts)).flatten(2, 3) for tensor in lists)
+    listed = ListedBlocks((counts, partial, full_counts, full), offsets_at(words, geometry.offset + first * block))
     of_parts = settings._replace(return_aux=AuxRequest(lse=True))
     outputs, part_aux = flex_over(tail.repeat(1, 1, parts, 1), key, value, listed, of_parts)
-    assert part_aux is not None and part_aux.lse is not None  # asked for
-    lse = None if aux is None else aux.lse
+    assert part_aux.lse is not None  # asked for
     with torch.cuda.device_of(query):
-        tail_kernel.merge_parts(outputs, part_aux.lse, parts, split.lse_factor, output, lse, length)
+        tail_kernel.merge_parts(outputs, part_aux.lse, parts, split.lse_factor, output, aux.lse, length)
     return output, aux

@@ -1,4 +1,4 @@
-"""What splitting the last query blocks needs on the device, in Triton: their words by part, and the parts merged."""
+"""Splitting the last query blocks, in Triton: a map's words by part, and the merge of the parts."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ MERGED_ROWS = 16  # queries a program
 def part_words_kernel(
     words_ptr, out_ptr, rows, first, width, columns, share, PARTS: tl.constexpr, PART_WORDS: tl.constexpr
 ):
-    """Words [B * H, M, W] of rows from ``first`` on to [B * H, PARTS, rows, W], each part with its columns' bits."""
+    """Words [B * H, M, W], rows from ``first`` on, to [B * H, PARTS, rows, W]. Each part has its own columns' bits."""
     place = tl.program_id(0)  # of a row in the output
     part = place // rows % PARTS
     head = (place // (rows * PARTS)).to(tl.int64)
     w = tl.program_id(1) * PART_WORDS + tl.arange(0, PART_WORDS)
     source = words_ptr + (head * (first + rows) + first + place % rows) * width
     words = tl.load(source + w, mask=w < width, other=0)
-    # part 0 has the last columns: those that the causal edge crosses, the same positions for every part
+    # part 0 has the last columns, which hold the causal edge
     end = columns - part * share
     own = bits_below(end, w) & ~bits_below(end - share, w)
     tl.store(out_ptr + place.to(tl.int64) * width + w, words & own, mask=w < width)
 
 
 def part_words(words: Tensor, first: int, columns: int, parts: int) -> Tensor:
-    """The words [B, H, M, W] of rows from ``first`` on by parts of their columns: [B, H * parts, rows, W].
+    """The words [B, H, M, W] of rows from ``first`` on, by parts of their columns: [B, H * parts, rows, W].
 
-    Part 0 has the last ceil(columns / parts) columns, part 1 those before, …
+    Part 0 has the last ceil(columns / parts) columns, part 1 those before, and so on.
     """
     words = words.contiguous()
     batch, heads, total, width = words.shape
@@ -53,8 +53,10 @@ def merge_parts_kernel(
     padded, length, factor, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MERGED_ROWS: tl.constexpr,
     LSE: tl.constexpr,
 ):  # fmt: skip
-    """The last ``length`` rows of output [B, H, q_len, D] from outputs of parts [B, H, PARTS * padded, D], by their
-    log-sum-exps."""
+    """Outputs of parts [B, H, PARTS * padded, D], merged by their log-sum-exps into output [B, H, q_len, D].
+
+    The last ``length`` rows of output are written.
+    """
     row = tl.program_id(0) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D_PAD)
@@ -64,7 +66,7 @@ def merge_parts_kernel(
     most = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
         most = tl.maximum(most, tl.load(sums + part * padded, mask=inside, other=0.0) * factor, tl.PropagateNan.ALL)
-    shift = tl.where(most == float("-inf"), 0.0, most)  # a row that keeps nothing is zero, as from the kernels
+    shift = tl.where(most == float("-inf"), 0.0, most)  # a row that keeps nothing is zero
     total = tl.zeros([MERGED_ROWS], tl.float32)
     merged = tl.zeros([MERGED_ROWS, D_PAD], tl.float32)
     base = parts_ptr + (head // HEADS) * parts_b + (head % HEADS) * parts_h
@@ -84,12 +86,14 @@ def merge_parts_kernel(
 def merge_parts(
     outputs: Tensor, sums: Tensor, parts: int, factor: float, output: Tensor, lse: Tensor | None, length: int
 ) -> None:
-    """Writes what parts of the keys give into the last rows of an output, and of its log-sum-exp if there is one.
+    """Merges the outputs of parts of the keys into the last rows of an output, and of its log-sum-exp if there is one.
 
     Args:
-        outputs: [B, Hq, parts * padded, Dv], part by part; sums: their log-sum-exps [B, Hq, parts * padded].
-        factor: what a log-sum-exp has to be multiplied with to be right: those given, and the one written.
-        output: [B, Hq, S_q, Dv]; lse: [B, Hq, S_q]. Their last ``length`` rows are written.
+        outputs: [B, Hq, parts * padded, Dv], part by part.
+        sums: Their log-sum-exps, [B, Hq, parts * padded].
+        factor: Corrects a log-sum-exp: those given, and the one written.
+        output: [B, Hq, S_q, Dv]. Its last ``length`` rows are written.
+        lse: [B, Hq, S_q]. Its last ``length`` rows are written.
     """
     batch, heads, q_len, value_dim = output.shape
     sums = sums.contiguous()

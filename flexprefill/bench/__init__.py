@@ -1,4 +1,4 @@
-"""The benchmark: the parts of prefill_attention, the whole, and dense attention, side by side on the same inputs."""
+"""The benchmark: the parts of prefill_attention, the whole call and dense attention, on the same inputs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,24 @@ from flexprefill.runtime.machine import describe_machine, versions
 def run(settings: Settings, output: Path, command: str) -> None:
     """Measures every length, prints the tables, and writes bench.json and, with matplotlib, bench.png.
 
-    Progress goes to stderr. bench.json is rewritten after each length, so that a run that is broken off keeps
-    the lengths it has done; their tables and picture are made then as well.
+    Progress goes to stderr. bench.json is rewritten after each length. A run that is broken off keeps the lengths that
+    are done, and makes their tables and picture.
 
     Args:
-        output: an existing folder.
-        command: what to write down as the command that was run.
+        settings: What to measure.
+        output: An existing folder.
+        command: The command that was run, for the record.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
     """
     names = {name: CONTESTANTS[settings.device.type][name].name for name in settings.only}
-    rates, no_floors = _rates(settings.device)
+    rates: Rates | None = None
+    no_floors: str | None = None
+    try:
+        rates = read_rates(settings.device)
+    except FlexPrefillError as error:
+        no_floors = str(error)
     record: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -60,15 +66,8 @@ def run(settings: Settings, output: Path, command: str) -> None:
             print(f"figures  {output / 'bench.json'}\npicture  {_draw(runs, names, output / 'bench.png', record)}")
 
 
-def _rates(device: torch.device) -> tuple[Rates | None, str | None]:
-    try:
-        return read_rates(device), None
-    except FlexPrefillError as error:
-        return None, str(error)
-
-
 def _draw(runs: list[Run], names: dict[str, str], path: Path, record: dict[str, Any]) -> str:
-    """Draws the times, and says where they are or why not."""
+    """Draws the times. Returns the picture's path, or why there is none."""
     lines = report.time_lines(runs, names)
     if not lines:
         return "skipped: nothing was measured"

@@ -1,10 +1,11 @@
-"""What is timed: the parts of prefill_attention, the whole, and the dense attentions it competes with."""
+"""What is timed: the parts of prefill_attention, the whole call, and dense attentions that compete with it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ class Contestant:
     """Something to time.
 
     Attributes:
-        name: as tables and pictures show it.
-        kind: PART of prefill_attention, the WHOLE (that of the default backend comes first), or DENSE attention.
-        prepare: the call to time on a case; what need not be timed is done before.
-        work: what bounds it, if that is known.
+        name: The name in tables and pictures.
+        kind: PART of prefill_attention, the WHOLE call (the default backend's comes first), or DENSE attention.
+        prepare: Makes the call to time on a case. Work that is not timed is done here.
+        work: The work that bounds it, if known.
     """
 
     name: str
@@ -41,10 +42,10 @@ class Contestant:
 
 
 def ready(contestant: Contestant, case: Case) -> Callable[[], Any]:
-    """The contestant's call on a case, after a first run of it (which compiles).
+    """The contestant's call on a case, after a first run, which compiles.
 
     Raises:
-        FlexPrefillError: it cannot run here; the message says why.
+        FlexPrefillError: It cannot run here. The message says why.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -59,7 +60,7 @@ def ready(contestant: Contestant, case: Case) -> Callable[[], Any]:
 
 
 def _sdpa_reasons(error: Exception, said: list[warnings.WarningMessage]) -> list[str]:
-    """What SDPA warned of the backend that was asked for; the error itself only says that there is none."""
+    """SDPA's warnings about the backend that was asked for. The error itself only says that there is none."""
     if "No available kernel" not in str(error):
         return []
     messages = [str(warning.message).split(" (Triggered")[0] for warning in said]
@@ -93,18 +94,12 @@ def _lists_again(case: Case) -> Callable[[], Any]:
     return lambda: case.block_map.to_block_mask(buffers=buffers)
 
 
-def _attention(backend: str) -> Callable[[Case], Callable[[], Any]]:
-    def prepare(case: Case) -> Callable[[], Any]:
-        return lambda: prefill_attention(case.query, case.key, case.value, block_map=case.block_map, backend=backend)
-
-    return prepare
+def _attention(backend: str, case: Case) -> Callable[[], Any]:
+    return lambda: prefill_attention(case.query, case.key, case.value, block_map=case.block_map, backend=backend)
 
 
-def _whole(backend: str) -> Callable[[Case], Callable[[], Any]]:
-    def prepare(case: Case) -> Callable[[], Any]:
-        return lambda: prefill_attention(case.query, case.key, case.value, case.config, backend=backend)
-
-    return prepare
+def _whole(backend: str, case: Case) -> Callable[[], Any]:
+    return lambda: prefill_attention(case.query, case.key, case.value, case.config, backend=backend)
 
 
 def _dense_flex(case: Case) -> Callable[[], Any]:
@@ -123,17 +118,14 @@ def _sdpa(case: Case) -> Callable[[], Any]:
     )
 
 
-def _sdpa_by(backend: SDPBackend) -> Callable[[Case], Callable[[], Any]]:
-    def prepare(case: Case) -> Callable[[], Any]:
-        attend = _sdpa(case)
+def _sdpa_by(backend: SDPBackend, case: Case) -> Callable[[], Any]:
+    attend = _sdpa(case)
 
-        def call() -> Any:
-            with sdpa_kernel(backend):
-                return attend()
+    def call() -> Any:
+        with sdpa_kernel(backend):
+            return attend()
 
-        return call
-
-    return prepare
+    return call
 
 
 def _flash_attention_4(case: Case) -> Callable[[], Any]:
@@ -145,40 +137,34 @@ def _flash_attention_4(case: Case) -> Callable[[], Any]:
     return lambda: flash_attn_func(query, key, value, causal=True)
 
 
-_FLASH_2, _CUDNN = _sdpa_by(SDPBackend.FLASH_ATTENTION), _sdpa_by(SDPBackend.CUDNN_ATTENTION)
-_SEARCH = Contestant("search", PART, _search)
-_LISTS = Contestant("lists", PART, _lists, floors.lists_work)
-_LISTS_AGAIN = Contestant("lists, buffers", PART, _lists_again)
-_WHOLE = Contestant("prefill_attention", WHOLE, _whole("auto"))
-_OWN_DENSE = Contestant("dense_below's dense", DENSE, _own_dense, floors.dense_attention_work)
-_DENSE_FLEX = Contestant("FlexAttention dense", DENSE, _dense_flex, floors.dense_attention_work)
+_FLASH_2 = partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)
+_CUDNN = partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION)
+# by the name that --only takes
+_ALL = {
+    "pooling": Contestant("pooling", PART, _pooling, floors.pooling_work),
+    "scoring": Contestant("scoring", PART, _scoring, floors.scoring_work),
+    "search": Contestant("search", PART, _search),
+    "lists": Contestant("lists", PART, _lists, floors.lists_work),
+    "lists-buffers": Contestant("lists, buffers", PART, _lists_again),
+    "attention": Contestant("attention", PART, partial(_attention, "auto")),
+    "attention-triton": Contestant(
+        "attention, triton", PART, partial(_attention, "triton"), floors.sparse_attention_work
+    ),
+    "attention-flash": Contestant("attention, flash", PART, partial(_attention, "flash"), floors.sparse_attention_work),
+    "prefill-attention": Contestant("prefill_attention", WHOLE, partial(_whole, "auto")),
+    "prefill-triton": Contestant("the whole, triton", WHOLE, partial(_whole, "triton")),
+    "prefill-flash": Contestant("the whole, flash", WHOLE, partial(_whole, "flash")),
+    "sdpa": Contestant("SDPA", DENSE, _sdpa),
+    "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
+    "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),
+    "flash-attention-4": Contestant("FlashAttention-4", DENSE, _flash_attention_4, floors.dense_attention_work),
+    "own-dense": Contestant("dense_below's dense", DENSE, _own_dense, floors.dense_attention_work),
+    "flex-dense": Contestant("FlexAttention dense", DENSE, _dense_flex, floors.dense_attention_work),
+}
+_ON_CPU = ("search", "lists", "lists-buffers", "attention", "prefill-attention", "sdpa", "flex-dense")
 
-# by device, then by the name that --only takes
+# by device, then by name
 CONTESTANTS: dict[str, dict[str, Contestant]] = {
-    "cuda": {
-        "pooling": Contestant("pooling", PART, _pooling, floors.pooling_work),
-        "scoring": Contestant("scoring", PART, _scoring, floors.scoring_work),
-        "search": _SEARCH,
-        "lists": _LISTS,
-        "lists-buffers": _LISTS_AGAIN,
-        "attention-triton": Contestant("attention, triton", PART, _attention("triton"), floors.sparse_attention_work),
-        "attention-flash": Contestant("attention, flash", PART, _attention("flash"), floors.sparse_attention_work),
-        "prefill-attention": _WHOLE,
-        "prefill-triton": Contestant("the whole, triton", WHOLE, _whole("triton")),
-        "prefill-flash": Contestant("the whole, flash", WHOLE, _whole("flash")),
-        "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
-        "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),
-        "flash-attention-4": Contestant("FlashAttention-4", DENSE, _flash_attention_4, floors.dense_attention_work),
-        "own-dense": _OWN_DENSE,
-        "flex-dense": _DENSE_FLEX,
-    },
-    "cpu": {
-        "search": _SEARCH,
-        "lists": _LISTS,
-        "lists-buffers": _LISTS_AGAIN,
-        "attention": Contestant("attention", PART, _attention("auto")),
-        "prefill-attention": _WHOLE,
-        "sdpa": Contestant("SDPA", DENSE, _sdpa),
-        "flex-dense": _DENSE_FLEX,
-    },
+    "cuda": {name: contestant for name, contestant in _ALL.items() if name not in ("attention", "sdpa")},
+    "cpu": {name: _ALL[name] for name in _ON_CPU},
 }

@@ -1,7 +1,7 @@
 """How fast a part could be at best: its matrix work, exponentials and bytes at the rates of the data sheet.
 
-A floor is theoretical: every multiprocessor busy with nothing else at the highest clock that the driver names, which
-no card holds under load. What is reached of it compares parts with each other, and one card with another.
+A floor is theoretical. Every multiprocessor does nothing else, at the highest clock that the driver names. No card
+holds that clock under load. The reached share of the floor compares parts with each other, and one card with another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexprefill.search.rule import Rule
 
 # dense bfloat16 or float16 operations a clock and multiprocessor, float32 sums; GeForce cards of 8.6 and 8.9 do half
 MATRIX_FLOPS = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192}
-EXPONENTIALS = 16  # a clock and multiprocessor, on all of these
+EXPONENTIALS = 16  # a clock and multiprocessor, on all of these cards
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Rates:
     """A GPU's rates at the highest clocks.
 
     Attributes:
-        matrix_flops: a second, of bfloat16 or float16.
-        exponentials: a second.
-        bytes: a second, from and to memory.
-        cache_bytes: what the L2 cache holds.
+        matrix_flops: Operations a second, of bfloat16 or float16.
+        exponentials: Exponentials a second.
+        bytes: Bytes a second, from and to memory.
+        cache_bytes: Size of the L2 cache.
     """
 
     matrix_flops: float
@@ -40,7 +40,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a part cannot do without. ``matrix_flops`` is None where no tensor core takes the dtype."""
+    """The work that a part cannot avoid. ``matrix_flops`` is None where no tensor core takes the dtype."""
 
     matrix_flops: float | None
     exponentials: float
@@ -49,17 +49,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time for a work, and which of "matrix", "exponentials" and "bytes" bounds it."""
+    """The least time for a work, and what bounds it: "matrix", "exponentials" or "bytes"."""
 
     ms: float
     bound: str
 
 
 def read_rates(device: torch.device) -> Rates:
-    """A CUDA device's rates, from what its driver says.
+    """A CUDA device's rates, as its driver reports them.
 
     Raises:
-        FlexPrefillError: it is no NVIDIA GPU of a known kind, or the driver does not tell.
+        FlexPrefillError: It is no NVIDIA GPU of a known kind, or the driver does not report them.
     """
     if device.type != "cuda" or torch.version.hip:
         raise FlexPrefillError("floors are known for NVIDIA GPUs only")
@@ -73,7 +73,7 @@ def read_rates(device: torch.device) -> Rates:
         index = torch.cuda.current_device() if device.index is None else device.index
         told = driver.active.utils.get_device_properties(index)
         clock, memory_clock, bus_bits = (told[name] for name in ("sm_clock_rate", "mem_clock_rate", "mem_bus_width"))
-    except Exception as error:  # whatever a driver comes up with: the measurement goes on without floors
+    except Exception as error:  # a driver may raise anything; the measurement goes on without floors
         raise FlexPrefillError(f"the driver does not tell its clocks: {error}") from error
     if not (clock and memory_clock and bus_bits):
         raise FlexPrefillError(f"the driver does not tell its clocks: {told}")
@@ -89,7 +89,7 @@ def read_rates(device: torch.device) -> Rates:
 def floor_of(work: Work, rates: Rates) -> Floor | None:
     """The floor of a work; None if its matrix work has no known rate, or nothing bounds it.
 
-    Bytes that fit the cache are left out: repeats need not fetch them from memory.
+    Bytes that fit the cache do not count, because repeats need not fetch them from memory.
     """
     if work.matrix_flops is None:
         return None
@@ -103,14 +103,14 @@ def floor_of(work: Work, rates: Rates) -> Floor | None:
 
 
 def pooling_work(case: Case) -> Work:
-    """Reads the keys, writes their blocks' means."""
+    """Reads the keys and writes their blocks' means."""
     return Work(0.0, 0.0, _bytes(case.key) + _mean_bytes(case))
 
 
 def scoring_work(case: Case) -> Work:
-    """Products of every row with the means of the blocks that it may have to choose from, and as many exponentials.
+    """Products of every row with the means of the blocks that it chooses from, and as many exponentials.
 
-    Rows of which all is kept anyway need no scores. A block counts whole, also on the diagonal.
+    Rows that keep everything need no scores. A block on the diagonal counts whole.
     """
     _, heads, _, head_dim = case.query.shape
     block = case.config.block_size
@@ -128,7 +128,7 @@ def scoring_work(case: Case) -> Work:
 
 
 def lists_work(case: Case) -> Work:
-    """Reads the words, writes two index lists and their counts."""
+    """Reads the words and writes two index lists and their counts."""
     _, heads, rows, columns = case.block_map.shape
     entry = torch.int32.itemsize
     return Work(0.0, 0.0, _bytes(case.block_map.words) + 2 * entry * heads * rows * (columns + 1))
@@ -146,7 +146,7 @@ def dense_attention_work(case: Case) -> Work:
 
 
 def _attention_work(case: Case, blocks: int) -> Work:
-    """Two products and an exponential for each element of these blocks, which count whole; query to output once."""
+    """Two products and an exponential for each element of these blocks. Blocks count whole; tensors move once."""
     elements = blocks * case.config.block_size**2
     flops = _matrix_flops(case, 4 * case.query.shape[3] * elements)
     return Work(flops, elements, 2 * _bytes(case.query) + _bytes(case.key) + _bytes(case.value))

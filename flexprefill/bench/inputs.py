@@ -1,4 +1,4 @@
-"""What is measured: the tensors of one length, and the map that the search finds on them."""
+"""The inputs: the tensors of one length, and the map that the search finds on them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ CLOSE_ENOUGH = 0.005  # of the asked density
 
 @dataclass(frozen=True)
 class Case:
-    """One length's inputs, which all contestants share.
+    """One length's inputs. All contestants share them.
 
     Attributes:
-        query: [1, Hq, S, D]; key, value: [1, Hkv, S, D].
-        config: the rule whose search keeps ``block_map``, [1, Hq, M, M].
+        query: [1, Hq, S, D].
+        key: [1, Hkv, S, D].
+        value: [1, Hkv, S, D].
+        config: The settings of the search that keeps ``block_map``.
+        block_map: [1, Hq, M, M].
     """
 
     query: Tensor
@@ -55,7 +58,7 @@ class Case:
 def make_qkv(
     length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query, key and value in which stretches of keys share a direction, so that blocks differ in mass."""
+    """Random query, key and value. Stretches of keys share a direction, so that blocks differ in mass."""
     generator = torch.Generator(device).manual_seed(length)
 
     def normal(*shape: int) -> Tensor:
@@ -69,10 +72,10 @@ def make_qkv(
 
 
 def make_case(qkv: tuple[Tensor, Tensor, Tensor], density: float, settings: PrefillConfig) -> Case:
-    """The case whose map is nearest to a density, with ``settings`` but for alpha.
+    """The case whose map is nearest to a density, with ``settings`` except for alpha.
 
-    alpha is bisected, in at most 20 searches. Sinks, window, last blocks and each row's best block are always
-    kept: where they alone reach the density, alpha is 1.
+    alpha is bisected, in at most 20 searches. Sinks, window, last blocks and each row's best block are always kept. If
+    they alone reach the density, alpha is 1.
     """
     query, key, value = qkv
 

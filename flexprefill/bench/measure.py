@@ -1,4 +1,4 @@
-"""Measures one length: every contestant that can run, in turns on the same inputs."""
+"""Measuring one length: all contestants that can run take turns on the same inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_b
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.progress import stage
 
-LONGEST_GRAPH = 16_384  # tokens; beyond, launches are short against the work
+LONGEST_GRAPH = 16_384  # tokens; in longer prompts launches take little of the time
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contestant at one length; times in milliseconds.
+    """One contestant at one length. Times are in milliseconds.
 
     Attributes:
+        name: The name in tables and pictures.
         kind: "part", "whole" or "dense".
-        timing, note: as in Watch.
-        floor_ms, bound: as in Floor; None if there is none.
-        reached: floor_ms over median_ms.
+        timing: As in Watch.
+        note: As in Watch.
+        median_ms: Median of the repeats.
+        min_ms: The shortest repeat.
+        max_ms: The longest repeat.
+        repeats_ms: All repeats.
+        floor_ms: The floor's time; None if there is no floor.
+        bound: As in Floor; None if there is no floor.
+        reached: floor_ms over median_ms; None if there is no floor.
     """
 
     name: str
@@ -47,8 +54,12 @@ class Run:
     """All contestants at one length.
 
     Attributes:
-        density: what was reached, the mean over the heads; None, like config, if the inputs could not be made.
-        contestants: results by name; absent: for the others, why there are none.
+        length: Tokens.
+        asked_density: The density that was asked for.
+        density: The density that was reached, the mean over the heads; None if the inputs could not be made.
+        config: The settings of the search; None if the inputs could not be made.
+        contestants: Results by name.
+        absent: Why other contestants have no result, by name.
     """
 
     length: int
@@ -60,10 +71,13 @@ class Run:
 
 
 def measure_length(settings: Settings, length: int, density: float, rates: Rates | None) -> Run:
-    """Times the chosen contestants at one length; those that fail are absent with the reason.
+    """Times the chosen contestants at one length. Those that fail are absent, with the reason.
 
     Args:
-        rates: the device's, for the floors; None leaves the floors out.
+        settings: What to measure.
+        length: Tokens.
+        density: The share of the causal blocks to keep.
+        rates: The device's rates, for the floors. None: no floors.
     """
     chosen = {name: CONTESTANTS[settings.device.type][name] for name in settings.only}
     try:

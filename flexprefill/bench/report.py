@@ -1,4 +1,4 @@
-"""What a benchmark hands over: tables to read, lines to draw, and the file with every repeat."""
+"""A benchmark's results: tables to read, lines to draw, and the file with every repeat."""
 
 from __future__ import annotations
 
@@ -26,21 +26,13 @@ def describe_settings(settings: Settings) -> dict[str, Any]:
     """The settings that all lengths share, ready for JSON."""
     rule = settings.rule.to_dict()
     del rule["alpha"]  # each length has its own
-    return {
-        "device": str(settings.device),
-        "heads": settings.heads,
-        "kv_heads": settings.kv_heads,
-        "head_dim": settings.head_dim,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "repeats": settings.repeats,
-        "only": list(settings.only),
-        "eager": settings.eager,
-        "rule": rule,
-    }
+    shared = {name: value for name, value in vars(settings).items() if name not in ("lengths", "densities")}
+    names = {"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
+    return {**shared, **names, "only": list(settings.only), "rule": rule}
 
 
 def heading(record: Mapping[str, Any]) -> str:
-    """What is measured and on what, from the record's first fields."""
+    """What is measured and on which machine, from the record's first fields."""
     machine, settings = record["machine"], record["settings"]
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     installed = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
@@ -68,11 +60,12 @@ def row(run: Run) -> str:
 
 
 def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None) -> str:
-    """The times of all runs, contestants down and lengths across, what is reached of the floors, and the gaps.
+    """The times of all runs, the reached share of the floors, and what is missing. A row is a contestant.
 
     Args:
-        names: what to call each contestant, in order.
-        no_floors: why there are no floors; None if there are.
+        runs: The lengths, in columns.
+        names: What to call each contestant, in order.
+        no_floors: Why there are no floors; None if there are.
     """
     header = _line("", [token_label(run.length) for run in runs])
     lines = [
@@ -104,7 +97,7 @@ def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None)
 
 
 def time_lines(runs: Sequence[Run], names: Mapping[str, str]) -> list[TimeLine]:
-    """The medians as lines to draw, of the contestants that have any."""
+    """The medians as lines to draw. Contestants without any are left out."""
     lines = []
     for key, name in names.items():
         found = {run.length: run.contestants[key] for run in runs if key in run.contestants}
@@ -128,7 +121,7 @@ def best_dense(run: Run) -> Measurement | None:
 
 
 def half_range(series: Sequence[float]) -> float:
-    """Half of the range of a series' middle half, which a stray repeat leaves as it is; 0 for one repeat."""
+    """Half of the range of a series' middle half; 0 for one repeat. A stray repeat does not change it."""
     if len(series) == 1:
         return 0.0
     first, _, third = statistics.quantiles(series, n=4, method="inclusive")
@@ -136,7 +129,7 @@ def half_range(series: Sequence[float]) -> float:
 
 
 def format_ms(ms: float) -> str:
-    """Three digits, at most four of them behind the point."""
+    """A time in three digits, with at most four decimals."""
     decimals = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3 if ms >= 0.1 else 4
     return f"{ms:,.{decimals}f}"
 
@@ -172,7 +165,7 @@ def _floor_cell(result: Measurement | None) -> str:
 
 
 def _by_text(runs: Sequence[Run], names: Mapping[str, str], text_of: Callable[[Run, str], str | None]) -> list[str]:
-    """Each contestant's texts, once each, with the lengths that they are about unless that is all."""
+    """Each contestant's texts, once each. The lengths are named unless a text is about all of them."""
     lines = []
     for key, name in names.items():
         about: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What a benchmark measures, and what it does if it is not told."""
+"""What a benchmark measures, and its defaults."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from flexprefill.config import PrefillConfig
 
-# by device: densities by length in tokens; on CUDA after FlashPrefill's published runs
+# by device: densities by length in tokens; those of CUDA follow FlashPrefill's published runs
 DENSITIES: dict[str, dict[int, float]] = {
     "cuda": {4096: 0.46, 8192: 0.25, 16384: 0.13, 32768: 0.068, 65536: 0.04, 131072: 0.025, 262144: 0.017},
     "cpu": {1024: 0.1, 2048: 0.1, 4096: 0.1, 8192: 0.1},
 }
-# on the CPU the rule's own sinks, window and last blocks would keep more than a tenth at any of these lengths
+# on the CPU the config's default sinks, window and last blocks would keep more than a tenth at all of these lengths
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "heads": 32,
@@ -44,11 +44,17 @@ class Settings:
     """What to measure.
 
     Attributes:
-        lengths: in tokens; densities: what each is searched at, in (0, 1].
-        rule: the rule's settings; its alpha is not used.
-        repeats: of each contestant at each length, fewer where they take long.
-        only: names of contestants, keys of CONTESTANTS for the device.
-        eager: whether on CUDA the host's time counts, at every length.
+        lengths: In tokens.
+        densities: One for each length, in (0, 1].
+        heads: Query heads.
+        kv_heads: Key heads.
+        head_dim: The head dimension.
+        dtype: The tensors' dtype.
+        rule: The settings of the search. Its alpha is not used.
+        repeats: Repeats of each contestant at each length. Slow contestants get fewer.
+        device: Where to measure.
+        only: Names of contestants, keys of CONTESTANTS for the device.
+        eager: Whether the host's time counts too on CUDA, at every length.
     """
 
     lengths: Sequence[int]
@@ -65,7 +71,7 @@ class Settings:
 
 
 def default_density(device_type: str, length: int) -> float:
-    """The density for a length: straight in log-log between the known ones, beyond them that of the nearest."""
+    """The density for a length: log-log interpolation between the known ones, and beyond them the nearest."""
     known = DENSITIES[device_type]
     length = min(max(length, min(known)), max(known))
     below = max(other for other in known if other <= length)

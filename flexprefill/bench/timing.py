@@ -1,4 +1,4 @@
-"""How a call is timed: in a CUDA graph, by events, or by the wall clock; several calls take turns."""
+"""How a call is timed: in a CUDA graph, by events, or by the wall clock. Several calls take turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexprefill.runtime.progress import Advance
 
 GRAPH_CALLS = 10  # calls in a row in a graph
 WARM_UPS = 3
-LEAD_CYCLES = 5_000_000  # some 2.5 ms, in which the host gets ahead of the device
+LEAD_CYCLES = 5_000_000  # some 2.5 ms, so that the host gets ahead of the device
 BUDGET_MS = 3000.0  # of each contestant at each length
 MIN_REPEATS = 3
 
@@ -29,13 +29,13 @@ class Watch:
     """One call, ready to be timed.
 
     Attributes:
-        timing: "graph of N" (N calls in a CUDA graph, divided by N) or "events" (around one call, the host
-            being ahead), both the device's time alone; "eager" (events around one call, host time included);
-            "wall clock" (CPU).
-        call: what is timed; kept here because a graph does not keep the tensors that it reads.
-        measure: times once and returns the milliseconds of one call.
-        calls: how many calls a measurement makes.
-        note: for "eager" that was not asked for, why no graph could be captured.
+        timing: How it is timed. The device's time alone: "graph of N" (N calls in a CUDA graph, divided by N) or
+            "events" (around one call, with the host ahead). Host time included: "eager" (events around one call). On
+            the CPU: "wall clock".
+        call: What is timed. It is kept here because a graph does not keep the tensors that it reads.
+        measure: Times once and returns the milliseconds of one call.
+        calls: How many calls a measurement makes.
+        note: Why no graph could be captured, where "eager" was not asked for.
     """
 
     timing: str
@@ -49,8 +49,10 @@ def make_watch(call: TimedCall, device: torch.device, *, graph: bool, eager: boo
     """The watch for a call that has run at least once, on the current CUDA device or the CPU.
 
     Args:
-        graph: on CUDA, captures the call; one that cannot be captured is timed eagerly.
-        eager: on CUDA, times it eagerly, captured or not.
+        call: What to time.
+        device: Where it runs.
+        graph: On CUDA, captures the call. A call that cannot be captured is timed eagerly.
+        eager: On CUDA, times the call eagerly in any case.
     """
     if device.type == "cpu":
         return Watch("wall clock", call, lambda: _wall_ms(call))
@@ -61,13 +63,13 @@ def make_watch(call: TimedCall, device: torch.device, *, graph: bool, eager: boo
     try:
         captured = _capture(call)
     except Exception as error:
-        # a failed capture reports the end of it, and the cause as what came before
+        # a failed capture reports its end; the cause is the error before
         return Watch("eager", call, lambda: _eager_ms(call), note=reason(error.__context__ or error))
     return Watch(f"graph of {GRAPH_CALLS}", call, lambda: _device_ms(captured.replay) / GRAPH_CALLS, GRAPH_CALLS)
 
 
 def repeats_within_budget(repeats: int, watch: Watch, ms: float) -> int:
-    """How often to measure a call of ``ms``: ``repeats``, or what fits the budget, but at least 3 times."""
+    """How often to measure a call of ``ms``: ``repeats``, or as often as the budget allows, but at least 3 times."""
     return min(repeats, max(MIN_REPEATS, int(BUDGET_MS / max(ms * watch.calls, 1e-6))))
 
 
@@ -77,7 +79,7 @@ def take_turns(
     """Measures each call as often as ``repeats`` says, one of each in a round.
 
     Returns:
-        the milliseconds of each repeat of the calls that went through, and the reasons of those that failed.
+        The milliseconds of each repeat of the calls that ran, and why the others failed.
     """
     times: dict[str, list[float]] = {name: [] for name in watches}
     failed: dict[str, str] = {}
@@ -94,7 +96,7 @@ def take_turns(
 
 
 def reason(error: BaseException, *details: str) -> str:
-    """An error in one line: its kind unless it is a plain refusal, the start of its message, and details."""
+    """An error in one line: the start of its message and details, and its kind unless it is a plain refusal."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -109,7 +111,7 @@ def _wall_ms(call: TimedCall) -> float:
 
 
 def _device_ms(call: TimedCall) -> float:
-    """Events around a call that the device only reaches when all of it is enqueued."""
+    """Events around a call. The device reaches it only when all of it is enqueued."""
     occupy_device(LEAD_CYCLES)
     return _events_ms(call)
 
@@ -132,7 +134,7 @@ def _capture(call: TimedCall) -> torch.cuda.CUDAGraph:
     """A graph of GRAPH_CALLS calls in a row.
 
     Raises:
-        Exception: whatever keeps the call from being captured; the device stays usable.
+        Exception: The call cannot be captured. The device stays usable.
     """
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
@@ -155,7 +157,7 @@ def _capture(call: TimedCall) -> torch.cuda.CUDAGraph:
 
 @contextlib.contextmanager
 def _refusing_waits() -> Iterator[None]:
-    """PyTorch's calls that wait for the device raise here, rather than later break a capture off."""
+    """PyTorch's calls that wait for the device raise here, instead of breaking a capture off later."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this mode is a prototype

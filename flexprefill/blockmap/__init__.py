@@ -1,1 +1,1 @@
-"""The currency: BlockMap, its bits, and what they become: index lists, BlockMasks, pictures."""
+"""BlockMap, its bits, and what they become: index lists, BlockMasks, pictures."""

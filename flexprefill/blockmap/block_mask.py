@@ -1,4 +1,4 @@
-"""A map's words as FlexAttention's BlockMask and back, and the mask_mods that go with it."""
+"""A map's words as FlexAttention's BlockMask and back, with the mask_mods that belong to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from flexprefill.runtime.operators import to_capture
 
 
 def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """mask_mod of a whole prompt: a query sees its own and earlier positions."""
+    """mask_mod of a whole prompt: a query sees its own position and those before it."""
     return q_idx >= kv_idx
 
 
 def causal_mask_at(offset: Tensor) -> MaskMod:
     """mask_mod of queries that stand at ``offset`` among the keys: int32 [B], one for each batch entry.
 
-    A tensor, because a mask_mod that closes over a Python int is compiled anew for each value; and not a 0-d one,
-    because FlashAttention-4 takes captured tensors by an index alone.
+    The offset is a tensor because a mask_mod that closes over an int is compiled anew for each value. It has a
+    dimension because FlashAttention-4 reads captured tensors only by an index.
     """
 
     def causal_mask_at_offset(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def causal_mask_at(offset: Tensor) -> MaskMod:
 
 
 def offsets_at(words: Tensor, position: int) -> Tensor:
-    """The ``offset`` of :func:`causal_mask_at` for queries of a map's batch that start at a position."""
-    # filled on the device: a copy from the host would wait, and cannot be captured
+    """The ``offset`` of `causal_mask_at` for queries of a map's batch that start at a position."""
+    # filled on the device, because a copy from the host would wait and cannot be captured
     return to_capture(torch.full((words.shape[0],), position, dtype=torch.int32, device=words.device))
 
 
@@ -44,33 +44,33 @@ class Mask(NamedTuple):
     """What hides elements besides the causal edge."""
 
     mod: MaskMod
-    blocks: MaskedBlocks | None  # what it leaves of each block; None: not known
+    blocks: MaskedBlocks | None  # what it leaves of each block; None if that is not known
 
 
 class Cut(NamedTuple):
     """What masks do inside a map's kept blocks."""
 
     mask_mods: tuple[MaskMod, ...] = ()
-    uncut: Tensor | None = None  # words of the blocks that they leave whole; None: any block may be cut
+    uncut: Tensor | None = None  # words of the blocks that they leave whole; None if any block may be cut
 
 
 UNCUT = Cut()
 
 
 class ListedBlocks(NamedTuple):
-    """A map as an attention kernel reads it: its index lists, and what is visible inside the partial blocks."""
+    """A map as an attention kernel reads it: its index lists, and what hides elements in the partial blocks."""
 
     lists: Lists
-    offset: Tensor | None  # of causal_mask_at; None for a whole prompt, whose causal mask needs none
+    offset: Tensor | None  # of causal_mask_at; None for a whole prompt, because causal_mask needs none
     mask_mods: tuple[MaskMod, ...] = ()  # besides the causal one
 
 
 def masks_of(mask_mod: MaskMod | BlockMask | None, words: Tensor, geometry: Geometry) -> tuple[Mask, ...]:
-    """A caller's mask_mod, of which nothing is known, or BlockMask, as masks of a map.
+    """A caller's mask_mod or BlockMask as masks of a map. Nothing is known of the blocks of a mask_mod.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: the BlockMask is of other lengths, heads, batch, block size or device than the map.
+        TypeError: It is neither.
+        ValueError: The BlockMask has other lengths, heads, batch, block size or device than the map.
     """
     if isinstance(mask_mod, BlockMask):
         return (Mask(mask_mod.mask_mod, blocks_of_mask(mask_mod, words, geometry)),)
@@ -79,7 +79,7 @@ def masks_of(mask_mod: MaskMod | BlockMask | None, words: Tensor, geometry: Geom
 
 
 def cut_by(words: Tensor, masks: Sequence[Mask]) -> tuple[Tensor, Cut]:
-    """A map's words without the blocks that masks are known to empty, and what they do to the others."""
+    """A map's words without the blocks that masks are known to empty, and what masks do inside the others."""
     known = [mask.blocks for mask in masks if mask.blocks is not None]
     uncut = None
     for blocks in known:
@@ -91,7 +91,7 @@ def cut_by(words: Tensor, masks: Sequence[Mask]) -> tuple[Tensor, Cut]:
 def list_blocks(
     words: Tensor, geometry: Geometry, cut: Cut = UNCUT, buffers: ListBuffers | None = None
 ) -> ListedBlocks:
-    """The index lists of a map whose blocks may be cut; see index_lists."""
+    """The index lists of a map whose blocks masks may cut; see index_lists."""
     all_partial = len(cut.mask_mods) > 0 and cut.uncut is None
     lists = make_lists(words, geometry, buffers, all_partial=all_partial, uncut=cut.uncut)
     offset = None if geometry.offset == 0 else offsets_at(words, geometry.offset)
@@ -99,7 +99,7 @@ def list_blocks(
 
 
 def block_mask_of(listed: ListedBlocks, geometry: Geometry) -> BlockMask:
-    """The BlockMask of listed blocks, causal per element."""
+    """The BlockMask of listed blocks, causal for each element."""
     lists, offset, mask_mods = listed
     causal = causal_mask if offset is None else causal_mask_at(offset)
     return BlockMask.from_kv_blocks(
@@ -115,10 +115,9 @@ def blocks_of_mask(block_mask: BlockMask, words: Tensor, geometry: Geometry) -> 
     """What a BlockMask leaves of a map's blocks.
 
     Raises:
-        ValueError: it is of other lengths, heads, batch, block size or device than the map.
+        ValueError: It has other lengths, heads, batch, block size or device than the map.
     """
-    size, (batch, heads, rows) = geometry.block_size, words.shape[:3]
-    counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+    size, (batch, heads, rows), counts = geometry.block_size, words.shape[:3], block_mask.kv_num_blocks
     for name, theirs, ours in (
         ("BLOCK_SIZE", block_mask.BLOCK_SIZE, (size, size)),
         ("seq_lengths", block_mask.seq_lengths, (geometry.q_len, geometry.kv_len)),
@@ -131,9 +130,7 @@ def blocks_of_mask(block_mask: BlockMask, words: Tensor, geometry: Geometry) -> 
         raise ValueError(
             f"block_mask must be of batch 1 or {batch} and heads 1 or {heads}, got {list(counts.shape[:-1])}"
         )
-    left = _to_dense(counts, indices, geometry.columns)
-    whole = _full_blocks_of(block_mask, geometry.columns)
-    return MaskedBlocks(pack_bits(left | whole), pack_bits(whole))
+    return MaskedBlocks(*map(pack_bits, _visited(block_mask, geometry.columns)))
 
 
 def read_block_mask(block_mask: BlockMask) -> tuple[Tensor, Geometry]:
@@ -152,23 +149,21 @@ def read_block_mask(block_mask: BlockMask) -> tuple[Tensor, Geometry]:
             f"block_mask must list {geometry.rows} rows of blocks [B, H, rows] for q_len={geometry.q_len}, "
             f"got {list(block_mask.kv_num_blocks.shape)}: a slice of rows has no place among the keys"
         )
-    kept = _to_dense(block_mask.kv_num_blocks, block_mask.kv_indices, geometry.columns)
-    return kept | _full_blocks_of(block_mask, geometry.columns), geometry
+    return _visited(block_mask, geometry.columns)[0], geometry
 
 
-def _full_blocks_of(block_mask: BlockMask, columns: int) -> Tensor:
+def _visited(block_mask: BlockMask, columns: int) -> tuple[Tensor, Tensor]:
+    """The blocks that a BlockMask visits, and of these the full ones: bool [B, H, M, N] both."""
+    visited = _to_dense(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
     counts, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-    if counts is None or indices is None:
-        return torch.zeros(
-            *block_mask.kv_num_blocks.shape, columns, dtype=torch.bool, device=block_mask.kv_indices.device
-        )
-    return _to_dense(counts, indices, columns)
+    full = torch.zeros_like(visited) if counts is None or indices is None else _to_dense(counts, indices, columns)
+    return visited | full, full
 
 
 def _to_dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     listed &= (indices >= 0) & (indices < columns)  # there are no other blocks
-    # entries behind the count may hold anything: they go to a column that is cut off
+    # entries behind the count may hold anything, so they go to a column that is cut off
     targets = torch.where(listed, indices, columns).to(torch.int64)
     dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
     return dense.scatter_(-1, targets, True)[..., :-1]

@@ -1,4 +1,4 @@
-"""Maps as cells: how many blocks become one, and what share of them a cell keeps. Needs no matplotlib."""
+"""Maps as cells: how many blocks make one cell, and what share of them it keeps. Needs no matplotlib."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div
 
 
 def cell_factor(geometry: Geometry, max_cells: int) -> int:
-    """How many blocks a cell's side stands for if the map's longer side is to have at most ``max_cells``."""
+    """How many blocks a cell's side covers if the map's longer side has at most ``max_cells`` cells."""
     return ceil_div(max(geometry.rows, geometry.columns), max_cells)
 
 
 def head_shares(words: Tensor, geometry: Geometry, factor: int) -> Tensor:
-    """:func:`kept_shares` of one head's words [M, W], on the CPU."""
+    """`kept_shares` of one head's words [M, W], on the CPU."""
     return kept_shares(unpack_bits(words.cpu(), geometry.columns), causal_blocks(geometry, "cpu"), factor)
 
 
@@ -23,7 +23,9 @@ def kept_shares(kept: Tensor, causal: Tensor, factor: int) -> Tensor:
     """The kept share of the causal blocks in each cell of factor × factor blocks.
 
     Args:
-        kept, causal: bool [M, N].
+        kept: The kept blocks, bool [M, N].
+        causal: The causally visible blocks, bool [M, N].
+        factor: Blocks along a cell's side.
 
     Returns:
         float32 [ceil(M / factor), ceil(N / factor)], NaN where a cell has no causal block.
@@ -32,7 +34,7 @@ def kept_shares(kept: Tensor, causal: Tensor, factor: int) -> Tensor:
 
 
 def shade(shares: Tensor) -> Tensor:
-    """How far from "nothing" to "all" a cell's colour is: the root, so that one kept block of many is seen."""
+    """How far a cell's colour is from "nothing" to "all". It is the root, so one kept block of many is seen."""
     return shares.sqrt()
 
 

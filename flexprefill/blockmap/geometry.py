@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from flexprefill.config import check_whole, plain_number
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -15,12 +17,12 @@ WORD_BITS = 32  # key blocks in a word of a map
 
 
 def ceil_div(a: int, b: int) -> int:
-    """ceil(a / b) for non-negative a, also of symbolic sizes under torch.compile."""
+    """ceil(a / b) for non-negative a. Works for symbolic sizes under torch.compile too."""
     return (a + b - 1) // b
 
 
 class Geometry(NamedTuple):
-    """Queries are the last ``q_len`` of ``kv_len`` positions, in blocks of ``block_size``."""
+    """The sizes of a map. Queries are the last ``q_len`` of ``kv_len`` positions, in blocks of ``block_size``."""
 
     q_len: int
     kv_len: int
@@ -33,33 +35,29 @@ class Geometry(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """M, query blocks."""
+        """M, the number of query blocks."""
         return ceil_div(self.q_len, self.block_size)
 
     @property
     def columns(self) -> int:
-        """N, key blocks."""
+        """N, the number of key blocks."""
         return ceil_div(self.kv_len, self.block_size)
+
+    @classmethod
+    def checked(cls, q_len: int, kv_len: int, block_size: int) -> Geometry:
+        """The geometry of a caller's numbers, which may be NumPy's. Raises as `check`."""
+        geometry = cls(*map(plain_number, (q_len, kv_len, block_size)))
+        geometry.check()
+        return geometry
 
     def check(self) -> None:
         """Raises unless 1 <= q_len <= kv_len and block_size is positive."""
         for name, size in zip(self._fields, self, strict=True):
-            check_size(name, size)
+            check_whole(name, size, 1)
         if self.q_len > self.kv_len:
             raise ValueError(
                 f"q_len must be at most kv_len (queries are the last positions), got {self.q_len} > {self.kv_len}"
             )
-
-
-def check_size(name: str, size: object) -> None:
-    """Raises unless it is a whole number from 1 on that fits into 32 bits."""
-    if type(size) is not int:
-        import torch
-
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-    if not 1 <= size < 2**31:
-        raise ValueError(f"{name} must be at least 1 and below 2**31, got {size}")
 
 
 def visible_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
@@ -83,7 +81,7 @@ def causal_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
 def full_blocks(geometry: Geometry, device: torch.device | str) -> Tensor:
     """How many leading key blocks every row of a query block sees whole: int32 [M].
 
-    A short last key block counts as its nominal size, so it is never whole and keeps its bounds check.
+    A short last key block counts as its nominal size. So it is never whole, and keeps its bounds check.
     """
     import torch
 

@@ -15,20 +15,20 @@ from flexprefill.blockmap.geometry import Geometry
 KEPT, DROPPED = "#14508c", "#e3e7ed"
 MAX_PANELS = 16
 PANEL_PIXELS = {1: 384, 4: 256, MAX_PANELS: 160}  # the longer side, by the most panels that it is for
-BLANK = 255  # the palette's last entry: transparent
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def map_html(words: Tensor, geometry: Geometry, density: Tensor) -> str:
     """A line on the map and a panel for each of its first 16 heads, batch entry by batch entry.
 
-    Kept blocks are dark, causal blocks that are dropped light, and the causal future is transparent. Where a map has
-    more blocks than a panel has pixels, a pixel stands for several blocks, and its darkness for the root of the share
-    of its causal blocks that is kept; a line says for how many.
+    Kept blocks are dark. Dropped causal blocks are light. The causal future is transparent. A map can have more blocks
+    than a panel has pixels. A pixel then stands for several blocks: it is as dark as the root of the kept share of
+    its causal blocks, and a line says for how many blocks it stands.
 
     Args:
-        words: int32 [B, H, M, W] of a map, on a device that holds data.
-        density: float [B, H], of each head.
+        words: A map's, int32 [B, H, M, W], on a device that holds data.
+        geometry: The map's sizes.
+        density: Each head's, float [B, H].
     """
     batches, heads = words.shape[:2]
     shown = min(batches * heads, MAX_PANELS)
@@ -50,7 +50,7 @@ def map_html(words: Tensor, geometry: Geometry, density: Tensor) -> str:
     )
     notes = []
     if factor > 1:
-        notes.append(f"a pixel stands for {factor} × {factor} blocks, and is the darker the more of them are kept")
+        notes.append(f"a pixel stands for {factor} × {factor} blocks: the more of them are kept, the darker it is")
     if shown < batches * heads:
         notes.append(f"the first {shown} of {batches * heads} heads are shown")
     note = f"<div style='opacity:.7;font-size:90%'>{'; '.join(notes)}</div>" if notes else ""
@@ -60,19 +60,12 @@ def map_html(words: Tensor, geometry: Geometry, density: Tensor) -> str:
     )
 
 
-def encode_png(pixels: Tensor, palette: Tensor) -> bytes:
-    """An indexed PNG; the last of 256 colours is transparent.
-
-    Args:
-        pixels: uint8 [height, width], places in the palette.
-        palette: uint8 [256, 3].
-    """
-    height, width = pixels.shape
-    lines = torch.nn.functional.pad(pixels.cpu(), (1, 0))  # each line begins with its filter, 0 for none
+def encode_png(pixels: Tensor) -> bytes:
+    """A PNG of red, green, blue and opacity: uint8 [height, width, 4]."""
+    height, width, _ = pixels.shape
+    lines = torch.nn.functional.pad(pixels.flatten(1), (1, 0))  # each line begins with its filter, 0 for none
     chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", bytes(palette.flatten().tolist())),
-        (b"tRNS", b"\xff" * BLANK + b"\x00"),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)),
         (b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)),
         (b"IEND", b""),
     )
@@ -82,13 +75,11 @@ def encode_png(pixels: Tensor, palette: Tensor) -> bytes:
 
 
 def _panel(shares: Tensor, pixels: int, caption: str) -> str:
-    steps = BLANK - 1
-    cells = torch.where(shares.isnan(), BLANK, shade(shares.nan_to_num()) * steps).round().to(torch.uint8)
-    ramp = torch.lerp(rgb(DROPPED), rgb(KEPT), torch.linspace(0, 1, BLANK, dtype=torch.float32, device="cpu")[:, None])
-    palette = torch.cat([ramp, torch.ones_like(ramp[:1])]).mul(255).round().to(torch.uint8)
-    picture = base64.b64encode(encode_png(cells, palette)).decode()
-    scale = max(1, pixels // max(cells.shape))
-    height, width = (scale * size for size in cells.shape)
+    colours = torch.lerp(rgb(DROPPED), rgb(KEPT), shade(shares.nan_to_num())[..., None])
+    cells = torch.cat([colours, ~shares.isnan()[..., None]], 2).mul(255).round().to(torch.uint8)
+    picture = base64.b64encode(encode_png(cells)).decode()
+    scale = max(1, pixels // max(shares.shape))
+    height, width = (scale * size for size in shares.shape)
     return (
         f"<figure style='margin:0'><img alt='{caption}' width='{width}' height='{height}' "
         f"style='image-rendering:pixelated;max-width:none' src='data:image/png;base64,{picture}'>"

@@ -1,11 +1,10 @@
-"""A map's bits as the index lists that FlexAttention reads: one custom operator, in PyTorch and in Triton."""
+"""A map's bits as the index lists that FlexAttention reads. One custom operator, in PyTorch and in Triton."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,20 +15,20 @@ from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
 from flexprefill.runtime.tracing import is_tracing
 
-CPU_BYTES_A_BLOCK = 22  # at the peak, by the process's memory
+CPU_BYTES_A_BLOCK = 22  # at the peak of the process's memory
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
 class ListBuffers:
-    """Memory for the index lists of one BlockMask at a time, used again for the next of the same shape.
+    """Memory for the index lists of one BlockMask at a time. The next BlockMask of the same shape uses it again.
 
-    At 256K tokens and 32 heads the lists take 1 GiB, most of it zeros behind the entries. With buffers, the layers
-    of a model share that memory, and only what the last mask listed is cleared instead of all of it.
+    At 256K tokens and 32 heads the lists take 1 GiB. Most of it is zeros behind the entries. With buffers the layers of
+    a model share that memory. Then only the entries of the last mask are cleared, not all of the memory.
 
-    A BlockMask made with buffers is overwritten by the next one made with them, in the same thread on the same stream:
-    use it before making another. Each thread and each stream has memory of its own. Memory is allocated at the first
-    use and whenever the shape changes.
+    A BlockMask made with buffers is overwritten by the next one that is made with them in the same thread on the same
+    stream. Use it before you make another. Each thread and each stream has memory of its own. Memory is allocated at
+    the first use and whenever the shape changes.
     """
 
     def __init__(self) -> None:
@@ -41,19 +40,19 @@ class ListBuffers:
         return sum(tensor.nbytes for lists in tuple(self._held.values()) for tensor in lists)
 
     def lists_of(self, words: Tensor, columns: int) -> Lists:
-        """Partial counts, partial indices, full counts, full indices for words [B, H, M, W] and N columns."""
+        """This thread's and stream's lists for words [B, H, M, W] and N columns."""
         stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
         place = threading.get_ident(), stream
         held = self._held.get(place)
         if held is None or held[1].shape != (*words.shape[:3], columns) or held[1].device != words.device:
-            held = None  # before the new ones: both at once may not fit
-            # an executor keeps its threads' objects, so memory is given back by whoever allocates next
+            held = None  # freed before the new ones are made: both may not fit
+            # an executor keeps its threads' objects, so whoever allocates next gives their memory back
             alive = {thread.ident for thread in threading.enumerate()}
             for other in tuple(self._held):
                 if other == place or other[0] not in alive:
                     self._held.pop(other, None)
             # memory made in inference mode could not be written outside of it
-            with torch.inference_mode(False), _room_for(words, columns):
+            with torch.inference_mode(False):
                 held = self._held[place] = _allocate(words.new_zeros, words, columns)
         return held
 
@@ -66,7 +65,7 @@ def make_lists(
     all_partial: bool = False,
     uncut: Tensor | None = None,
 ) -> Lists:
-    """As :func:`index_lists`, in the memory of buffers if there are any."""
+    """As `index_lists`, in the memory of buffers if there are any."""
     if buffers is None:
         return index_lists(words, *geometry, all_partial, uncut)
     if not isinstance(buffers, ListBuffers):
@@ -82,35 +81,31 @@ def make_lists(
 def index_lists(
     words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, uncut: Tensor | None = None
 ) -> Lists:
-    """The ascending lists of partial and of full blocks, zeros behind the last entry.
+    """The ascending lists of partial and of full blocks. Zeros stand behind the last entry.
 
     Args:
-        words: int32 [B, H, M, ceil(N / 32)], a BlockMap's.
-        all_partial: puts every block into the partial list, not only those that the causal edge crosses.
-        uncut: int32 of a shape that expands to that of words; only blocks whose bit is set here are full. None: any.
+        words: A BlockMap's, int32 [B, H, M, ceil(N / 32)].
+        q_len: The map's, as are ``kv_len`` and ``block_size``.
+        all_partial: Puts every block into the partial list, not only those that the causal edge crosses.
+        uncut: Only blocks whose bit is set here can be full. int32 of a shape that expands to that of words. None: any
+            block can be.
 
     Returns:
-        partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices; int32, contiguous.
+        Partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices. All int32 and contiguous.
     """
     geometry = Geometry(q_len, kv_len, block_size)
-    with _room_for(words, geometry.columns):
-        lists = _allocate(words.new_empty, words, geometry.columns)
+    lists = _allocate(words.new_empty, words, geometry.columns)
     _fill(lists, words, geometry, all_partial, uncut, reused=False)
     return lists
 
 
 def _allocate(new: Callable[..., Tensor], words: Tensor, columns: int) -> Lists:
-    """Partial counts, partial indices, full counts and full indices for words [B, H, M, W]."""
+    """Memory for the lists of words [B, H, M, W]."""
     counts = words.shape[:3]
     indices = (*counts, columns)
-    return new(counts), new(indices), new(counts), new(indices)
-
-
-def _room_for(words: Tensor, columns: int) -> AbstractContextManager[None]:
-    """For the lists themselves, and on the CPU for what sorting them takes."""
-    blocks = math.prod(words.shape[:3]) * columns
-    needed = blocks * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
-    return room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}")
+    needed = math.prod(indices) * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
+    with room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}"):
+        return new(counts), new(indices), new(counts), new(indices)
 
 
 def _fill(
@@ -119,12 +114,12 @@ def _fill(
     if words.is_cuda:
         from flexprefill.blockmap import index_lists_kernel  # imports triton
 
-        # Triton launches on the current device, which need not be the words'
+        # Triton launches on the current device, and the words may be on another
         with torch.cuda.device_of(words):
             index_lists_kernel.fill_lists(lists, words, geometry, all_partial, uncut, reused=reused)
         return
     columns = geometry.columns
-    # a map's words have no bits in the causal future; of words that do, these are left out
+    # a map's words have no bits in the causal future; if other words do, these are left out
     kept = unpack_bits(words, columns) & causal_blocks(geometry, words.device)
     J = torch.arange(columns, device=words.device, dtype=torch.int32)
     whole = J < full_blocks(geometry, words.device)[:, None]
@@ -145,5 +140,6 @@ def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("flexprefill::index_lists")
-def _(words, q_len, kv_len, block_size, all_partial, uncut=None):
-    return _allocate(words.new_empty, words, ceil_div(kv_len, block_size))
+def _(words, q_len, kv_len, block_size, *_):
+    counts, indices = words.shape[:3], (*words.shape[:3], ceil_div(kv_len, block_size))
+    return tuple(map(words.new_empty, (counts, indices, counts, indices)))

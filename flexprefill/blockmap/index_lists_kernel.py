@@ -1,4 +1,4 @@
-"""Bits to index lists in Triton. It reads each word once and writes each entry of both lists once."""
+"""Bits to index lists in Triton. The kernel reads each word once and writes each entry of both lists once."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def lists_kernel(
 ):  # fmt: skip
     """ROWS rows of blocks: their words [W] to two lists [N] each. Full blocks stand before the partial ones in a row.
 
-    REUSED lists hold zeros behind the counts that they come with, so only what was listed is cleared.
+    REUSED lists come with counts, and with zeros behind them. So only what was listed is cleared.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < total
     first_row = (row % rows).to(tl.int32) * BLOCK
     whole = (offset + first_row + 1) // BLOCK
-    # a map's words have no other bits; of words that do, no entry may be written past a row's end
+    # a map's words have no other bits; if other words do, no entry may be written past a row's end
     visible = (offset + tl.minimum(first_row + BLOCK, q_len) - 1) // BLOCK + 1
     if ALL_PARTIAL:
         whole = tl.zeros_like(whole)
@@ -101,28 +101,14 @@ def fill_lists(
     *,
     reused: bool = False,
 ) -> None:
-    """Writes the lists that index_lists.index_lists describes. Reused ones come as an earlier call left them."""
+    """Writes the lists that index_lists.index_lists describes. Reused lists come as an earlier call left them."""
     words = words.contiguous()
-    total = words.shape[0] * words.shape[1] * words.shape[2]
+    batch, heads, rows, width = words.shape
+    total = batch * heads * rows
     of_mask = words if uncut is None else uncut.expand(words.shape)
+    # one warp: a loop ends when its lanes are done, without a barrier
     lists_kernel[(triton.cdiv(total, LIST_ROWS),)](
-        words,
-        of_mask,
-        *lists,
-        total,
-        words.shape[2],
-        geometry.columns,
-        words.shape[3],
-        geometry.offset,
-        geometry.q_len,
-        words.shape[1],
-        *of_mask.stride(),
-        BLOCK=geometry.block_size,
-        ALL_PARTIAL=all_partial,
-        UNCUT=uncut is not None,
-        REUSED=reused,
-        ROWS=LIST_ROWS,
-        WORDS=LIST_WORDS,
-        CHUNK=CHUNK,
-        num_warps=1,  # the loops end where one warp's lanes are done, without a barrier
-    )
+        words, of_mask, *lists, total, rows, geometry.columns, width, geometry.offset, geometry.q_len, heads,
+        *of_mask.stride(), BLOCK=geometry.block_size, ALL_PARTIAL=all_partial, UNCUT=uncut is not None, REUSED=reused,
+        ROWS=LIST_ROWS, WORDS=LIST_WORDS, CHUNK=CHUNK, num_warps=1,
+    )  # fmt: skip

@@ -1,11 +1,11 @@
-"""BlockMap, the bitset of kept blocks, and its arithmetic. Everything else reads or writes one."""
+"""BlockMap, the bitset of kept blocks, and its arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,34 +14,37 @@ from torch.nn.functional import pad
 
 from flexprefill.blockmap.bits import WORD_BITS, pack_bits, popcount, unpack_bits
 from flexprefill.blockmap.block_mask import Mask, block_mask_of, cut_by, list_blocks, masks_of, read_block_mask
-from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, check_size, visible_blocks
+from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, visible_blocks
 from flexprefill.blockmap.html import map_html
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod, classify_blocks
-from flexprefill.config import plain_number
+from flexprefill.config import check_whole
 from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.listeners import note
 from flexprefill.runtime.pytrees import register_node
 
+Blocks = TypeVar("Blocks", "BlockMap", BlockMask)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMap:
-    """Which blocks of the attention matrix are kept, per batch entry and query head, as bits.
+    """The blocks of the attention matrix that are kept, for each batch entry and query head, as bits.
 
-    B batch, H query heads, M = ceil(q_len / block_size) query blocks, N = ceil(kv_len / block_size) key
-    blocks. Queries are the last ``q_len`` of ``kv_len`` positions. Blocks in the causal future are never
-    kept. A BlockMap is a pytree node and goes in and out of compiled functions.
+    B is the batch size, H the number of query heads. There are M = ceil(q_len / block_size) query blocks and
+    N = ceil(kv_len / block_size) key blocks. Queries are the last ``q_len`` of ``kv_len`` positions. Blocks in the
+    causal future are never kept. A BlockMap is a pytree node: it goes in and out of compiled functions.
 
     Args:
-        words: int32 [B, H, M, ceil(N / 32)]; bit j of word w is key block 32 w + j. Bits beyond N and in the
-            causal future are zero; :meth:`from_dense` sees to it, and whoever writes words must.
-        q_len: number of query tokens.
-        kv_len: number of key tokens, at least ``q_len``.
-        block_size: edge of a block in tokens.
+        words: int32 [B, H, M, ceil(N / 32)]. Bit j of word w is key block 32 w + j. Bits beyond N and in the causal
+            future must be zero. `from_dense` makes such words.
+        q_len: Number of query tokens.
+        kv_len: Number of key tokens, at least ``q_len``.
+        block_size: Edge of a block in tokens.
 
     Raises:
-        TypeError, ValueError: the words' dtype or shape, or a size, does not fit.
+        TypeError: The words or a size have the wrong type.
+        ValueError: The words' shape or a size does not fit.
     """
 
     words: Tensor
@@ -51,8 +54,7 @@ class BlockMap:
 
     def __post_init__(self) -> None:
         self.geometry.check()
-        if not _is_plain(self.words, torch.int32):
-            raise TypeError(f"words must be an int32 tensor, got {_kind(self.words)}")
+        _check_tensor("words", self.words, torch.int32, "an int32 tensor")
         rows, width = self.geometry.rows, ceil_div(self.geometry.columns, WORD_BITS)
         if self.words.dim() != 4 or self.words.shape[2:] != (rows, width) or 0 in self.words.shape:
             raise ValueError(
@@ -62,16 +64,14 @@ class BlockMap:
 
     @classmethod
     def from_dense(cls, dense: Tensor, *, q_len: int, kv_len: int, block_size: int) -> BlockMap:
-        """The map of a bool tensor [B, H, M, N]; entries in the causal future are dropped.
+        """The map of a bool tensor [B, H, M, N]. Entries in the causal future are dropped.
 
         Raises:
-            TypeError: ``dense`` is not a bool tensor.
-            ValueError: its shape does not fit the lengths.
+            TypeError: ``dense`` is not a bool tensor, or a size no int.
+            ValueError: The shape does not fit the lengths.
         """
-        geometry = Geometry(*map(plain_number, (q_len, kv_len, block_size)))
-        geometry.check()
-        if not _is_plain(dense, torch.bool):
-            raise TypeError(f"dense must be a bool tensor, got {_kind(dense)}")
+        geometry = Geometry.checked(q_len, kv_len, block_size)
+        _check_tensor("dense", dense, torch.bool, "a bool tensor")
         rows, columns = geometry.rows, geometry.columns
         if dense.dim() != 4 or dense.shape[2] != rows or dense.shape[3] != columns:
             raise ValueError(
@@ -84,11 +84,15 @@ class BlockMap:
     def causal(
         cls, batch: int, heads: int, *, q_len: int, kv_len: int, block_size: int, device: torch.device | str = "cpu"
     ) -> BlockMap:
-        """The map that keeps every causally visible block: dense causal attention."""
-        geometry = Geometry(*map(plain_number, (q_len, kv_len, block_size)))
-        geometry.check()
-        for name, size in (("batch", batch), ("heads", heads)):
-            check_size(name, size)
+        """The map that keeps every causally visible block: dense causal attention.
+
+        Raises:
+            TypeError: A size is no int, or ``device`` no device.
+            ValueError: A size is out of range, or ``device`` is not here.
+        """
+        geometry = Geometry.checked(q_len, kv_len, block_size)
+        check_whole("batch", batch, 1)
+        check_whole("heads", heads, 1)
         words = pack_bits(causal_blocks(geometry, check_device(device)))
         return cls(words.expand(batch, heads, -1, -1).contiguous(), *geometry)
 
@@ -98,8 +102,8 @@ class BlockMap:
 
         Raises:
             TypeError: ``chunks`` holds something else.
-            ValueError: there are none; a chunk does not start where the one before ends, or not on a block's
-                edge; or batch, heads, block size or device differ.
+            ValueError: There are none. Or a chunk does not start on a block's edge where the one before ends. Or
+                batch, heads, block size or device differ.
         """
         if not isinstance(chunks, Iterable):
             raise TypeError(f"chunks must be a list of BlockMaps, got {type(chunks).__name__}")
@@ -131,36 +135,36 @@ class BlockMap:
     def from_block_mask(cls, block_mask: BlockMask) -> BlockMap:
         """The blocks that a FlexAttention BlockMask visits, full or partial.
 
-        Its mask_mod is not kept, and neither are blocks in the causal future, which a map never holds.
+        The map does not keep its mask_mod. It keeps no blocks in the causal future either.
 
         Raises:
-            TypeError: it is no BlockMask.
-            ValueError: its blocks are not square, it has more queries than keys, or it is a slice of rows.
+            TypeError: It is no BlockMask.
+            ValueError: Its blocks are not square, it has more queries than keys, or it is a slice of rows.
         """
         kept, geometry = read_block_mask(block_mask)
-        return cls.from_dense(kept, q_len=geometry.q_len, kv_len=geometry.kv_len, block_size=geometry.block_size)
+        return cls.from_dense(kept, **geometry._asdict())
 
     def to_block_mask(
         self, mask_mod: MaskMod | BlockMask | None = None, *, buffers: ListBuffers | None = None
     ) -> BlockMask:
-        """This map as a FlexAttention BlockMask, causal per element.
+        """This map as a FlexAttention BlockMask, causal for each element.
 
-        Blocks that the causal edge crosses are in the partial list, all others in the full list, ascending.
+        Blocks that the causal edge crosses are in the partial list. All others are in the full list. Both ascend.
 
         Args:
-            mask_mod: a further mask_mod that hides elements (documents, padding). All kept blocks are then
-                partial, since any of them may be cut; :meth:`with_mask` finds out which are. Or a
-                BlockMask, as for ``&``.
-            buffers: a ListBuffers, whose memory the lists then take; the next mask made with it overwrites them.
-                None allocates new memory. Not inside torch.compile.
+            mask_mod: A further mask_mod that hides elements, such as documents or padding. Any kept block may then be
+                cut, so all are partial. `with_mask` finds out which ones are cut. Or a BlockMask, as for ``&``.
+            buffers: The lists take the memory of this ListBuffers. The next mask made with it overwrites them. None
+                allocates new memory. Not for use inside torch.compile.
 
         Returns:
-            A BlockMask with int32 lists [B, H, M, N], contiguous, without the transposed lists that only a
-            backward pass needs. Behind each list's last entry are zeros.
+            A BlockMask with int32 lists [B, H, M, N], contiguous, with zeros behind the last entry. It has no
+            transposed lists, because only a backward pass needs them.
 
         Raises:
-            TypeError: mask_mod is no function, or buffers no ListBuffers.
-            NotEnoughMemoryError: the lists do not fit into the device's memory.
+            TypeError: ``mask_mod`` is no function, or ``buffers`` no ListBuffers.
+            ValueError: ``mask_mod`` is a BlockMask that does not fit the map.
+            NotEnoughMemoryError: The lists do not fit into the device's memory.
         """
         return block_mask_under(self, masks_of(mask_mod, self.words, self.geometry), buffers)
 
@@ -185,13 +189,14 @@ class BlockMap:
         return self.words.device
 
     def to(self, device: torch.device | str) -> BlockMap:
-        """This map on another device; itself if it is there already.
+        """This map on another device. It is the map itself if it is there already.
 
         Raises:
-            TypeError, ValueError: ``device`` is none, or not here.
+            TypeError: ``device`` is no device.
+            ValueError: ``device`` is not here.
         """
         words = self.words.to(check_device(device))
-        return self if words is self.words else self._with(words)
+        return self if words is self.words else replace(self, words=words)
 
     def to_dense(self) -> Tensor:
         """bool [B, H, M, N], False in the causal future."""
@@ -208,54 +213,51 @@ class BlockMap:
         return (kept.to(torch.float64) / visible).to(torch.float32)
 
     def with_mask(self, mask_mod: MaskMod) -> BlockMask:
-        """This map's blocks under a further mask_mod, causal per element, as a FlexAttention BlockMask.
+        """This map's blocks under a further mask_mod, causal for each element, as a FlexAttention BlockMask.
 
-        A kept block of which the mask_mod hides every element that the causal edge leaves is dropped, one that it cuts
-        is partial, and one that it leaves whole stays full, unless the causal edge crosses it. To find that out it is
-        evaluated on every element of every causal block: slow next to an attention call. Once is enough for all layers:
+        A block is dropped if the mask_mod hides everything that the causal edge leaves of it. A block that the
+        mask_mod or the causal edge cuts is partial. All others are full. To find that out, the mask_mod is evaluated on
+        every element of every causal block. That is slow next to an attention call, but once is enough for all layers:
 
             mask = BlockMap.causal(B, 1, q_len=S, kv_len=S, block_size=128).with_mask(mask_mod)
             block_map & mask  # in each layer
 
         Args:
-            mask_mod: of elementwise operations on (b, h, q_idx, kv_idx), which broadcast against each other.
+            mask_mod: Elementwise operations on (b, h, q_idx, kv_idx). These tensors broadcast against each other.
 
         Raises:
-            TypeError: mask_mod is no function.
+            TypeError: ``mask_mod`` is no function.
         """
         if mask_mod is None:
             raise TypeError("mask_mod must be a function of (b, h, q_idx, kv_idx), got NoneType")
         check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
         return block_mask_under(self, (Mask(mask_mod, classify_blocks(mask_mod, self.words, self.geometry)),))
 
-    @overload
-    def __and__(self, other: BlockMap) -> BlockMap: ...
-    @overload
-    def __and__(self, other: BlockMask) -> BlockMask: ...
-    def __and__(self, other: BlockMap | BlockMask) -> BlockMap | BlockMask:
+    def __and__(self, other: Blocks) -> Blocks:
         """Blocks that both maps keep.
 
-        With a FlexAttention BlockMask of the same lengths and block size, of 1 or all heads and batch entries, a
-        BlockMask: of the blocks that both keep, those that it has as full are full unless the causal edge crosses
-        them, the others partial; its mask_mod is applied after the causal one.
+        ``other`` can be a FlexAttention BlockMask of the same lengths and block size, for one or all heads and batch
+        entries. The result is then a BlockMask of the blocks that both keep. A block is full if it is full in
+        ``other`` and the causal edge does not cross it. Otherwise it is partial. The mask_mod of ``other`` is applied
+        after the causal one.
         """
         if isinstance(other, BlockMask):
             return self.to_block_mask(other)
-        return self._with(self.words & self._words_of(other, "&"))
+        return replace(self, words=self.words & self._words_of(other, "&"))
 
     def __or__(self, other: BlockMap) -> BlockMap:
         """Blocks that either map keeps."""
-        return self._with(self.words | self._words_of(other, "|"))
+        return replace(self, words=self.words | self._words_of(other, "|"))
 
     def __xor__(self, other: BlockMap) -> BlockMap:
         """Blocks that exactly one of the maps keeps."""
-        return self._with(self.words ^ self._words_of(other, "^"))
+        return replace(self, words=self.words ^ self._words_of(other, "^"))
 
     def __eq__(self, other: object) -> bool:
         """Whether both maps keep the same blocks of the same lengths. Waits for the device.
 
         Raises:
-            ValueError: the maps are of one geometry but on different devices, or on the device meta.
+            ValueError: The maps have one geometry but are on different devices, or on the device meta.
         """
         if not isinstance(other, BlockMap):
             return NotImplemented
@@ -277,13 +279,10 @@ class BlockMap:
         )
 
     def _repr_html_(self) -> str | None:
-        """A picture of the first heads, for notebooks; None, so that they show the repr, where there are no bits."""
+        """A picture of the first heads, for notebooks. None where there are no bits: they then show the repr."""
         if not isinstance(self.words, Tensor) or self.device.type == "meta":
             return None
         return map_html(self.words, self.geometry, self.density())
-
-    def _with(self, words: Tensor) -> BlockMap:
-        return replace(self, words=words)
 
     def _sizes(self) -> tuple[Any, ...]:
         return tuple(self.words.shape), self.geometry
@@ -301,14 +300,12 @@ class BlockMap:
         return other.words
 
 
-def _is_plain(thing: Any, dtype: torch.dtype) -> bool:
-    return isinstance(thing, Tensor) and thing.dtype == dtype and thing.layout == torch.strided and not thing.is_nested
-
-
-def _kind(thing: Any) -> str:
+def _check_tensor(name: str, thing: object, dtype: torch.dtype, wanted: str) -> None:
     if not isinstance(thing, Tensor):
-        return type(thing).__name__
-    return f"{thing.dtype}, {'nested' if thing.is_nested else thing.layout}"
+        raise TypeError(f"{name} must be {wanted}, got {type(thing).__name__}")
+    if thing.dtype != dtype or thing.layout != torch.strided or thing.is_nested:
+        layout = "nested" if thing.is_nested else thing.layout
+        raise TypeError(f"{name} must be {wanted}, got {thing.dtype}, {layout}")
 
 
 register_node(BlockMap, ("words",), ("q_len", "kv_len", "block_size"))
@@ -328,7 +325,7 @@ def block_mask_under(block_map: BlockMap, masks: Sequence[Mask], buffers: ListBu
 
 
 def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
-    """Raises unless a map is of query's batch size, heads, lengths and device."""
+    """Raises unless a map has query's batch size, heads, lengths and device."""
     check_is_map("block_map", block_map)
     if (block_map.q_len, block_map.kv_len) != (query.shape[2], key.shape[2]):
         raise ValueError(

@@ -24,11 +24,8 @@ COMMANDS = {
     "diff": ("flexprefill.cli.diff", "where two mask files differ, by layer and head"),
     "view": ("flexprefill.cli.view", "look at mask files in the browser"),
     "bench": ("flexprefill.cli.bench", "time every part, and dense attention beside it"),
-    "eval": ("flexprefill.cli.evaluate", "ask a small model long questions, dense and sparse"),
-    "calibrate": (
-        "flexprefill.cli.calibrate",
-        "find alphas by layer and head that keep a share of the attention mass",
-    ),
+    "eval": ("flexprefill.cli.evaluate", "ask a model long questions, dense and sparse"),
+    "calibrate": ("flexprefill.cli.calibrate", "find alphas by layer and head that cost a model little"),
 }
 TROUBLE = 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report them

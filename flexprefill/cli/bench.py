@@ -13,28 +13,25 @@ from flexprefill.bench.contestants import CONTESTANTS
 from flexprefill.bench.measure import LONGEST_GRAPH
 from flexprefill.bench.settings import DEFAULTS, DENSITIES, Settings, default_density
 from flexprefill.bench.timing import GRAPH_CALLS, MIN_REPEATS
-from flexprefill.cli.values import list_of, parse_device, parse_integer, parse_share, whole
+from flexprefill.cli.values import add_device, add_options, list_of, parse_integer, parse_share, whole
 from flexprefill.config import PrefillConfig
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS
 
 DESCRIPTION = (
-    "Times the parts of prefill_attention, the whole, and every dense attention that is there, in turns on the same "
-    "inputs: random ones with some structure, searched at the alpha that gives the asked density. Prints medians and "
-    "spreads, and which part of the theoretical floor (matrix work, exponentials and bytes at the highest clocks that "
-    "the driver names) is reached; writes every repeat to bench.json and, with matplotlib, draws bench.png. On CUDA, "
-    f"up to {LONGEST_GRAPH:,} tokens, {GRAPH_CALLS} calls at a time are timed in a CUDA graph; longer "
-    "ones by events around one call. What cannot run is listed with the reason. Lists are separated by commas. On "
-    "the CPU, the default sinks and window are one block each and no last blocks keep all: the rule's own would keep "
-    "more than the default density at any default length."
+    "Times the parts of prefill_attention, the whole call and every dense attention of this machine. They take turns "
+    "on the same inputs: random tensors with some structure, searched at the alpha that gives the density asked for. "
+    "Prints medians, spreads and the reached share of the theoretical floor: matrix work, exponentials and bytes at "
+    "the highest clocks that the driver names. Writes every repeat to bench.json. Draws bench.png if matplotlib is "
+    f"installed. On CUDA, up to {LONGEST_GRAPH:,} tokens, {GRAPH_CALLS} calls at a time are timed in a CUDA graph; "
+    "longer prompts are timed by events around one call. What cannot run is listed with the reason. Lists are "
+    "separated by commas. On the CPU, the default sinks and window are one block each and no last blocks keep "
+    "everything: PrefillConfig's defaults would keep more than the default density at any default length."
 )
 MIN_LENGTH = 128  # a block
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
-    )
+    add_device(parser)
     lengths = {kind: list(known) for kind, known in DENSITIES.items()}
     densities = {kind: list(known.values()) for kind, known in DENSITIES.items()}
     names = "; ".join(f"on {kind}: {', '.join(known)}" for kind, known in CONTESTANTS.items())
@@ -43,15 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         type=list_of(whole(MIN_LENGTH)),
         metavar="TOKENS",
-        help=f"at least {MIN_LENGTH} each (default: {_by_device(lengths)})",
+        help=f"prompt lengths, at least {MIN_LENGTH} each (default: {_by_device(lengths)})",
     )
     parser.add_argument(
         "--densities",
         type=list_of(parse_share),
         metavar="SHARES",
-        help="to keep of the causal blocks, one for each length, reached as nearly as sinks, window, last blocks and "
-        f"each row's best block allow (default: {_by_device(densities)} "
-        "for the default lengths, and for others in between)",
+        help="shares of the causal blocks to keep, one for each length; sinks, window, last blocks and each row's best "
+        f"block are always kept (default: {_by_device(densities)} for the default lengths, and for others in between)",
     )
     for name, parse, metavar, meaning in (
         ("heads", whole(1), "N", "query heads, a multiple of the key heads"),
@@ -65,19 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = _by_device({kind: DEFAULTS[kind][name] for kind in DEFAULTS})
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=parse, metavar=metavar, help=f"{meaning} (default: {default})")
-    parser.add_argument(
-        "--repeats",
-        type=whole(1),
-        metavar="N",
-        default="20",
-        help=f"of each at each length; fewer, but not under {MIN_REPEATS}, where they take long (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default="./flexprefill-bench",
-        help="folder for bench.json and bench.png, made if missing (default: %(default)s)",
+    repeats = f"repeats of each at each length; slow ones get fewer, {MIN_REPEATS} at least"
+    add_options(
+        parser,
+        ("--repeats", whole(1), "N", "20", repeats),
+        ("--output", Path, "DIR", "./flexprefill-bench", "folder for bench.json and bench.png, made if missing"),
     )
 
 
@@ -88,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _bench_settings(arguments: argparse.Namespace) -> Settings:
-    """The settings that the arguments and the device's defaults give; ends with code 2 if they do not fit together."""
+    """The settings from the arguments and the device's defaults. Ends with code 2 if they do not fit together."""
     kind, refuse = arguments.device.type, arguments.parser.error
     chosen = {
         name: default if (given := getattr(arguments, name)) is None else given
@@ -123,7 +111,7 @@ def _by_device(defaults: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """A value as one writes it on the command line."""
     if isinstance(value, list):
         return ",".join(map(_shown, value))
     return str(value).removeprefix("torch.")

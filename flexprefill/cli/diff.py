@@ -19,10 +19,11 @@ from flexprefill.cli.masks import (
     read_layer,
     row_name,
 )
-from flexprefill.cli.table import print_csv, print_json, print_table, print_text, printable
+from flexprefill.cli.table import print_csv, print_json, print_named, print_table, print_text
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection import MapDifference, compare_maps
 from flexprefill.plotting import plot_difference, plot_layers
+from flexprefill.plotting.difference import ONLY_FIRST, ONLY_SECOND
 from flexprefill.runtime.progress import terminal_stage
 from flexprefill.store import MaskFileInfo
 
@@ -98,8 +99,8 @@ def execute(arguments: argparse.Namespace) -> int:
         _draw(paths, infos, layers, head, arguments.png, overview=overview)
         print(f"picture  {arguments.png}")
         return code
-    for name, path in zip("AB", paths, strict=True):
-        print(printable(f"{name}  {path}"))
+    for name, path, colour in zip("AB", paths, (ONLY_FIRST, ONLY_SECOND), strict=True):
+        print_named(name, str(path), colour)
     print()
     if overview:
         _print_layers(infos, layers)

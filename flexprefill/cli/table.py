@@ -28,6 +28,17 @@ def print_text(text: str) -> None:
     print("\n".join(lines))
 
 
+def print_named(name: str, text: str, colour: str) -> None:
+    """Prints a name and what it stands for on a line; the name has the colour, #rrggbb, where there is colour."""
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        print(printable(f"{name}  {text}"))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(highlight=False).print(Text.assemble((name, f"bold {colour}"), printable(f"  {text}")), soft_wrap=True)
+
+
 def print_csv(records: Sequence[Mapping[str, Any]]) -> None:
     """Prints records with the same names as CSV (RFC 4180): the names, then a line each; None is an empty field."""
     writer = csv.DictWriter(sys.stdout, list(records[0]))

@@ -1,8 +1,9 @@
-"""Parsers of single values on the command line; each says what would be right."""
+"""Parsers of single values on the command line. Each says what would be right."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of values that are separated by commas."""
+    """A parser of values separated by commas."""
     return lambda text: [parse(part.strip()) for part in text.split(",")]
 
 
@@ -38,6 +39,17 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:  # false for NaN as well
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
+    return number
+
+
 def parse_integer(text: str) -> int:
     """A whole number of any size."""
     try:
@@ -47,7 +59,7 @@ def parse_integer(text: str) -> int:
 
 
 def parse_device(text: str) -> torch.device:
-    """cpu or a CUDA device that is there."""
+    """The CPU, or a CUDA device of this machine."""
     import torch
 
     try:
@@ -59,3 +71,20 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device. Its default is CUDA where that is there."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=parse_device, default=device, help=f"cpu, cuda or cuda:N (default: {device} here)"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, *options: tuple[str, Callable[[str], Any], str, str, str]) -> None:
+    """Options that have a default, each as (name, parser, metavar, default, meaning)."""
+    for name, parse, metavar, default, meaning in options:
+        help_text = f"{meaning} (default: %(default)s)"
+        parser.add_argument(name, type=parse, metavar=metavar, default=default, help=help_text)

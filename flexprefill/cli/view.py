@@ -10,9 +10,11 @@ from flexprefill.cli.masks import read_info
 from flexprefill.viewer import EMBED_LIMIT, write_page
 
 DESCRIPTION = (
-    "Writes one HTML page that shows a mask file, or two beside each other with their differences, and opens it in "
-    f"the browser. The page needs no server and no network. A file of more than {EMBED_LIMIT:,} bytes is not put into "
-    "the page: it asks for it to be dropped there, and reads the parts that it shows."
+    "Writes one HTML page that shows a mask file, or two beside each other, and opens it in the browser. "
+    "Two files open at the head that differs most. The page needs no server and no network. "
+    "It holds the files, and their prompt's text if they have it. "
+    f"A file of more than {EMBED_LIMIT:,} bytes is not put into the page: the page asks for it to be dropped there, "
+    "and reads the parts that it shows."
 )
 
 
@@ -35,11 +37,12 @@ def execute(arguments: argparse.Namespace) -> int:
         FlexPrefillError, OSError: as :func:`flexprefill.viewer.write_page`.
     """
     files = [file for file in (arguments.file, arguments.other) if file is not None]
-    for file in files:
-        read_info(file)  # for its error
+    private = [file for file in files if read_info(file).tokens]
     output = arguments.output or Path(f"{arguments.file.stem}.html")
     requests = write_page(output, files)
     print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+    for file in private:
+        print(f"{file} holds its prompt's text: what shows the text is as private as the prompt")
     for request in requests:
         print(request)
     if arguments.open and not webbrowser.open(output.resolve().as_uri()):

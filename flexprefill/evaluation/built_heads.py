@@ -1,9 +1,9 @@
 """Four attention heads built from real text, for the demo and the benchmarks.
 
-The text is the standard library's own source. The heads are built from random embeddings of its tokens: they
-have the patterns that papers on sparse prefill name, but there are no trained weights, so they have no model's
-statistics. One sharpness serves all four and is not fitted to the search: a key that matches fully outweighs
-some millions of unrelated ones. The same seed, length and standard library give the same heads.
+The text is the standard library's own source. The heads are built from random embeddings of its tokens. They show the
+patterns that papers on sparse prefill name. They have no trained weights, and so no model's statistics. All four have
+one sharpness, which is not fitted to the search: a key that matches fully outweighs some millions of unrelated ones.
+The same seed, length and standard library give the same heads.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HEADS = {
     "topic": "passages with the same words",
 }
 BUILT_HEAD_DIM = 64
-SHARPNESS = 16.0  # logit of a full match, in nats; an unrelated key has one about 0
-TOPIC_TOKENS = 256  # what a topic is the average over: some 25 lines
+SHARPNESS = 16.0  # logit of a full match, in nats; an unrelated key's is about 0
+TOPIC_TOKENS = 256  # a topic is the average over these: some 25 lines
 TOKEN = re.compile(r"\n[ \t]*|[^\W\d]+|\d+|[^\w\s]")  # line break with indentation, word, number, other sign
 
 
@@ -37,7 +37,9 @@ class Prompt:
 
     Attributes:
         tokens: int64 [S], numbers of vocabulary entries.
-        query, key, value: [1, 4, S, 64], a head for each name in HEADS.
+        query: [1, 4, S, 64], a head for each name in HEADS.
+        key: [1, 4, S, 64].
+        value: [1, 4, S, 64].
     """
 
     tokens: Tensor
@@ -49,11 +51,11 @@ class Prompt:
 def read_tokens(length: int) -> Tensor:
     """The first ``length`` tokens of the standard library's sources: int64 [length].
 
-    A token is a word, a number, a sign, or a line break with the indentation after it; its number is its
-    place in the order of first appearance.
+    A token is a word, a number, a sign, or a line break with the indentation after it. Tokens are numbered in the order
+    of first appearance.
 
     Raises:
-        FlexPrefillError: there are fewer tokens.
+        FlexPrefillError: There are fewer tokens.
     """
     words: list[str] = []
     for path in source_files(sysconfig.get_path("stdlib")):
@@ -67,13 +69,15 @@ def read_tokens(length: int) -> Tensor:
 
 
 def build_prompt(tokens: Tensor, device: torch.device | str, seed: int) -> Prompt:
-    """The four heads over a text; float32 on the CPU, bfloat16 on CUDA.
+    """The four heads over a text: float32 on the CPU, bfloat16 on CUDA.
 
-    Queries and keys are about unit vectors, times a factor that gives a full match a logit of SHARPNESS at the
-    default scale. Values are the token embeddings.
+    Queries and keys are about unit vectors, times a factor. It gives a full match a logit of SHARPNESS at the default
+    scale. Values are the token embeddings.
 
     Args:
         tokens: int64 [S].
+        device: Where the tensors go.
+        seed: Seed of the embeddings.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = normalize(torch.randn(int(tokens.max()) + 1, BUILT_HEAD_DIM, generator=generator), dim=-1)
@@ -81,7 +85,7 @@ def build_prompt(tokens: Tensor, device: torch.device | str, seed: int) -> Promp
     constant = torch.full((BUILT_HEAD_DIM,), BUILT_HEAD_DIM**-0.5)
     local = rotate(normalize(constant + 0.5 * embedding, dim=-1))
     topic = normalize(trailing_mean(embedding - embedding.mean(0), TOPIC_TOKENS), dim=-1)
-    previous = pad(embedding[:-1], (0, 0, 1, 0))  # the first token has none, and matches nothing
+    previous = pad(embedding[:-1], (0, 0, 1, 0))  # the first token has no previous one, and matches nothing
     sink = torch.zeros(BUILT_HEAD_DIM)
     sink[-1] = 1  # in the slowest rotary pair, which hardly turns
     sink_key = 0.5**0.5 * local
@@ -106,7 +110,7 @@ def rotate(vectors: Tensor) -> Tensor:
 
 
 def trailing_mean(vectors: Tensor, width: int) -> Tensor:
-    """The mean of each row of [S, D] and of the ``width - 1`` rows before it, as far as there are any."""
+    """The mean of each row of [S, D] and of up to ``width - 1`` rows before it."""
     sums = pad(vectors.double().cumsum(0), (0, 0, 1, 0))  # sums[i] is over the first i rows
     end = torch.arange(1, vectors.shape[0] + 1)
     first = (end - width).clamp(min=0)

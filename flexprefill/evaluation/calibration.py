@@ -1,4 +1,4 @@
-"""Alphas by layer and head: the largest that keep a given share of the attention mass on given texts."""
+"""Alphas by layer and head: the largest ones that keep a given share of the attention mass on given texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexprefill.inspection import attention_recall
 from flexprefill.runtime.progress import Advance, ignore
 from flexprefill.search.blocks import search_blocks
 
-LEAST_LOG2 = -24  # of alphas that are tried
+LEAST_LOG2 = -24  # log2 of the least alpha that is tried
 STEPS = 10  # of the bisection between it and 0
 
 Inputs = Sequence[tuple[Tensor, Tensor]]  # of one layer: query [B, Hq, S, D] and key [B, Hkv, S, D] of each text
@@ -28,20 +28,23 @@ def calibrate(
     every: int = 61,
     advance: Advance = ignore,
 ) -> list[PrefillConfig]:
-    """For each layer the config with the largest alpha of each head that keeps a share of the mass on every text.
+    """For each layer a config with each head's largest alpha that keeps a share of the attention mass on every text.
 
-    A bisection of log2 alpha, for all heads at once. A head that does not reach the share even at 2^-24 gets that.
+    log2 alpha is bisected, for all heads at once. A head that does not reach the share at 2^-24 gets that alpha.
 
     Args:
-        layers: for each layer the queries and keys of one or more texts, scaled as the search scales them, of the same
-            heads in all texts.
-        recall: the share, in (0, 1).
-        config: all other settings; heads that share a mask get the same alpha.
-        every: measures the mass of one query row in so many, of those that may drop blocks.
-        advance: called with 1 after each step, of which there are ``STEPS + 1`` for each layer.
+        layers: For each layer the queries and keys of one or more texts, scaled as the search scales them. All texts
+            have the same heads.
+        recall: The share, in (0, 1).
+        config: All other settings. Heads that share a mask get the same alpha.
+        every: Of the query rows that may drop blocks, one in so many is measured.
+        advance: Called with 1 after each step. Each layer has ``STEPS + 1`` steps.
+
+    Returns:
+        The configs of layers 0, 1, …
 
     Raises:
-        ValueError: the recall is out of range, or a layer has no text.
+        ValueError: The recall is out of range, or a layer has no text.
     """
     if not 0 < recall < 1:
         raise ValueError(f"recall must be in (0, 1), got {recall!r}")
@@ -58,10 +61,17 @@ def calibrate_decoder(
     *,
     advance: Advance = ignore,
 ) -> list[PrefillConfig]:
-    """As :func:`calibrate`, of what a decoder's layers see with dense attention.
+    """As ``calibrate``, for the layers of a decoder, with the queries and keys of dense attention.
 
     Args:
-        tokens: texts, int64 [1, S] each, on the model's device.
+        model: The decoder.
+        tokens: Texts, int64 [1, S] each, on the model's device.
+        recall: As in ``calibrate``.
+        config: As in ``calibrate``.
+        advance: As in ``calibrate``.
+
+    Returns:
+        The configs of layers 0, 1, …
     """
     layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
 
@@ -88,7 +98,7 @@ def _calibrate_layer(
 ) -> PrefillConfig:
     query, key = texts[0]
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
-    # the grid's steps are halved ones: exact, so that what was measured is what is written
+    # halving is exact, so the alphas that were measured are the ones that are written
     low, high = torch.full((heads,), float(LEAST_LOG2)), torch.zeros(heads)
     tried = high
     for step in range(STEPS + 1):
@@ -97,7 +107,7 @@ def _calibrate_layer(
             enough = enough.unflatten(0, (-1, group)).all(1).repeat_interleave(group)
         low, high = torch.where(enough, tried, low), torch.where(enough, high, tried)
         if step == 0:
-            # no head needs a smaller one if it keeps enough at alpha 1
+            # a head that keeps enough at alpha 1 needs no smaller one
             high = torch.where(enough, low, high)
         tried = (low + high) / 2
         advance(1)
@@ -109,7 +119,7 @@ def _with(config: PrefillConfig, log2_alphas: Tensor) -> PrefillConfig:
 
 
 def _recall(texts: Inputs, config: PrefillConfig, every: int) -> Tensor:
-    """The least over the texts of each head's kept share of the mass: [Hq]."""
+    """Each head's kept share of the mass, the least over the texts: [Hq]."""
     found = []
     for query, key in texts:
         length = query.shape[2]

@@ -1,4 +1,4 @@
-"""The comparison: every task, length and method on one model, kept in a file from which an interrupted run goes on."""
+"""The comparison: every task, length and method on one model. An interrupted run goes on from its file."""
 
 from __future__ import annotations
 
@@ -6,25 +6,64 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from flexprefill.errors import FlexPrefillError
-from flexprefill.evaluation.methods import Attender, Method
-from flexprefill.evaluation.model import Decoder
-from flexprefill.evaluation.scoring import Share, ask, text_loss
-from flexprefill.evaluation.tasks import TASKS, Samples
-from flexprefill.evaluation.text import passages
+from flexprefill.evaluation.methods import DENSE, Attender, Method
+from flexprefill.evaluation.scoring import Share
 from flexprefill.runtime.files import whole_file, write_at
 from flexprefill.runtime.machine import describe_machine, versions
 from flexprefill.runtime.progress import Advance
 
-TEXT = "text"  # next-token loss, beside the tasks
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model did with one prompt.
+
+    Attributes:
+        right: How many answers were exact.
+        asked: How many answers there were; 0 where nothing is asked.
+        loss: Nats a graded token; None where none is measured.
+    """
+
+    right: int
+    asked: int
+    loss: float | None
+
+
+class Subject(Protocol):
+    """A model and the prompts that it is asked."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def layers(self) -> int:
+        """How many layers attend."""
+        ...
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key heads of a layer."""
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """Checksums by name of what figures depend on besides the plan. A file of others is refused."""
+        ...
+
+    def prompt(self, length: int, task: str, number: int) -> Any:
+        """A prompt on the model's device, by its number: the same for every method."""
+        ...
+
+    def answer(self, prompt: Any, attenders: Sequence[Callable[..., Tensor]]) -> Answered:
+        """Asks the model with one attention for each layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,11 +71,18 @@ class Cell:
     """What one method did at one task and length.
 
     Attributes:
-        right, samples: how many samples were answered exactly, of how many; ``right`` is None for text.
-        loss: nats a byte of text; None for tasks.
-        density, recall, lowest_recall: of one sample's causal blocks and exact attention mass, averaged over layers
-            and heads, and the least of them; 1 for dense attention.
-        seconds: of a prompt through the whole model, averaged, without the first.
+        length: Tokens of a prompt.
+        task: The task's name.
+        method: The method's name.
+        right: How many answers were exact; None where nothing is asked.
+        samples: How many answers there were, or prompts where nothing is asked.
+        loss: Nats a graded token, the mean over the prompts; None where none is measured.
+        density: Kept share of one prompt's causal blocks, averaged over layers and heads; 1 for dense attention.
+        recall: Kept share of its exact attention mass, averaged likewise; 1 for dense attention.
+        lowest_recall: The least recall of any layer and head.
+        seconds: For a prompt through the whole model, averaged, without the first prompt.
+        losses: The loss of each prompt; empty where none is measured.
+        shares: The share of exact answers of each prompt; empty where nothing is asked.
     """
 
     length: int
@@ -49,6 +95,12 @@ class Cell:
     recall: float
     lowest_recall: float
     seconds: float
+    losses: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("losses", "shares"):  # lists as JSON has them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def share(self) -> Share | None:
@@ -60,9 +112,12 @@ class Plan:
     """What is to be compared.
 
     Attributes:
-        tasks: names in TASKS, or "text".
-        samples: prompts of each task and length, the same for every method; at least 2.
-        seed: of the prompts.
+        lengths: Tokens of a prompt.
+        tasks: Names that the subject knows.
+        methods: Ways to attend.
+        samples: Prompts of each task and length, at least 1, the same for every method.
+        seed: Seed of the prompts.
+        least_share: A task is left to dense attention at a length where fewer of its answers are exact.
     """
 
     lengths: Sequence[int]
@@ -70,90 +125,92 @@ class Plan:
     methods: Sequence[Method]
     samples: int
     seed: int
+    least_share: float = 0.0
 
     @property
     def cells(self) -> list[tuple[int, str, Method]]:
         return [(length, task, method) for length in self.lengths for task in self.tasks for method in self.methods]
 
 
-def compare(model: Decoder, model_digest: int, text: Tensor, plan: Plan, path: Path, advance: Advance) -> list[Cell]:
+def compare(
+    subject: Subject, plan: Plan, path: Path, advance: Advance, told: Callable[[Cell], object] = lambda cell: None
+) -> list[Cell]:
     """Fills the file with the cells that the plan asks for and it does not have yet, and returns all of the plan's.
 
     Args:
-        model_digest: a checksum of the model's file.
-        text: uint8 [bytes] on the CPU, held out from the model's training.
         path: a JSON file, written whole after each cell.
         advance: called with 1 after each cell.
+        told: called with each dense cell below the plan's least share, whose task and length have no others.
 
     Raises:
-        FlexPrefillError: the file's cells were made with another model, text, seed or number of samples, or with
-            other configs of a calibrated method's name.
-        OSError: the file cannot be read or written.
+        FlexPrefillError: The file's cells were made with another model, text, seed or number of samples, or with other
+            configs of a calibrated method's name.
+        OSError: The file cannot be read or written.
     """
     identity = {
-        "model": f"{model_digest:08x}",
-        "text": f"{zlib.crc32(text.numpy().data):08x}",
+        **subject.identity(),
         "seed": plan.seed,
         "samples": plan.samples,
-        "device": next(model.parameters()).device.type,
+        "device": subject.device.type,
     }
     digests = {method.name: _digest(method) for method in plan.methods if method.layers}
     cells, digests_before = _read(path, identity, digests)
-    machine = describe_machine(next(model.parameters()).device)
+    machine = describe_machine(subject.device)
+    beyond: set[tuple[int, str]] = set()
+    found = []
     for length, task, method in plan.cells:
-        if (length, task, method.name) not in cells:
-            cell = measure(model, text, plan, length, task, method)
-            cells[length, task, method.name] = cell
-            record = {"identity": identity, "configs": digests_before | digests}
-            record |= {"machine": machine, "versions": versions()}
-            _write(path, {**record, "cells": [dataclasses.asdict(cell) for cell in cells.values()]})
         advance(1)
-    return [cells[length, task, method.name] for length, task, method in plan.cells]
+        if (length, task) in beyond:
+            continue
+        if (length, task, method.name) not in cells:
+            cells[length, task, method.name] = measure(subject, plan, length, task, method)
+            record: dict[str, Any] = {"identity": identity, "configs": digests_before | digests}
+            record |= {"machine": machine, "versions": versions()}
+            record["cells"] = [dataclasses.asdict(cell) for cell in cells.values()]
+            with whole_file(path) as file:
+                write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)
+        cell = cells[length, task, method.name]
+        found.append(cell)
+        if method.name == DENSE and cell.share is not None and cell.share.value < plan.least_share:
+            beyond.add((length, task))
+            told(cell)
+    return found
 
 
-def measure(model: Decoder, text: Tensor, plan: Plan, length: int, task: str, method: Method) -> Cell:
-    """One cell: a first prompt, of which density and recall are taken, then all of them."""
-    device = next(model.parameters()).device
-    attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(len(model.layers))]
-    right, losses, seconds = Share(0, 0), [], 0.0
+def measure(subject: Subject, plan: Plan, length: int, task: str, method: Method) -> Cell:
+    """One cell. Density and recall are those of a first prompt; then all prompts are asked and timed."""
+    attenders = [Attender(method.of_layer(layer), watch=True) for layer in range(subject.layers)]
+    answers: list[Answered] = []
+    seconds = 0.0
     for number in range(-1, plan.samples):
-        # a prompt depends on its own number alone, so that every method gets the same ones
-        prompt = make_prompt(text, plan.seed, length, task, max(number, 0), device)
-        start = _now(device)
-        if isinstance(prompt, Samples):
-            share, loss = ask(model, prompt, attenders), None
-        else:
-            share, loss = None, text_loss(model, prompt, attenders).mean().item()
+        prompt = subject.prompt(length, task, max(number, 0))
+        start = _now(subject.device)
+        answered = subject.answer(prompt, attenders)
         if number < 0:
             for attender in attenders:
                 attender.watch = False
             continue
-        seconds += _now(device) - start
-        right = right + share if share else right
-        losses += [] if loss is None else [loss]
-    dense = method.config is None
-    densities = torch.ones(1) if dense else torch.cat([attender.densities[0] for attender in attenders])
-    recalls = torch.ones(1) if dense else torch.cat([attender.recalls[0] for attender in attenders])
+        seconds += _now(subject.device) - start
+        answers.append(answered)
+    # dense attention, and layers that all methods attend exactly, keep everything
+    densities = torch.cat([part.flatten() for attender in attenders for part in attender.densities] or [torch.ones(1)])
+    recalls = torch.cat([part.flatten() for attender in attenders for part in attender.recalls] or [torch.ones(1)])
+    asked = sum(answered.asked for answered in answers)
+    losses = tuple(answered.loss for answered in answers if answered.loss is not None)
     return Cell(
         length=length,
         task=task,
         method=method.name,
-        right=None if task == TEXT else right.right,
-        samples=plan.samples,
+        right=sum(answered.right for answered in answers) if asked else None,
+        samples=asked or plan.samples,
         loss=sum(losses) / len(losses) if losses else None,
         density=densities.mean().item(),
         recall=recalls.mean().item(),
         lowest_recall=recalls.min().item(),
         seconds=seconds / plan.samples,
+        losses=losses,
+        shares=tuple(answered.right / answered.asked for answered in answers if answered.asked),
     )
-
-
-def make_prompt(text: Tensor, seed: int, length: int, task: str, number: int, device: torch.device) -> Samples | Tensor:
-    """The prompt of this number: a task's, or of text int64 [1, length]; the same on every device."""
-    generator = Generator().manual_seed(zlib.crc32(f"{seed} {length} {task} {number}".encode()))
-    if task == TEXT:
-        return passages(text, generator, 1, length).to(device)
-    return TASKS[task](generator, text, 1, length).to(device)
 
 
 def _now(device: torch.device) -> float:
@@ -171,7 +228,7 @@ def _digest(method: Method) -> str:
 def _read(
     path: Path, identity: dict[str, Any], digests: dict[str, str]
 ) -> tuple[dict[tuple[int, str, str], Cell], dict[str, str]]:
-    """A file's cells, and the digests of its calibrated methods by their names."""
+    """A file's cells, and the digests of its calibrated methods by name."""
     if not path.exists():
         return {}, {}
     try:
@@ -191,8 +248,3 @@ def _read(
             f"{path} has figures of {', '.join(stale)} from other configs; give another folder, or rename the config"
         )
     return {(cell.length, cell.task, cell.method): cell for cell in cells}, before
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    with whole_file(path) as file:
-        write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)

@@ -1,4 +1,4 @@
-"""The small decoder that is asked: rotary positions, grouped heads, and attention that the caller chooses."""
+"""The small decoder that is asked. It has rotary positions and grouped heads, and the caller chooses its attention."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation.vocabulary import SIZE
 
 HEAD_DIM = 64
-ROTARY_DIMS = 32  # of a head; the others do not know positions, and match over any distance
+ROTARY_DIMS = 32  # of a head; the other dimensions know no positions, and match over any distance
 ROTARY_BASE = 1000.0  # the slowest pair turns once in some 4,000 tokens: no angle is new behind a trained 8,192
-BEFORE = 0.75  # share of the token before in a key, before training
+BEFORE = 0.75  # share of the previous token in a key, before training
 GAIN = 8.0  # the logit of a state's own token before training
 MIMETIC = 0.7  # correlation of a query head's weights with its key head's before training
 SHARP_FROM = 256  # attention is sharper behind this position, in proportion to the position's logarithm
@@ -33,12 +33,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, Hq, S, 64], [B, Hkv, 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a decoder; the defaults are the shipped model's.
+    """The sizes of a decoder. The defaults are those of the shipped model.
 
     Attributes:
-        width: of the residual stream.
-        heads: query heads; a multiple of ``kv_heads``.
-        hidden: width inside the gated MLP.
+        width: Width of the residual stream.
+        layers: Number of layers.
+        heads: Query heads, a multiple of ``kv_heads``.
+        kv_heads: Key heads.
+        hidden: Width inside the gated MLP.
     """
 
     width: int = 256
@@ -55,13 +57,14 @@ class ModelSizes:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
 
-def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Dense causal attention with a backward pass."""
-    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 class Norm(nn.RMSNorm):
-    """RMSNorm in float32, whatever the dtypes are; the result has its input's."""
+    """RMSNorm in float32 for every dtype. The result has its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x.float(), x.shape[-1:], self.weight.float()).to(x.dtype)
@@ -70,9 +73,9 @@ class Norm(nn.RMSNorm):
 class Attention(nn.Module):
     """Attention whose query and key are normalised, turned in half of their dimensions, and sharpened with length.
 
-    A key is made of a token's own state and, by a learnt share of each channel, of the state of the token before it. So
-    what stands behind a word can be found by the word in a single layer, without the two layers of an induction head,
-    which small models take long to find (the "smeared key" of Olsson et al., arXiv 2209.11895).
+    A key mixes a token's own state with the state of the token before it, by a learnt share of each channel. So a word
+    can find what stands behind it in a single layer. An induction head needs two layers, and small models take long to
+    find it (the "smeared key" of Olsson et al., arXiv 2209.11895).
     """
 
     def __init__(self, sizes: ModelSizes):
@@ -108,9 +111,12 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to states; :meth:`logits` makes predictions of the states that matter, which are few.
+    """Tokens to states. ``logits`` makes predictions from the few states that matter.
 
     The weights are drawn from PyTorch's own generator.
+
+    Args:
+        sizes: The sizes of the model.
     """
 
     def __init__(self, sizes: ModelSizes = ModelSizes()):
@@ -128,13 +134,13 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int64 [B, S].
-            attend: causal attention over (query, key, value), for all layers or one for each.
+            attend: Causal attention over (query, key, value): one for all layers, or one for each.
 
         Returns:
-            [B, S, width].
+            The states, [B, S, width].
 
         Raises:
-            ValueError: a number of attentions that is not the number of layers.
+            ValueError: There are not as many attentions as layers.
         """
         attends = [attend] * len(self.layers) if callable(attend) else list(attend)
         if len(attends) != len(self.layers):
@@ -150,8 +156,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self, layers: Sequence[DecoderLayer]) -> None:
-        """Weights from which copying what matches is a short way (mimetic initialisation, arXiv 2305.09828): queries
-        are like the keys that they read, outputs undo values, a state predicts its own token, and MLPs are silent."""
+        """Weights from which the model learns quickly to copy what matches (mimetic initialisation, arXiv 2305.09828).
+
+        Queries are like the keys that they read. Outputs undo values. A state predicts its own token. MLPs are silent.
+        """
         width, group = self.sizes.width, self.sizes.heads // self.sizes.kv_heads
         nn.init.normal_(self.embedding.weight)
         self.head.weight.copy_(self.embedding.weight)
@@ -167,7 +175,7 @@ class Decoder(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """States [..., width] to float32 [..., SIZE], the unnormalised log-probabilities of the next token."""
-        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would make ties of different answers
+        with torch.autocast(states.device.type, enabled=False):  # in bfloat16 different answers would tie
             return self.head(states.float()) * (GAIN / self.sizes.width)
 
 
@@ -179,12 +187,12 @@ def turns_at(positions: Tensor) -> Tensor:
 
 
 def sharpness_at(positions: Tensor) -> Tensor:
-    """The factor on queries that keeps a match from drowning in more keys (arXiv 2501.19399): float32 [S]."""
+    """The factor on queries that keeps a match visible among more keys (arXiv 2501.19399): float32 [S]."""
     return (positions + 1).clamp(min=SHARP_FROM).log() / math.log(SHARP_FROM)
 
 
 def turn(heads: Tensor, turns: Tensor) -> Tensor:
-    """[B, H, S, 64] with its first dimensions turned by the position: pairs of i and i + ROTARY_DIMS / 2."""
+    """[B, H, S, 64] with its first dimensions turned by the position, in pairs of i and i + ROTARY_DIMS / 2."""
     first, second, rest = heads.split([ROTARY_DIMS // 2, ROTARY_DIMS // 2, HEAD_DIM - ROTARY_DIMS], -1)
     cosines, sines = turns
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], -1)
@@ -193,10 +201,16 @@ def turn(heads: Tensor, turns: Tensor) -> Tensor:
 def save_model(
     model: Decoder, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16, **notes: str
 ) -> None:
-    """Writes a safetensors file: the weights in ``dtype``, the sizes and what ``notes`` say of the training.
+    """Writes a safetensors file with the weights, the sizes and the notes.
+
+    Args:
+        model: The model.
+        path: The file.
+        dtype: The weights' dtype in the file.
+        notes: Facts about the training.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     weights = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
     sizes = json.dumps(dataclasses.asdict(model.sizes))
@@ -204,11 +218,18 @@ def save_model(
 
 
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:
-    """The model of a file that :func:`save_model` wrote, ready to be asked, its weights in float32.
+    """The model of a file that ``save_model`` wrote, ready to be asked. Its weights are float32.
+
+    Args:
+        path: The file.
+        device: Where the model goes.
+
+    Returns:
+        The model.
 
     Raises:
-        FlexPrefillError: the file is no such file, or its tensors are not those of its sizes.
-        OSError: the file cannot be read.
+        FlexPrefillError: It is no such file, or its tensors do not fit its sizes.
+        OSError: The file cannot be read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path must be a file, got {str(path)!r}, which does not exist")

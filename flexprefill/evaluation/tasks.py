@@ -1,8 +1,8 @@
-"""RULER-like tasks (arXiv 2404.06654), generated: what a long prompt hides, and what is asked about it.
+"""RULER-like tasks (arXiv 2404.06654), generated: a long prompt hides statements, and questions ask about them.
 
-A sample is a prompt in which statements stand in a text, and questions. A question ends with a token at which the
-model must answer, by the words that it finds likeliest there: as many as the answer has, in no order. All tensors are
-made on the generator's device, and the same seed gives the same samples on the same kind of device.
+The statements stand in a text. A question ends with a token at which the model must answer. Its answer is the words
+that it finds likeliest there: as many as the right answer has, in any order. All tensors are made on the generator's
+device. The same seed gives the same samples on the same kind of device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STATEMENT = 4  # tokens of a needle: mark, two of a key, value
 QUESTION = 3  # mark, two of a key
 ASSIGNMENT = 3  # mark, source, name
 TRACING = 2  # mark, value
-RATIO = 16  # how much more often a common word occurs than another one
+RATIO = 16  # a common word occurs this many times as often as another word
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Samples:
 
     Attributes:
         tokens: int64 [B, S].
-        positions: int64 [B, Q]; the model's next token at these positions is the answer.
-        answers: int64 [B, Q, n], the n right words of each, all different.
+        positions: int64 [B, Q]. The model's next token at these positions is the answer.
+        answers: int64 [B, Q, n], the n right words of each question, all different.
     """
 
     tokens: Tensor
@@ -57,17 +57,20 @@ def needles(
     questions: int = 1,
     scattered: bool = False,
 ) -> Samples:
-    """``NEEDLE k1 k2 value`` at random places of a text; ``ASK k1 k2`` wants the values of a key.
+    """``NEEDLE k1 k2 value`` at random places of a text. ``ASK k1 k2`` asks for the values of a key.
 
     Args:
-        text: uint8 [bytes], what surrounds the needles.
-        keys: different keys.
-        values: needles of the same key, with different values.
-        questions: about different keys, at the end of the prompt.
-        scattered: questions stand anywhere behind their needles instead, and may ask for one again; ``values`` is 1.
+        generator: Draws the samples.
+        text: uint8 [bytes], the text around the needles.
+        batch: Number of prompts.
+        length: Tokens of a prompt.
+        keys: Number of different keys.
+        values: Needles of each key, with different values.
+        questions: Number of questions at the end of the prompt, about different keys.
+        scattered: Questions stand anywhere behind their needles instead. A key may be asked for again. ``values`` is 1.
 
     Raises:
-        ValueError: they do not fit into the length, or together.
+        ValueError: They do not fit into the length, or together.
     """
     if scattered and values != 1:
         raise ValueError(f"values must be 1 where questions are scattered, got {values}")
@@ -92,16 +95,19 @@ def needles(
 def variables(
     generator: Generator, text: Tensor, batch: int, length: int, *, chains: int = 4, hops: int = 2, questions: int = 1
 ) -> Samples:
-    """``SET value a``, later ``SET a b`` and so on; ``TRACE value`` wants all names that hold the value.
+    """``SET value a``, later ``SET a b`` and so on. ``TRACE value`` asks for all names that hold the value.
 
     Args:
-        text: uint8 [bytes], what surrounds the statements.
-        chains: values, each with its own names.
-        hops: names of a chain that are set from another name.
-        questions: about different values, at the end of the prompt.
+        generator: Draws the samples.
+        text: uint8 [bytes], the text around the statements.
+        batch: Number of prompts.
+        length: Tokens of a prompt.
+        chains: Number of values, each with its own names.
+        hops: Names of a chain that are set from another name.
+        questions: Number of questions at the end of the prompt, about different values.
 
     Raises:
-        ValueError: they do not fit into the length.
+        ValueError: They do not fit into the length.
     """
     names = hops + 1
     words = _distinct(generator, (batch,), chains * (names + 1), WORDS).unflatten(1, (chains, -1)) + FIRST_WORD
@@ -118,13 +124,17 @@ def variables(
 
 
 def common_words(generator: Generator, text: Tensor, batch: int, length: int, *, common: int = 4) -> Samples:
-    """A prompt of words, of which ``common`` occur 16 times as often as the others do on average; which are they?
+    """Which words are common? ``common`` words of a prompt occur 16 times as often as the others on average.
 
     Args:
-        text: not used; the prompt is of words alone.
+        generator: Draws the samples.
+        text: Not used: the prompt consists of words alone.
+        batch: Number of prompts.
+        length: Tokens of a prompt.
+        common: Number of common words.
 
     Raises:
-        ValueError: the length is too short.
+        ValueError: The length is too short.
     """
     body = length - 2
     times = max(RATIO, RATIO * body // (WORDS + (RATIO - 1) * common))
@@ -136,25 +146,28 @@ def common_words(generator: Generator, text: Tensor, batch: int, length: int, *,
     mixed = torch.cat([often.repeat(1, times), others.gather(1, drawn)], 1)
     begin, ask = (torch.full((batch, 1), mark, device=words.device) for mark in (BEGIN, COMMON))
     tokens = torch.cat([begin, _shuffled(generator, mixed), ask], 1)
-    return Samples(tokens, _last(tokens), often[:, None])
+    return Samples(tokens, torch.full_like(tokens[:, :1], length - 1), often[:, None])
 
 
 def repeats(generator: Generator, text: Tensor, batch: int, length: int, *, questions: int = 16) -> Samples:
-    """Random words that begin again after a while: what induction heads are for. For training.
+    """Random words that begin again after a while, for training induction heads.
 
-    The words of each row repeat with a period of its own, and the questions are about words that stood before.
+    The words of each row repeat with a period of its own. The questions are about words that stood before.
 
     Args:
-        text: not used; the prompt is of words alone.
-        questions: tokens whose next one is asked.
+        generator: Draws the samples.
+        text: Not used: the prompt consists of words alone.
+        batch: Number of prompts.
+        length: Tokens of a prompt.
+        questions: Number of tokens whose next token is asked for.
     """
     device = generator.device
     words = torch.randint(WORDS, (batch, length), generator=generator, device=device) + FIRST_WORD
-    # the second half is enough to ask in, so periods reach half the length
+    # questions stand in the second half, so a period may be half the length
     period = torch.randint(min(8, length // 2), length // 2 + 1, (batch, 1), generator=generator, device=device)
     tokens = words.gather(1, torch.arange(length, device=device) % period)
     tokens[:, 0] = REPEAT
-    # a row's first token is REPEAT instead of its word, and so the period's first copy is asked for from there on
+    # a row's first token is REPEAT and not its word: no question asks for its first copy
     positions = length // 2 + 1 + _distinct(generator, (batch,), questions, length - length // 2 - 2)
     return Samples(tokens, positions, tokens.gather(1, positions + 1)[..., None])
 
@@ -171,11 +184,11 @@ TASKS: dict[str, Task] = {
 
 
 def _scatter(generator: Generator, batch: int, keys: int, questions: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of needles [B, K] and of questions [B, Q], each behind the needle that it asks for, asked [B, Q]."""
+    """Places of needles [B, K], places of questions [B, Q] behind their needles, and the needles asked for [B, Q]."""
     count, device = keys + questions, generator.device
     places = _spaced(generator, (batch,), count, length - 1, STATEMENT) + 1  # [B, K + Q], ascending
     is_question = torch.arange(count, device=device).expand(batch, -1) >= keys
-    # the first one is a needle, so that there is one to ask for
+    # the first place is a needle, so that every question has one to ask for
     is_question = torch.cat([is_question[:, :1], _shuffled(generator, is_question[:, 1:])], 1)
     order = is_question.long().argsort(dim=1, stable=True)
     before = (~is_question).cumsum(1).gather(1, order[:, keys:])  # needles in front of each question
@@ -209,7 +222,7 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _write(tokens: Tensor, places: Tensor, mark: int, words: Tensor) -> None:
-    """Puts a mark and words [B, T, w] behind it into tokens [B, S], from each of the places [B, T] on."""
+    """Writes a mark and the words [B, T, w] behind it into tokens [B, S], at each of the places [B, T]."""
     statements = torch.cat([torch.full_like(words[..., :1], mark), words], -1)
     index = places[..., None] + torch.arange(statements.shape[-1], device=tokens.device)
     tokens.scatter_(1, index.flatten(1), statements.flatten(1))
@@ -218,8 +231,3 @@ def _write(tokens: Tensor, places: Tensor, mark: int, words: Tensor) -> None:
 def _begin(tokens: Tensor) -> Tensor:
     tokens[:, 0] = BEGIN
     return tokens
-
-
-def _last(tokens: Tensor) -> Tensor:
-    """The last position of each row: int64 [B, 1]."""
-    return torch.full_like(tokens[:, :1], tokens.shape[1] - 1)

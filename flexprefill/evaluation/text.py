@@ -1,4 +1,4 @@
-"""Text: what is on the machine, read while it is needed and never kept, and babble, which needs none."""
+"""Text: files on the machine, read when needed and never kept, and babble, which needs no files."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def source_files(root: str | os.PathLike[str], suffixes: Sequence[str] = (".py",
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(tuple(suffixes)))
 
 
-def read_text(max_bytes: int, *, held_out: bool) -> Tensor:
+def read_text(max_bytes: int = 2**22, *, held_out: bool) -> Tensor:
     """Source code and documentation of the standard library, torch and numpy as this machine has them.
 
-    A file is held out by a checksum of its path below its package, so that the two parts share no file, and the
-    same files are held out everywhere.
+    A checksum of its path below its package decides whether a file is held out. So the two parts share no file, and
+    the same files are held out on every machine.
 
     Args:
-        max_bytes: at least 1; stops reading there. Each place gives an equal part at most.
-        held_out: the files that training must not see instead of all others.
+        max_bytes: Where to stop reading, at least 1. Each place gives an equal part at most.
+        held_out: True reads the files that training must not see; False reads all others.
 
     Returns:
         uint8 [bytes], files separated by a zero byte.
 
     Raises:
-        FlexPrefillError: nothing is there to read.
+        FlexPrefillError: There is nothing to read.
     """
     roots = [sysconfig.get_path("stdlib")]
     for package in PACKAGES:
@@ -66,15 +66,16 @@ def read_text(max_bytes: int, *, held_out: bool) -> Tensor:
 
 
 def babble(size: int, seed: int = 0) -> Tensor:
-    """Lower-case words of random letters, the frequent ones often, in lines: the same text on every machine.
+    """Lines of lower-case words of random letters, some words more frequent. The same text on every machine.
 
     Args:
-        size: bytes, at least 1.
+        size: Bytes, at least 1.
+        seed: Seed of the text.
 
     Returns:
         uint8 [size].
     """
-    random = np.random.Generator(np.random.PCG64(seed))  # whose stream numpy keeps from version to version
+    random = np.random.Generator(np.random.PCG64(seed))  # numpy keeps this stream from version to version
     letters = random.integers(ord("a"), ord("z") + 1, (2048, 8), dtype=np.uint8)
     lengths = random.integers(2, 9, 2048)
     lexicon = [row[:length].tobytes() for row, length in zip(letters, lengths, strict=True)]
@@ -90,12 +91,15 @@ def passages(stream: Tensor, generator: torch.Generator, batch: int, length: int
 
     Args:
         stream: uint8 [bytes], at least ``length``, on the generator's device.
+        generator: Draws where the stretches start.
+        batch: Number of stretches.
+        length: Bytes of a stretch.
 
     Returns:
         int64 [batch, length].
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: The text is too short.
     """
     if stream.numel() < length:
         raise ValueError(f"stream must have at least {length} bytes, got {stream.numel()}")

@@ -1,7 +1,7 @@
 """The tokens of the evaluation's tasks: bytes of text, marks that open and close statements, and words.
 
-Words mean nothing by themselves. A sample draws the keys, values and names that it needs from them at random, so that
-nothing can be learnt by heart.
+Words mean nothing by themselves. A sample draws its keys, values and names from them at random, so nothing can be
+learnt by heart.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def block_patterns(block_map: BlockMap, head: int, *, batch: int = 0, config: Pr
     check_has_bits("block_map", block_map)
     for name, index, size in (("batch", batch, block_map.shape[0]), ("head", head, block_map.shape[1])):
         check_index(name, index, size)
-    config = _known_settings(config)
+    config = known_settings(config)
 
     rows, columns = block_map.shape[2:]
     visible = visible_blocks(block_map.geometry, block_map.device)
@@ -86,7 +86,7 @@ def block_patterns(block_map: BlockMap, head: int, *, batch: int = 0, config: Pr
     return patterns
 
 
-def _known_settings(config: PrefillConfig | None) -> PrefillConfig:
+def known_settings(config: PrefillConfig | None) -> PrefillConfig:
     """The settings that made a map; where they are not known, the default sinks and window and no last rows."""
     if config is None:
         return PrefillConfig(last_full_blocks=0)
@@ -150,7 +150,7 @@ def count_patterns(block_map: BlockMap, *, config: PrefillConfig | None = None) 
         TypeError, ValueError: ``block_map`` has no bits, or ``config`` is of another kind.
     """
     check_has_bits("block_map", block_map)
-    config = _known_settings(config)
+    config = known_settings(config)
     words = as_lanes(block_map)
     heads = words.reshape(-1, *words.shape[2:])
     layout = _Layout(block_map.geometry, config)

@@ -1,11 +1,11 @@
 """prefill_attention over several processes, on torch.distributed.
 
-Tensor parallel: heads are sharded. A map is per head, so each process searches and attends its own heads and nothing is
-exchanged; :func:`tensor_parallel_attention` takes and gives DTensors.
+Tensor parallel: heads are sharded. Each process searches and attends its own heads, and nothing is exchanged.
+``tensor_parallel_attention`` takes and gives DTensors.
 
 Context parallel: positions are sharded. Each process holds two chunks of the sequence, one from its start and one from
-its end, so that all have like work under a causal mask. Block means, 1/128 of the keys, are gathered for the search,
-keys and values for the attention. Maps are bit for bit those of one process.
+its end, so that a causal mask gives all processes about the same work. The search gathers block means, 1/128 of the
+keys. The attention gathers keys and values. Maps are bit for bit those of one process.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class ContextLayout:
     """Which positions of a sequence each process of a group holds: chunk ``rank`` and chunk ``2 · ranks - 1 - rank``.
 
     Attributes:
-        edges: where the 2 · ranks chunks start, and the last one ends; all but that are multiples of the block size.
-        rank: of this process in the group.
-        group: None is the default group.
+        edges: Where the 2 · ranks chunks start, multiples of the block size, and where the last chunk ends.
+        rank: This process's rank in the group.
+        group: The group. None is the default group.
     """
 
     edges: tuple[int, ...]
@@ -53,11 +53,17 @@ class ContextLayout:
         """The layout of a sequence over a group, in chunks of about equally many blocks.
 
         Args:
-            length: tokens of the whole sequence.
+            length: Tokens of the whole sequence.
+            config: The settings of the search.
+            group: The processes. None is the default group.
+
+        Returns:
+            The layout, as this process sees it.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
-            ValueError: the sequence is too short: each chunk needs a block, and the last one ``last_full_blocks``.
+            TypeError: ``length`` is no int.
+            ValueError: The sequence is too short: each chunk needs a block, and the last one ``last_full_blocks``.
         """
         check_config(config)
         if not dist.is_available() or not dist.is_initialized():
@@ -66,7 +72,7 @@ class ContextLayout:
             raise TypeError(f"length must be an int, got {length!r}")
         ranks = dist.get_world_size(group)
         chunks, blocks = 2 * ranks, ceil_div(length, config.block_size)
-        # the rows that keep everything must be of the last chunk, and each chunk has a block
+        # the last chunk must hold all rows that keep everything, and each chunk has a block
         of_last = max(1, config.last_full_blocks)
         if blocks < chunks - 1 + of_last:
             raise ValueError(
@@ -87,21 +93,29 @@ class ContextLayout:
         return len(self.edges) // 2
 
     def spans(self, rank: int | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (start, end) of the two chunks of a process, this one if None."""
+        """The (start, end) of a process's two chunks. Default: this process's."""
         rank = self.rank if rank is None else rank
         chunks = list(pairwise(self.edges))
         return chunks[rank], chunks[-1 - rank]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
-        """The positions that this process holds, ascending: int64 [S_local]; what rotary embeddings need."""
+        """The positions that this process holds, ascending: int64 [S_local]. Rotary embeddings need them."""
         return torch.cat([torch.arange(*span, device=device) for span in self.spans()])
 
 
 def shard_context(tensor: Tensor, layout: ContextLayout, *, dim: int = 2) -> Tensor:
-    """This process's part of a tensor that every process has whole: its two chunks along ``dim``, one behind the other.
+    """This process's part of a tensor that every process has whole: its two chunks along ``dim``, one after the other.
+
+    Args:
+        tensor: The whole tensor.
+        layout: Which positions this process holds.
+        dim: The dimension of the positions.
+
+    Returns:
+        The part of this process.
 
     Raises:
-        ValueError: ``dim`` has not the layout's length.
+        ValueError: ``dim`` does not have the layout's length.
     """
     if tensor.shape[dim] != layout.length:
         raise ValueError(f"tensor must have {layout.length} positions along dim {dim}, got {list(tensor.shape)}")
@@ -109,10 +123,20 @@ def shard_context(tensor: Tensor, layout: ContextLayout, *, dim: int = 2) -> Ten
 
 
 def gather_context(local: Tensor, layout: ContextLayout, *, dim: int = 2) -> Tensor:
-    """The whole of a tensor of which every process has its part, as :func:`shard_context` gives it; on every process.
+    """The whole tensor, on every process, from the parts that ``shard_context`` gives.
+
+    All processes of the group have to call it.
+
+    Args:
+        local: This process's part.
+        layout: Which positions this process holds.
+        dim: The dimension of the positions.
+
+    Returns:
+        The whole tensor.
 
     Raises:
-        ValueError: ``dim`` has not the length of this process's chunks.
+        ValueError: ``dim`` does not have the length of this process's chunks.
     """
     return _gather(local, dim, [[end - start for start, end in layout.spans(r)] for r in range(layout.ranks)], layout)
 
@@ -126,21 +150,24 @@ def context_parallel_search(
     variant: AttentionVariant | None = None,
     scale: float | None = None,
 ) -> tuple[BlockMap, BlockMap]:
-    """The maps of this process's two chunks of queries, over all keys up to the end of each.
+    """The maps of this process's two chunks of queries, each over all keys up to the chunk's end.
 
-    All processes of the group have to call it. The rows are bit for bit those of the map that one process finds in the
-    whole prompt.
+    All processes of the group have to call it. The rows are bit for bit those that one process finds in the whole
+    prompt.
 
     Args:
-        query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]: this process's parts, see :func:`shard_context`.
-        config, variant, scale: as in :func:`flexprefill.search_blocks`; FlashPrefill's own scorer alone, and a variant
-            without sequences.
+        query: [B, Hq, S_local, D], this process's part; see ``shard_context``.
+        key: [B, Hkv, S_local, D], this process's part.
+        layout: Which positions this process holds.
+        config: As in ``flexprefill.search_blocks``, with FlashPrefill's own scorer.
+        variant: As in ``flexprefill.search_blocks``, without sequences.
+        scale: As in ``flexprefill.search_blocks``.
 
     Returns:
-        The map of the chunk from the sequence's start, and that of the chunk from its end.
+        The map of the chunk from the sequence's start, and the map of the chunk from its end.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: An argument does not fit. The message names it.
     """
     check_attention_inputs(query, key)
     check_config(config)
@@ -148,13 +175,18 @@ def context_parallel_search(
     _check_local("key", key, layout)
     if config.scorer != MEANS_SCORER:
         raise ValueError(
-            f"config.scorer must be {MEANS_SCORER!r}, which takes means of the keys, got {config.scorer!r}"
+            f"config.scorer must be {MEANS_SCORER!r}, because it takes means of the keys, got {config.scorer!r}"
         )
     check_alphas(config, query.shape[1], key.shape[1])
     if config.guard is not None:
         raise ValueError(f"config.guard must be None, because each process sees a part of the rows, got {config.guard}")
     scale = resolve_scale(scale, query.shape[3])
-    variant = _without_sequences(variant, query, key)
+    if isinstance(variant, AttentionVariant) and variant.sequences is not None:
+        raise ValueError(
+            "variant must be without sequences, because each process would need their means, got variant.sequences: "
+            "shard prompts of one sequence"
+        )
+    variant = check_variant(variant, query, key)
     implementation = resolve_implementation("auto", query.device, config.scorer)
     means = _gather_means(key, layout, config.block_size, implementation)
     maps = []
@@ -179,18 +211,24 @@ def context_parallel_attention(
 ) -> Tensor:
     """prefill_attention of a sequence whose positions are sharded.
 
-    All processes of the group have to call it. Keys and values are gathered: each process holds all of them for the
-    time of the call. Like one process, within rounding.
+    All processes of the group have to call it. Keys and values are gathered: each process holds all of them during the
+    call. The output equals that of one process within rounding.
 
     Args:
-        query: [B, Hq, S_local, D]; key: [B, Hkv, S_local, D]; value: [B, Hkv, S_local, Dv]: this process's parts.
-        config, variant, scale, backend: as in :func:`flexprefill.prefill_attention`; a variant without sequences.
+        query: [B, Hq, S_local, D], this process's part; see ``shard_context``.
+        key: [B, Hkv, S_local, D], this process's part.
+        value: [B, Hkv, S_local, Dv], this process's part.
+        layout: Which positions this process holds.
+        config: As in ``flexprefill.prefill_attention``.
+        variant: As in ``flexprefill.prefill_attention``, without sequences.
+        scale: As in ``flexprefill.prefill_attention``.
+        backend: As in ``flexprefill.prefill_attention``.
 
     Returns:
-        [B, Hq, S_local, Dv], of this process's queries.
+        The output of this process's queries, [B, Hq, S_local, Dv].
 
     Raises:
-        TypeError, ValueError, FlexPrefillError: as :func:`flexprefill.prefill_attention`.
+        TypeError, ValueError, FlexPrefillError: As ``flexprefill.prefill_attention``.
     """
     check_attention_inputs(query, key, value)
     _check_local("value", value, layout)
@@ -223,19 +261,25 @@ def tensor_parallel_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> DTensor:
-    """prefill_attention of DTensors whose heads are sharded: nothing is exchanged.
+    """prefill_attention of DTensors whose heads are sharded. Nothing is exchanged.
+
+    All three are on one mesh of one dimension, sharded along heads. Hq and Hkv are multiples of the mesh's size.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv]: on one mesh of one dimension, sharded
-            along heads, both numbers of heads multiples of the mesh's size.
-        config, variant, scale, backend: as in :func:`flexprefill.prefill_attention`. A variant's slopes and sinks are
-            of all heads, [Hq]; each process takes its own.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        value: [B, Hkv, S_kv, Dv].
+        config: As in ``flexprefill.prefill_attention``.
+        variant: As in ``flexprefill.prefill_attention``. Its slopes and sinks are of all heads, [Hq]. Each process
+            takes its own.
+        scale: As in ``flexprefill.prefill_attention``.
+        backend: As in ``flexprefill.prefill_attention``.
 
     Returns:
-        [B, Hq, S_q, Dv], sharded alike.
+        The output, [B, Hq, S_q, Dv], sharded in the same way.
 
     Raises:
-        TypeError, ValueError: an argument is no DTensor, or sharded otherwise; the message names it.
+        TypeError, ValueError: An argument is no DTensor, or is sharded in another way. The message names it.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, DTensor):
@@ -257,15 +301,6 @@ def tensor_parallel_attention(
     return DTensor.from_local(output, query.device_mesh, query.placements, run_check=False)
 
 
-def _without_sequences(variant: AttentionVariant | None, query: Tensor, key: Tensor) -> AttentionVariant:
-    if variant is not None and isinstance(variant, AttentionVariant) and variant.sequences is not None:
-        raise ValueError(
-            "variant must be without sequences, whose means each process would have to know, got variant.sequences: "
-            "shard prompts of one sequence"
-        )
-    return check_variant(variant, query, key)
-
-
 def _own_heads(variant: AttentionVariant, query: DTensor) -> AttentionVariant:
     """The variant of this process's heads."""
     if not isinstance(variant, AttentionVariant):
@@ -281,13 +316,13 @@ def _own_heads(variant: AttentionVariant, query: DTensor) -> AttentionVariant:
 
 
 def _chunks(tensor: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
-    """This process's chunks of positions, of a tensor [B, H, S_local, …]."""
+    """This process's two chunks of a tensor [B, H, S_local, …]."""
     (start, end), _ = layout.spans()
     return tensor[:, :, : end - start], tensor[:, :, end - start :]
 
 
 def _gather_means(key: Tensor, layout: ContextLayout, block_size: int, implementation: str) -> Tensor:
-    """The means of all blocks of the sequence, of which this process pools its own: [B, Hkv, N, D]."""
+    """The means of all blocks of the sequence: [B, Hkv, N, D]. Each process pools its own."""
     own = torch.cat([operator.pool_keys(chunk, block_size, implementation) for chunk in _chunks(key, layout)], 2)
     counts = [[ceil_div(end - start, block_size) for start, end in layout.spans(r)] for r in range(layout.ranks)]
     return _gather(own, 2, counts, layout)
@@ -297,7 +332,7 @@ def _gather(local: Tensor, dim: int, counts: list[list[int]], layout: ContextLay
     """All processes' parts along ``dim``, in the order of positions.
 
     Args:
-        counts: of each process, how long its chunks are along ``dim``.
+        counts: For each process, the lengths of its chunks along ``dim``.
     """
     if local.shape[dim] != sum(counts[layout.rank]):
         raise ValueError(

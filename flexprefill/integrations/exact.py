@@ -1,4 +1,4 @@
-"""Exact attention under any mask, of any floating dtype and head dimension: what needs no search and has no kernel."""
+"""Exact attention under any mask, of any floating dtype and head dimension, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,21 @@ def attend_exactly(
     causal: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Softmax over all visible keys: [B, Hq, S_q, Dv] of query's dtype, zeros where a query sees nothing.
+    """Softmax over all visible keys.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
-        causal: queries are the last of the keys' positions. Else the variant must have no window and no sequences.
-        mask: bool, or numbers to add to the scores, broadcast to [B, Hq, S_q, S_kv]; None shows all.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        value: [B, Hkv, S_kv, Dv].
+        causal: Whether the queries are the last of the keys' positions, and see the keys up to their own. If not, the
+            variant must have no window and no sequences.
+        mask: Bools, or numbers to add to the scores, broadcast to [B, Hq, S_q, S_kv]. None shows everything.
+
+    Returns:
+        [B, Hq, S_q, Dv] of query's dtype, zeros where a query sees nothing.
 
     Raises:
-        ValueError: a gradient is asked for.
+        ValueError: A gradient is asked for.
     """
     check_no_gradients(query=query, key=key, value=value)
     mask_mods: tuple[MaskMod, ...] = ()

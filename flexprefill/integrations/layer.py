@@ -7,6 +7,7 @@ import operator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill.attention.backends import Request, choose_dense
 from flexprefill.attention.dense import dense_attention
@@ -33,11 +34,11 @@ class Layer:
     """What a layer's attention is.
 
     Attributes:
-        config: which blocks it keeps; None keeps all.
-        scale: factor on the dot products.
-        variant: where its window is shorter than the keys the layer is attended exactly, without a search. It has
-            sequences where prompts are packed in a row.
-        kind: of the layer and its model, for the log.
+        config: Which blocks it keeps; None keeps all.
+        scale: Factor on the dot products.
+        variant: What the attention is besides causal. A window shorter than the keys is attended exactly, without a
+            search. Prompts that are packed in a row are its sequences.
+        kind: The name of the layer and its model, for the log.
     """
 
     config: PrefillConfig | None
@@ -50,23 +51,27 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
     """Causal attention of the last S_q of S_kv positions.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D]; value: [B, Hkv, S_kv, Dv].
-        lengths: int32 [B], how many of the positions hold tokens; those behind are padding, which has to be finite.
-            None is all of them.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        value: [B, Hkv, S_kv, Dv].
+        lengths: int32 [B], how many of the positions hold tokens. The others stand behind them, are padding and have to
+            be finite. None: all positions hold tokens.
 
     Returns:
-        [B, Hq, S_q, Dv], anything where a query is padding.
+        [B, Hq, S_q, Dv]. Rows of padding may hold anything.
 
     Raises:
-        TypeError, ValueError: as :func:`flexprefill.prefill_attention`.
+        TypeError, ValueError: As prefill_attention.
     """
     config, variant, scale = layer.config or PrefillConfig(), layer.variant, layer.scale
     if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
         variant = replace(variant, sliding_window=None)
     searches = variant.sliding_window is None and layer.config is not None
-    if not _has_kernels(query, value) and (not searches or _is_too_wide(query, value)):
+    dims = operator.index(query.shape[3]), operator.index(value.shape[3])
+    has_kernels = query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in dims)
+    if not has_kernels and (not searches or max(dims) > HEAD_DIMS[-1]):
         if searches:
-            _say_dense(layer.kind, *_head_dims(query, value))
+            _say_dense(layer.kind, *dims)
         return _attend_exactly(query, key, value, scale, variant)
     check_attention_inputs(query, key, value)
     block_map = None
@@ -75,7 +80,7 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
             return _attend_dense(query, key, value, scale)
         block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
-        # their queries see no padding, which is behind them: the attention need not know of it
+        # padding is behind all tokens, so no query sees it: only the search needs to know
         padded = replace(variant, sequences=Sequences.from_lengths(lengths, key.shape[2]))
         block_map = search_blocks(query, key, config, variant=padded, scale=scale)
     return prefill_attention(query, key, value, config, variant=variant, block_map=block_map, scale=scale)
@@ -85,13 +90,13 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     if is_recording():
         note_attention(PlainAttention(query, key, scale, PLAIN))
         note(all_blocks(query, key, PrefillConfig.block_size))
-    request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, lse=False, max_scores=False)
+    request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, aux=AuxRequest())
     choice = choose_dense(request, "the layer keeps all blocks")
     return dense_attention(query, key, value, scale=scale, kernel=choice.name)
 
 
 def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, scale: float, variant: AttentionVariant) -> Tensor:
-    """What no kernel of the search or of FlexAttention takes."""
+    """Attention that no kernel of the search or of FlexAttention takes."""
     if is_recording():
         kept = all_blocks(query, key, PrefillConfig.block_size)
         words, _ = cut_by(kept.words, hiding_masks(variant, kept.words, kept.geometry))
@@ -103,19 +108,6 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, scale: float, var
     return attend_exactly(query, key, value, scale, variant)
 
 
-def _head_dims(query: Tensor, value: Tensor) -> tuple[int, int]:
-    return operator.index(query.shape[3]), operator.index(value.shape[3])
-
-
-def _has_kernels(query: Tensor, value: Tensor) -> bool:
-    """Whether search and sparse attention take tensors like these."""
-    return query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in _head_dims(query, value))
-
-
-def _is_too_wide(query: Tensor, value: Tensor) -> bool:
-    return max(_head_dims(query, value)) > HEAD_DIMS[-1]
-
-
 @constant_in_graphs
 def _say_dense(kind: str, head_dim: int, value_dim: int) -> bool:
     return _say_dense_once(kind, head_dim, value_dim)
@@ -124,8 +116,7 @@ def _say_dense(kind: str, head_dim: int, value_dim: int) -> bool:
 @remembered("layers that were said to be dense", most=256)
 def _say_dense_once(kind: str, head_dim: int, value_dim: int) -> bool:
     logger.warning(
-        "%s is dense: its head dimension D=%d, Dv=%d is above 256, which is the most that search and sparse "
-        "attention take",
+        "%s is dense: its head dimension D=%d, Dv=%d is above 256, the most that search and sparse attention take",
         kind,
         head_dim,
         value_dim,

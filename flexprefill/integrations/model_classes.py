@@ -1,4 +1,4 @@
-"""Which of transformers' model classes take flexprefill as their attention, asked when a model is made."""
+"""A check, when a model is made, whether its class takes flexprefill as its attention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ logger = logging.getLogger("flexprefill")
 
 
 def check_model(model: Any, implementation: str) -> None:
-    """Raises UnsupportedError for a model of text whose class computes its attention itself.
+    """Raises UnsupportedError for a text model whose class computes its attention itself.
 
-    A model that is composed of others passes: each of those is asked by itself. Other parts, such as a vision tower,
-    are named in the log, because they stay as they are.
+    A model composed of others passes, because each of those is checked itself. Other parts that compute their attention
+    themselves, such as a vision tower, stay as they are. The log names them.
     """
     kind = type(model)
     table = attention_classes_without(kind, implementation)

@@ -1,8 +1,8 @@
-"""What the mask function answers: a mask that flexprefill's attention reads, and that nobody else takes for another.
+"""The mask function's answer: a mask for flexprefill's attention alone, which nobody can take for another mask.
 
-transformers' own mask functions answer None for "causal", which an attention that does not know of the contract takes
-for "everything is seen". A PromptMask is an object instead. A model that computes its attention itself does arithmetic
-with its mask, and gets a sentence.
+transformers' own mask functions answer None for "causal". An attention that does not know this takes None for
+"everything is seen". A PromptMask is an object instead. A model that computes its attention itself does arithmetic with
+its mask, and gets an error that explains.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from flexprefill.integrations.prompts import BLOCK_SIZE, Prompts
 OWN_ATTENTION = (
     "attention_mask is flexprefill's, and the model does not hand it to flexprefill's attention: its class computes "
     "(a part of) its attention itself. flexprefill needs models whose attention goes through transformers' "
-    "AttentionInterface, as that of Llama, Qwen, Mistral, Gemma and most others; load this one with "
+    "AttentionInterface, as in Llama, Qwen, Mistral, Gemma and most others. Load this one with "
     'attn_implementation="sdpa" or "eager"'
 )
 
 
 class NotOurAttentionError(UnsupportedError, AttributeError):
-    """A PromptMask is used as the tensor that it is not."""
+    """A PromptMask was used as a tensor."""
 
 
 class PromptMask(BlockMask):
-    """The mask of prompts for the queries and keys that transformers counted; read by flexprefill's attention alone.
+    """The mask of prompts, for the queries and keys that transformers counted. Only flexprefill's attention reads it.
 
-    It is a BlockMask because transformers hands masks that are made in advance on to the model if they are one. Its
-    lists are made when somebody asks for them.
+    It is a BlockMask because transformers passes a mask made in advance on to the model if it is one. Its lists are
+    made when somebody asks for them.
 
     Attributes:
-        prompts: where they lie; also the mask_mod.
-        shape: [B, 1, queries, keys], keys as many as the cache said that it would return.
+        prompts: Where the prompts lie; also the mask_mod.
+        shape: [B, 1, queries, keys]. The number of keys is the one that the cache announced.
     """
 
     def __init__(self, prompts: Prompts, q_len: int, kv_len: int) -> None:
@@ -50,11 +50,11 @@ class PromptMask(BlockMask):
 
     @property
     def ndim(self) -> int:
-        """Of the shape, by which models tell a mask that is made from padding."""
+        """The number of dimensions. Models tell a mask made from padding by it."""
         return 4
 
     def dim(self) -> int:
-        """As :attr:`ndim`."""
+        """As ndim."""
         return 4
 
     def size(self, dim: int | None = None) -> Any:
@@ -62,11 +62,11 @@ class PromptMask(BlockMask):
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, device: torch.device | str, **_: Any) -> PromptMask:
-        """Itself: what attention reads of it lies on the host, or on the device of a compiled graph's inputs."""
+        """Itself. Its parts are on the host, or on the device of a compiled graph's inputs."""
         return self
 
     def check_lengths(self, query: Tensor, key: Tensor) -> None:
-        """Raises UnsupportedError unless query and key are those that the mask was made for."""
+        """Raises UnsupportedError unless query and key have the sizes that the mask was made for."""
         q_len, kv_len = self.seq_lengths
         if query.shape[2] != q_len or key.shape[2] != kv_len or query.shape[0] != self.prompts.batch:
             raise UnsupportedError(
@@ -77,7 +77,7 @@ class PromptMask(BlockMask):
             )
 
     def __getitem__(self, index: Any) -> PromptMask:
-        """Itself for slices of everything, as models cut their mask to the keys; no part of it is a mask."""
+        """Itself for slices of everything, as models take them. No smaller part is a mask."""
         parts = index if isinstance(index, tuple) else (index,)
         if len(parts) > 4 or not all(map(_is_everything, parts, self.shape)):
             _refuse()
@@ -123,9 +123,9 @@ def _refuse() -> NoReturn:
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask that every attention reads alike: numbers to add to the scores, for True 0, else the lowest.
+    """A mask that every attention reads alike: numbers to add to the scores, 0 for True, else the lowest number.
 
-    An attention that adds its mask to the scores would take one of bools for numbers.
+    An attention that adds its mask to the scores would take bools for numbers.
     """
     if mask is None or mask.dtype != torch.bool:
         return mask

@@ -1,4 +1,4 @@
-"""Where the prompts of a batch lie among padding and empty cache slots, and attention of each by itself."""
+"""Where the prompts of a batch lie among padding and empty cache slots, and attention of each prompt alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from flexprefill.errors import UnsupportedError
 from flexprefill.runtime.listeners import is_recording
 from flexprefill.variant.sequences import Sequences
 
-BLOCK_SIZE = 128  # of a mask that carries prompts; what a layer keeps has its config's
-PADDING_BETWEEN = (
-    "attention_mask must have padding before or behind a prompt only, got padding between tokens: leave the hole out; "
-    "padding may stand anywhere in a call that continues a filled cache (past_key_values), outside of torch.compile"
-)
+BLOCK_SIZE = 128  # of a mask that carries prompts; a layer's map has its config's block size
 
 
 class Span(NamedTuple):
@@ -30,18 +26,18 @@ class Span(NamedTuple):
 
 
 class Prompts:
-    """The prompts of a batch, as the mask_mod that shows each query its own prompt's keys up to itself.
+    """The prompts of a batch. As a mask_mod it shows each query its own prompt's keys, up to itself.
 
     Args:
-        batch: how many prompts.
-        offset: the slot of the first query.
-        window: how many slots a query sees at most, its own among them; None is all of them.
-        spans: the slots of each prompt; where only the device knows them, inside torch.compile, int32 [B, 2] of the
-            first one and the end. None if each prompt fills all slots up to the last query.
-        device: of the mask.
-        real: where a prompt's span has padding among its tokens, bool [B, slots], True where a slot holds a token;
-            None where none has.
-        sequences: of the slots, where prompts are packed in a row; the prompts then fill all slots.
+        batch: How many prompts.
+        offset: The slot of the first query.
+        window: How many slots a query sees at most, its own included. None: all.
+        spans: The slots of each prompt. Inside torch.compile only the device knows them: int32 [B, 2], the first slot
+            and the end. None: each prompt fills all slots up to the last query.
+        device: The mask's device.
+        real: Bool [B, slots], True where a slot holds a token, if a prompt's span has padding among its tokens. Else
+            None.
+        sequences: The sequences of the slots, if prompts are packed in a row. The prompts then fill all slots.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class Prompts:
         """The same prompts, packed in a row.
 
         Raises:
-            UnsupportedError: they are packed already, otherwise.
+            UnsupportedError: They are packed already, in another way.
         """
         ours = self.sequences
         if ours is not None and not bool((ours.starts == sequences.starts).all() & (ours.ends == sequences.ends).all()):
@@ -87,10 +83,10 @@ class Prompts:
         return Prompts(self.batch, self.offset, self.window, self.spans, self.device, sequences=sequences)
 
     def packed_by(self, positions: Tensor, kv_len: int) -> Prompts:
-        """The same prompts, packed where positions start anew at 0; waits for the device once for all layers.
+        """The same prompts, packed where positions start anew at 0. Waits for the device, once for all layers.
 
         Args:
-            positions: of a single row, [1, kv_len]; others say nothing.
+            positions: [1, kv_len], of a single row. Those of several rows are not read.
         """
         if self.batch != 1 or positions.shape != (1, kv_len):
             return self
@@ -104,7 +100,7 @@ class Prompts:
     def to_block_mask(self, q_len: int) -> BlockMask:
         """The BlockMask of ``q_len`` queries over the slots up to the last: [B, 1, q_len, offset + q_len].
 
-        Every block that is causally visible is listed as partial.
+        Every causally visible block is listed as partial.
         """
         lengths = q_len, self.offset + q_len
         causal = BlockMap.causal(
@@ -112,16 +108,12 @@ class Prompts:
         )
         lists = list_blocks(causal.words, causal.geometry, Cut((self,))).lists
         return BlockMask.from_kv_blocks(
-            *lists,
-            BLOCK_SIZE=BLOCK_SIZE,
-            mask_mod=self,
-            seq_lengths=lengths,
-            compute_q_blocks=False,
+            *lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=self, seq_lengths=lengths, compute_q_blocks=False
         )
 
 
 def sequences_of(positions: Tensor) -> Sequences | None:
-    """The sequences of a row of positions, [1, S], each of which starts at 0; None for anything else."""
+    """The sequences of a row of positions, [1, S], if each sequence starts at 0; else None."""
     starts_anew = positions[0].diff() != 1
     if not bool(starts_anew.any()) or not bool((positions[0, 1:][starts_anew] == 0).all() & (positions[0, 0] == 0)):
         return None
@@ -134,11 +126,11 @@ def bounds_of(real: Tensor) -> tuple[Tensor, Tensor]:
     """Where the prompts of a padding mask lie, without waiting for the device.
 
     Args:
-        real: bool [B, slots], True where a slot holds a token.
+        real: Bool [B, slots], True where a slot holds a token.
 
     Returns:
-        The first slot and the end of each prompt, int32 [B, 2], 0 and 0 for one without tokens; and whether no padding
-        stands between tokens, bool without dimensions.
+        The first slot and the end of each prompt, int32 [B, 2]; 0 and 0 for a prompt without tokens. And whether no
+        padding stands between tokens, bool without dimensions.
     """
     slot = torch.arange(real.shape[1], dtype=torch.int32, device=real.device)
     end = torch.where(real, slot + 1, 0).amax(1)
@@ -146,17 +138,11 @@ def bounds_of(real: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([first, end], 1), (real.sum(1) == end - first).all()
 
 
-def spans_of(real: Tensor) -> tuple[Span, ...]:
-    """The spans of a padding mask, bool [B, slots], True where a slot holds a token; waits for the device.
-
-    Raises:
-        ValueError: padding stands between tokens.
-    """
+def spans_of(real: Tensor) -> tuple[tuple[Span, ...], bool]:
+    """The spans of a padding mask, and whether no padding stands between tokens: bounds_of on the host, in one wait."""
     bounds, whole = bounds_of(real)
     *flat, is_whole = torch.cat([bounds.flatten(), whole.to(bounds.dtype)[None]]).tolist()  # one transfer
-    if not is_whole:
-        raise ValueError(PADDING_BETWEEN)
-    return tuple(Span(*span) for span in zip(flat[::2], flat[1::2], strict=True))
+    return tuple(Span(*span) for span in zip(flat[::2], flat[1::2], strict=True)), bool(is_whole)
 
 
 def attend_each(
@@ -166,18 +152,21 @@ def attend_each(
     value: Tensor,
     prompts: Prompts,
 ) -> Tensor:
-    """Attention of each prompt without its padding; prompts of one span go together.
+    """Attention of each prompt without its padding. Prompts of one span go together.
 
     Args:
-        attend: query [b, Hq, s_q, D], key [b, Hkv, s_kv, D], value, lengths → [b, Hq, s_q, Dv], the queries being the
-            last; lengths is None, or int32 [b] says how many of the keys hold tokens, the others being padding.
-        query: [B, Hq, S_q, D]; key, value: [B, Hkv, slots, D].
+        attend: Takes query [b, Hq, s_q, D], key [b, Hkv, s_kv, D], value and lengths, and gives [b, Hq, s_q, Dv]. The
+            queries are the last positions. lengths is None, or int32 [b]: how many keys hold tokens, before padding.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, slots, D].
+        value: [B, Hkv, slots, Dv].
+        prompts: Where the prompts lie.
 
     Returns:
         [B, Hq, S_q, Dv], zeros where a query is padding.
 
     Raises:
-        UnsupportedError: masks are recorded, and the prompts differ in their places.
+        UnsupportedError: Masks are recorded, and the prompts differ in their places.
     """
     spans = prompts.spans
     if spans is None:
@@ -211,7 +200,7 @@ def attend_each(
 
 
 def entries_with_gaps(prompts: Prompts) -> list[int]:
-    """The prompts that have padding among their tokens; waits for the device where any may have."""
+    """The prompts that have padding among their tokens. Waits for the device where there may be one."""
     if prompts.real is None or not isinstance(prompts.spans, tuple):
         return []
     tokens = prompts.real.sum(1).tolist()
@@ -227,10 +216,10 @@ def _attend_moved(
     first: Tensor,
     end: Tensor,
 ) -> Tensor:
-    """attend_each of spans that only the device knows: all prompts are moved to slot 0, their padding goes behind.
+    """attend_each for spans that only the device knows: all prompts move to slot 0, and their padding behind them.
 
     Args:
-        offset: the slot of the first query; other than 0 only if all prompts start at slot 0.
+        offset: The slot of the first query. It is 0 unless all prompts start at slot 0.
     """
     used = offset + query.shape[2]
     keys, values = (_moved(tensor[:, :, :used], first, torch.zeros_like(first), end - first) for tensor in (key, value))
@@ -242,7 +231,9 @@ def _moved(tensor: Tensor, by: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """[B, H, S, D] whose token s is that of ``tensor`` at s + by, for start ≤ s < stop; zeros elsewhere.
 
     Args:
-        by, start, stop: int32 [B].
+        by: int32 [B].
+        start: int32 [B].
+        stop: int32 [B].
     """
     token = torch.arange(tensor.shape[2], dtype=torch.int32, device=tensor.device)
     inside = (token >= start[:, None]) & (token < stop[:, None])

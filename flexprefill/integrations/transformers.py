@@ -5,18 +5,17 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flexprefill")
 
-Prompts go through the search, steps of decoding are dense. What the search cannot do is attended exactly: layers with
-a sliding window that is shorter than the prompt, and layers without causality such as an image encoder's. A soft cap
-and sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps
-the blocks that it keeps alone.
+Prompts go through the search. Steps of decoding are dense. Layers that the search cannot do are attended exactly: those
+with a sliding window shorter than the prompt, and those that are not causal, such as an image encoder's. A soft cap and
+sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps
+the same blocks as alone.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +45,13 @@ from flexprefill.variant.inputs import resolve_scale
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import AttentionVariant
 
-# by model_type: the setting that was published for a model of the kind
+# by model_type: the setting published for a model of that type
 PUBLISHED = {
-    model_type: PrefillConfig.published(model)
-    for model_type, model in {
-        "llama": "Llama-3.1-8B",
-        "qwen2": "Qwen2.5-7B",
-        "qwen3_moe": "Qwen3-30B-A3B",
-        "qwen2_5_vl_text": "Qwen2.5-VL",
-        "qwen3_vl_text": "Qwen3-VL",
-    }.items()
+    "llama": PrefillConfig.published("Llama-3.1-8B"),
+    "qwen2": PrefillConfig.published("Qwen2.5-7B"),
+    "qwen3_moe": PrefillConfig.published("Qwen3-30B-A3B"),
+    "qwen2_5_vl_text": PrefillConfig.published("Qwen2.5-VL"),
+    "qwen3_vl_text": PrefillConfig.published("Qwen3-VL"),
 }
 
 _registered: set[str] = set()
@@ -67,21 +63,22 @@ def register(
     name: str = "flexprefill",
     layers: Mapping[int, PrefillConfig | None] | None = None,
 ) -> None:
-    """Makes ``attn_implementation=name`` known to transformers, until :func:`unregister`.
+    """Makes ``attn_implementation=name`` known to transformers, until ``unregister``.
 
     Models take it in ``from_pretrained``, ``from_config`` and ``set_attn_implementation``. Registering a name again
     replaces its settings.
 
     Args:
-        config: the settings of every layer; None takes those that were published for the kind of model
+        config: The settings of every layer. Default: those published for the model's type
             (``flexprefill.integrations.transformers.PUBLISHED``, by ``model.config.model_type``), and
-            ``PrefillConfig()`` for a kind without.
-        name: to be used as ``attn_implementation``; without the parts by which transformers knows its own.
-        layers: settings of single layers, by their index; None keeps a layer dense. FlashPrefill-V2's setting is
+            ``PrefillConfig()`` for other types.
+        name: The name to use as ``attn_implementation``. It must not contain the parts by which transformers knows its
+            own names.
+        layers: Settings of single layers, by their index. None keeps a layer dense. FlashPrefill-V2's setting is
             ``register(PrefillConfig.published("FlashPrefill-V2"), layers=dict.fromkeys(range(4)))``.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: An argument is of the wrong type.
         ValueError: ``name`` is taken or reserved, or a layer's index is negative.
     """
     if config is not None:
@@ -97,7 +94,10 @@ def register(
 
 
 def unregister(name: str = "flexprefill") -> None:
-    """Takes back :func:`register`; models that still use the name raise KeyError.
+    """Takes back ``register``. Models that still use the name raise KeyError.
+
+    Args:
+        name: A name that was registered.
 
     Raises:
         TypeError: ``name`` is no string.
@@ -118,8 +118,7 @@ def _check_model(model: nn.Module, implementation: object) -> None:
         check_model(model, str(implementation))
 
 
-@dataclass(frozen=True)
-class AskedAttention:
+class AskedAttention(NamedTuple):
     """What transformers asks an attention function for besides tensors and mask."""
 
     dropout: float = 0.0
@@ -133,8 +132,8 @@ class AskedAttention:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AskedAttention:
-        """Of the keyword arguments of a call, of which the others do not change what attention is."""
-        wanted = {name: given[name] for name in ASKED if name in given}
+        """From the keyword arguments of a call. The others do not change what attention is."""
+        wanted = {name: given[name] for name in cls._fields if name in given}
         for name, plain in (("scaling", _as_float), ("softcap", _as_float), ("sliding_window", as_int)):
             if wanted.get(name) is not None:
                 wanted[name] = plain(wanted[name])
@@ -143,7 +142,7 @@ class AskedAttention:
             raise UnsupportedError(f"dropout must be 0, got {asked.dropout}: a prefill is inference, call model.eval()")
         if asked.position_bias is not None:
             raise UnsupportedError(
-                "position_bias is not supported, as models with learned position biases (T5) have it: load them with "
+                "position_bias is not supported; models with learned position biases (T5) have it. Load them with "
                 'attn_implementation="sdpa" or "eager"'
             )
         if asked.output_attentions:
@@ -161,13 +160,10 @@ class AskedAttention:
         )
 
 
-ASKED = tuple(field.name for field in fields(AskedAttention))  # torch.compile does not trace fields()
-
-
 def _attention_function(
     config: PrefillConfig | None, layers: dict[int, PrefillConfig | None]
 ) -> Callable[..., tuple[Tensor, None]]:
-    """The attention function of transformers' AttentionInterface with these settings."""
+    """The attention function for transformers' AttentionInterface, with these settings."""
 
     def flexprefill_attention(
         module: nn.Module,
@@ -177,7 +173,7 @@ def _attention_function(
         attention_mask: BlockMask | Tensor | None,
         **given: Any,
     ) -> tuple[Tensor, None]:
-        """query [B, Hq, S_q, D], key and value [B, Hkv, slots, D] → ([B, S_q, Hq, Dv], None)."""
+        """Takes query [B, Hq, S_q, D], key and value [B, Hkv, slots, D]. Gives ([B, S_q, Hq, Dv], None)."""
         asked = AskedAttention.of(given)
         if has_shapes_alone(query):
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -191,7 +187,8 @@ def _attention_function(
             prompts = _whole_prompt(attention_mask, query, key, asked)
         prompts = _packed_by(prompts, given, query)
         setting = _setting_of(module, config, layers)
-        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), asked.variant(prompts), _kind_of(module))
+        kind = f"{type(module).__name__} of {_model_type(module)}"
+        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), asked.variant(prompts), kind)
         if prompts.real is not None and prompts.window is not None:
             output = _attend_among_gaps(layer, query, key, value, prompts)
         else:
@@ -204,7 +201,7 @@ def _attention_function(
 def _attend_all(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: AskedAttention
 ) -> Tensor:
-    """Dense attention [B, S_q, Hq, Dv] of a single query, or without causality, to all that a mask shows."""
+    """Dense attention [B, S_q, Hq, Dv] to all that a mask shows, of a single query or without causality."""
     if mask is not None and mask.shape[-1] != key.shape[2]:
         raise UnsupportedError(
             f"key must have the length that attention_mask {list(mask.shape)} was made for, got {key.shape[2]} keys"
@@ -220,7 +217,7 @@ def _attend_all(
 
 
 def _attend_among_gaps(layer: Layer, query: Tensor, key: Tensor, value: Tensor, prompts: Prompts) -> Tensor:
-    """Attention within a window that counts slots, padding among them, as transformers' own masks do."""
+    """Attention within a window that counts slots, padding included, as transformers' own masks do."""
     if is_recording():
         raise UnsupportedError(
             "record_masks cannot record a layer with a sliding window where padding stands between tokens"
@@ -233,7 +230,7 @@ def _attend_among_gaps(layer: Layer, query: Tensor, key: Tensor, value: Tensor, 
 
 
 def _prompts_of(attention_mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> Prompts | None:
-    """The prompts of the mask function's mask, if it is for queries and keys like these; None for another mask."""
+    """The prompts of the mask function's own mask, once it fits query and key; None for a tensor or no mask."""
     if isinstance(attention_mask, PromptMask):
         attention_mask.check_lengths(query, key)
         return attention_mask.prompts
@@ -243,15 +240,15 @@ def _prompts_of(attention_mask: BlockMask | Tensor | None, query: Tensor, key: T
 
 
 def _whole_prompt(attention_mask: object, query: Tensor, key: Tensor, asked: AskedAttention) -> Prompts:
-    """What a model means that calls causal attention without a mask.
+    """The prompts of a model that calls causal attention without the mask function's mask.
 
     Raises:
-        UnsupportedError: it has a mask that cannot be searched with, or one is missing.
+        UnsupportedError: It has another mask, or it needs one and has none.
     """
     if isinstance(attention_mask, Tensor):
         raise UnsupportedError(
-            "attention_mask must be None or a padding mask [B, tokens] for a prompt, which no other mask can be "
-            f"searched with, got Tensor {list(attention_mask.shape)}"
+            "attention_mask must be None or a padding mask [B, tokens] for a prompt, because the search follows no "
+            f"other mask, got Tensor {list(attention_mask.shape)}"
         )
     q_len, kv_len = query.shape[2], key.shape[2]
     if q_len != kv_len:
@@ -263,10 +260,10 @@ def _whole_prompt(attention_mask: object, query: Tensor, key: Tensor, asked: Ask
 
 
 def _packed_by(prompts: Prompts, given: Mapping[str, Any], query: Tensor) -> Prompts:
-    """The prompts, packed as the arguments of a flattening collator say.
+    """The prompts, packed as a flattening collator's arguments say.
 
-    transformers' mask functions look at ``position_ids`` where there is neither a cache nor a padding mask, and at
-    ``cu_seq_lens_q`` nowhere. FlashAttention's implementations read both, and so does this.
+    transformers' mask functions read ``position_ids`` only where there is neither a cache nor a padding mask, and never
+    ``cu_seq_lens_q``. FlashAttention's implementations read both, and so does this.
 
     Raises:
         UnsupportedError: ``cu_seq_lens_q`` cannot be followed.
@@ -289,15 +286,11 @@ def _setting_of(
     module: nn.Module, config: PrefillConfig | None, layers: Mapping[int, PrefillConfig | None]
 ) -> PrefillConfig | None:
     index: Any = getattr(module, "layer_idx", None)
-    return layers[index] if index in layers else config or _published(module)
+    return layers[index] if index in layers else config or PUBLISHED.get(_model_type(module), PrefillConfig())
 
 
-def _kind_of(module: nn.Module) -> str:
-    return f"{type(module).__name__} of {getattr(getattr(module, 'config', None), 'model_type', 'a model')}"
-
-
-def _published(module: nn.Module) -> PrefillConfig:
-    return PUBLISHED.get(getattr(getattr(module, "config", None), "model_type", ""), PrefillConfig())
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", "a model")
 
 
 def _check_name(name: object) -> None:
@@ -323,7 +316,7 @@ def _checked_layers(layers: object) -> dict[int, PrefillConfig | None]:
 
 
 def _as_float(number: Any) -> Any:
-    """A float of a tensor of one element or of NumPy's; whatever else as it is."""
+    """A float from a tensor of one element or from NumPy's number. Anything else stays as it is."""
     if isinstance(number, Tensor):
         return number if is_tracing() or has_shapes_alone(number) else float(number)
     return number if number is None or isinstance(number, (int, float)) else float(number)

@@ -1,10 +1,14 @@
-"""What the integration takes from inside transformers, in one place. Seen with transformers 5.17.
+"""All that the integration takes from inside transformers. Seen with transformers 5.17.
 
-The public ways that are missing: to take back a registered attention (``del`` on an interface reaches the names of one
-object alone), to ask which names are taken, to know inside a mask function whether queries see what follows them, and
-to be asked whether a model's class can take a registered implementation (a model asks its own
-``get_correct_attn_implementation``, which knows transformers' names alone). The functions imported here are documented
-for models, not for other packages.
+transformers has no public way to:
+
+- take back a registered attention: ``del`` on an interface reaches the names of one object alone;
+- ask which names are taken;
+- know inside a mask function whether queries see what follows them;
+- be asked whether a model's class can take a registered implementation: a model asks its own
+  ``get_correct_attn_implementation``, which knows transformers' names alone.
+
+The functions imported here are documented for models, not for other packages.
 """
 
 from __future__ import annotations
@@ -18,29 +22,15 @@ from typing import Any
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function as causal_mask_function
+    from transformers.masking_utils import sdpa_mask as sdpa_mask
 except ImportError as error:
     raise ImportError(
         "flexprefill.integrations.transformers needs transformers from 5.17 on: pip install 'flexprefill[transformers]'"
     ) from error
 
-__all__ = [
-    "RESERVED",
-    "AttentionInterface",
-    "AttentionMaskInterface",
-    "attention_classes_without",
-    "causal_mask_function",
-    "forget_name",
-    "has_own_attention",
-    "is_bidirectional",
-    "is_taken",
-    "sdpa_attention_forward",
-    "sdpa_mask",
-    "watch_models",
-]
-
-# transformers asks for these parts of a name, and would take ours for one of its own
+# transformers looks for these parts in a name, and would take ours for one of its own
 RESERVED = ("flash", "sdpa", "eager", "flex_attention", "|", "/")
 
 _INTERFACES = (AttentionInterface, AttentionMaskInterface)
@@ -58,9 +48,9 @@ def forget_name(name: str) -> None:
 
 
 def is_bidirectional(arguments: Mapping[str, Any]) -> bool:
-    """Whether a mask function is asked for the mask of queries that see what follows them, as in an encoder.
+    """Whether a mask function is asked for a mask of queries that see what follows them, as in an encoder.
 
-    transformers passes this argument then and at no other time.
+    transformers passes this argument only then.
     """
     return "allow_is_bidirectional_skip" in arguments
 
@@ -71,9 +61,9 @@ _asked = getattr(PreTrainedModel, _METHOD)
 
 
 def watch_models(check: Check | None) -> None:
-    """Calls ``check(model, implementation)`` when a model is made or given an implementation; None stops it.
+    """Calls ``check(model, implementation)`` when a model is made or gets an implementation. None stops it.
 
-    It wraps ``PreTrainedModel.get_correct_attn_implementation``, and puts back what was there.
+    It wraps ``PreTrainedModel.get_correct_attn_implementation``. Stopping puts back what was there.
     """
     if check is None:
         setattr(PreTrainedModel, _METHOD, _asked)
@@ -89,7 +79,7 @@ def watch_models(check: Check | None) -> None:
 
 
 def _source_of(model_class: type) -> str:
-    """The source of the module that a class is from; empty if there is none."""
+    """The source of the module that defines a class; empty if there is none."""
     try:
         return inspect.getsource(sys.modules[model_class.__module__])
     except (KeyError, OSError, TypeError):
@@ -97,9 +87,9 @@ def _source_of(model_class: type) -> str:
 
 
 def has_own_attention(model_class: type) -> bool:
-    """Whether a class's module has attention of its own that never asks for the AttentionInterface.
+    """Whether a class's module has attention of its own that never uses the AttentionInterface.
 
-    ``PreTrainedModel._can_set_attn_implementation`` reads the source as well, and takes only one spelling.
+    ``PreTrainedModel._can_set_attn_implementation`` reads the source too, but knows only one spelling.
     """
     source = _source_of(model_class)
     named = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
@@ -107,9 +97,9 @@ def has_own_attention(model_class: type) -> bool:
 
 
 def attention_classes_without(model_class: type, implementation: str) -> str | None:
-    """The name of a table from which a class takes its attention by the implementation's name, which is not in it.
+    """The name of a table from which a class takes its attention, if the implementation's name is not in it.
 
-    Tables of a vision tower are those of classes with Vision in their names.
+    Tables with VISION in their names belong to classes with Vision in theirs.
     """
     source = _source_of(model_class)
     for name in re.findall(r"\b(\w*ATTENTION_CLASSES)\[\s*(?:self\.)?config\._attn_implementation", source):

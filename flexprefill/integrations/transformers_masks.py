@@ -1,10 +1,9 @@
-"""The mask function of transformers' AttentionMaskInterface: where prompts lie, read from what it is asked for."""
+"""The mask function for transformers' AttentionMaskInterface: it reads where the prompts lie."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from flexprefill.errors import UnsupportedError
 from flexprefill.integrations.prompt_mask import PromptMask, additive
-from flexprefill.integrations.prompts import PADDING_BETWEEN, Prompts, Span, bounds_of, spans_of
+from flexprefill.integrations.prompts import Prompts, Span, bounds_of, spans_of
 from flexprefill.integrations.transformers_internals import causal_mask_function, is_bidirectional, sdpa_mask
 from flexprefill.runtime.memory import PIECE
 from flexprefill.runtime.thread_state import is_fake
@@ -21,7 +20,11 @@ from flexprefill.variant.sequences import Sequences
 
 NOT_CAUSAL = (
     "attention_mask must be causal with a window, padding and packed sequences alone: flexprefill takes no images "
-    "whose tokens see each other and no other mask"
+    "whose tokens see each other, and no other mask"
+)
+PADDING_BETWEEN = (
+    "attention_mask must have padding before or behind a prompt only, got padding between tokens: leave the hole out; "
+    "padding may stand anywhere in a call that continues a filled cache (past_key_values), outside of torch.compile"
 )
 NOT_CAUSAL_IN_GRAPH = (
     "attention_mask must be causal with padding alone inside torch.compile: flexprefill takes packed sequences "
@@ -29,9 +32,8 @@ NOT_CAUSAL_IN_GRAPH = (
 )
 
 
-@dataclass(frozen=True)
-class AskedMask:
-    """What transformers asks a mask function for; ``attention_mask`` is the padding mask, bool [B, tokens]."""
+class AskedMask(NamedTuple):
+    """What transformers asks a mask function for. ``attention_mask`` is the padding mask, bool [B, tokens]."""
 
     batch_size: int
     q_length: int
@@ -47,8 +49,8 @@ class AskedMask:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> AskedMask:
-        """Of the keyword arguments of a call, its numbers as ints; waits for the device if they lie there."""
-        asked = {name: given[name] for name in ASKED if name in given}
+        """From the keyword arguments of a call, with numbers as ints. Waits for the device if they lie there."""
+        asked = {name: given[name] for name in cls._fields if name in given}
         for name in COUNTS:
             if asked.get(name) is not None:
                 asked[name] = as_int(asked[name])
@@ -65,20 +67,18 @@ class AskedMask:
         return self.offset + self.q_length
 
 
-# here, because torch.compile does not trace fields()
-ASKED = tuple(field.name for field in fields(AskedMask))
 COUNTS = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "local_size")
 
 
 def as_int(number: Any) -> int:
-    """An int of whatever counts tokens: an int, NumPy's, or a tensor of one element, as caches give it."""
+    """An int from a count of tokens: an int, NumPy's, or a tensor of one element, as caches give it."""
     if isinstance(number, Tensor):
         if is_tracing():
             raise UnsupportedError(
                 "past_key_values must be no filled static cache for a prompt inside torch.compile, because its length "
                 "is on the device: compile the steps of decoding alone, as generate() does"
             )
-        # of shapes alone there is no number; a cache without any is empty
+        # a tensor of shapes alone has no number: its cache counts as empty
         return 0 if has_shapes_alone(number) else int(number)
     # a size that torch.compile made a symbol is an int already
     return number if isinstance(number, int) or is_tracing() else operator.index(number)
@@ -90,21 +90,19 @@ def has_shapes_alone(tensor: Tensor) -> bool:
 
 
 def prompt_mask(config: Any = None, **given: Any) -> PromptMask | Tensor | None:
-    """The mask function of transformers' AttentionMaskInterface.
+    """The mask function for transformers' AttentionMaskInterface.
 
     Args:
-        config: of the model.
-        given: the arguments of an :class:`AskedMask`, and what transformers' own mask functions take besides.
+        config: The model's.
+        given: The arguments of an AskedMask, and others of transformers' own mask functions.
 
     Returns:
-        A PromptMask for queries that see what is before them. For a single query that does not see all keys, and
-        without causality, the mask of the implementation sdpa, as numbers to add to the scores; None without
-        causality if everything is seen.
+        A PromptMask for causal queries. For a single query that does not see all keys, and without causality, it is the
+        mask of the implementation sdpa, as numbers to add to the scores. None: not causal, and everything is seen.
 
     Raises:
-        UnsupportedError: the mask is one that a search over prompts cannot follow; where that shows only when a
-            compiled graph runs, it is a RuntimeError.
-        ValueError: padding stands between tokens.
+        UnsupportedError: A search over prompts cannot follow the mask. A compiled graph finds some of these only when
+            it runs, and then raises a RuntimeError.
     """
     dtype = given.get("dtype", torch.float32)
     if is_bidirectional(given):
@@ -129,37 +127,31 @@ def prompt_mask(config: Any = None, **given: Any) -> PromptMask | Tensor | None:
 
 
 def _prompts(asked: AskedMask) -> Prompts:
-    structure = Structure(asked.local_size, None)
+    window, sequences = asked.local_size, None
     if not is_tracing() and has_shapes_alone(torch.empty(0, device=asked.device)):
         return Prompts(asked.batch_size, asked.offset, None, None, asked.device)
     if not asked.allow_is_causal_skip:
-        # transformers says so, too, of every prompt that is compiled without a cache, in case it is packed
+        # transformers says so too of every prompt compiled without a cache, in case it is packed
         if is_tracing():
             _require(not asked.use_vmap and _is_causal(asked), NOT_CAUSAL_IN_GRAPH)
         else:
-            structure = _structure_of(asked)
-    window = structure.window if structure.window is not None and structure.window < asked.used else None
-    places = Places(None) if asked.attention_mask is None else _places(asked)
-    if structure.sequences is not None and places.spans is not None:
+            window, sequences = _structure_of(asked)
+    if window is not None and window >= asked.used:
+        window = None
+    spans, real = (None, None) if asked.attention_mask is None else _places(asked)
+    if sequences is not None and spans is not None:
         raise UnsupportedError("attention_mask must have no padding where position_ids start anew (packed sequences)")
-    return Prompts(asked.batch_size, asked.offset, window, places.spans, asked.device, places.real, structure.sequences)
+    return Prompts(asked.batch_size, asked.offset, window, spans, asked.device, real, sequences)
 
 
-class Places(NamedTuple):
-    """Where a padding mask has tokens; see Prompts."""
-
-    spans: tuple[Span, ...] | Tensor | None
-    real: Tensor | None = None
-
-
-def _places(asked: AskedMask) -> Places:
-    """Where a padding mask has prompts among the slots that are used; nothing if each fills them all."""
+def _places(asked: AskedMask) -> tuple[tuple[Span, ...] | Tensor | None, Tensor | None]:
+    """The spans and the real tokens of a padding mask, as Prompts takes them; None if each prompt fills all slots."""
     assert asked.attention_mask is not None
     real = asked.attention_mask[:, asked.kv_offset : asked.kv_offset + asked.used].bool()
     # slots that the padding mask does not reach are padding
     real = nn.functional.pad(real, (0, asked.used - real.shape[1]))
-    bounds, whole = bounds_of(real)
     if is_tracing():
+        bounds, whole = bounds_of(real)
         _require(whole, PADDING_BETWEEN)
         if asked.offset > 0:
             _require(
@@ -167,27 +159,21 @@ def _places(asked: AskedMask) -> Places:
                 "attention_mask must have no padding before a prompt that follows a cache inside torch.compile: "
                 "pad on the right, or compile without chunks",
             )
-        return Places(bounds)
-    if asked.offset > 0 and not whole:  # another turn of a padded batch
-        return Places(tuple(Span(*span) for span in bounds.tolist()), real)
-    of_each = spans_of(real)
-    return Places(None if set(of_each) == {Span(0, asked.used)} else of_each)
+        return bounds, None
+    spans, is_whole = spans_of(real)
+    if not is_whole:
+        _require(asked.offset > 0, PADDING_BETWEEN)  # else it is another turn of a padded batch
+        return spans, real
+    return None if set(spans) == {Span(0, asked.used)} else spans, None
 
 
-class Structure(NamedTuple):
-    """What a causal mask is made of besides padding."""
+def _structure_of(asked: AskedMask) -> tuple[int | None, Sequences | None]:
+    """The window and the sequences of a mask that may be another one, as transformers says.
 
-    window: int | None
-    sequences: Sequences | None
-
-
-def _structure_of(asked: AskedMask) -> Structure:
-    """The window and the sequences of a mask of which transformers says that it may be another one.
-
-    All its elements are looked at, in pieces: each query has to see the keys from one of them up to its own.
+    All its elements are looked at, in pieces. Each query has to see the keys from some key up to its own.
 
     Raises:
-        UnsupportedError: it is another mask.
+        UnsupportedError: It is another mask.
     """
     # relative to the first slot
     position = torch.arange(asked.q_length, device=asked.device) + asked.offset
@@ -196,19 +182,13 @@ def _structure_of(asked: AskedMask) -> Structure:
     step = max(1, PIECE // (asked.batch_size * asked.kv_length))
     for start in range(0, asked.q_length, step):
         rows = position[start : start + step]
-        piece = replace(
-            asked,
-            q_length=len(rows),
-            q_offset=asked.q_offset + start,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-        )
-        seen = sdpa_mask(**vars(piece))[:, 0]
+        piece = {"q_length": len(rows), "q_offset": asked.q_offset + start, "attention_mask": None}
+        seen = sdpa_mask(**{**asked._asdict(), **piece, "allow_is_causal_skip": False})[:, 0]
         first = seen.int().argmax(-1)
         right = right & (seen == ((key >= first[..., None]) & (key <= rows[:, None]))).all()
         firsts.append(first)
     first = torch.cat(firsts, 1)
-    # a sequence starts where a query sees itself alone; with a window of one, every query does
+    # a sequence starts where a query sees only itself; with a window of one, every query does
     starts = torch.where(first == position, position, 0).cummax(1).values
     cut = first > starts
     reach = position - first + 1
@@ -221,11 +201,11 @@ def _structure_of(asked: AskedMask) -> Structure:
         if asked.offset > 0:
             raise UnsupportedError("past_key_values must be empty where position_ids start anew (packed sequences)")
         sequences = _sequences_from(starts)
-    return Structure(window or None, sequences)
+    return window or None, sequences
 
 
 def _sequences_from(starts: Tensor) -> Sequences:
-    """The sequences of rows that are full, by each position's first one: int64 [B, S]."""
+    """The sequences of rows without padding, from the first position of each position's sequence: int64 [B, S]."""
     starts = starts[:1] if bool((starts == starts[:1]).all()) else starts
     last = starts.shape[1]
     position = torch.arange(last, device=starts.device)
@@ -236,10 +216,10 @@ def _sequences_from(starts: Tensor) -> Sequences:
 
 
 def _is_causal(asked: AskedMask) -> Tensor:
-    """Whether each query sees the key before its own and none sees the next: bool, no dimensions.
+    """Whether each query sees the key before its own and none sees the next: bool without dimensions.
 
-    So it is with a causal mask and with a window. Sequences that are packed hide their first token's predecessor, and
-    tokens that see each other see the next.
+    A causal mask does so, also with a window. Packed sequences hide the key before their first token. Tokens that see
+    each other see the next key.
     """
     batch = torch.arange(asked.batch_size, device=asked.device)[:, None]
     position = torch.arange(1, asked.q_length, device=asked.device)[None] + asked.q_offset
@@ -250,7 +230,7 @@ def _is_causal(asked: AskedMask) -> Tensor:
 
 
 def _require(condition: bool | Tensor, message: str) -> None:
-    """Raises UnsupportedError unless it holds; inside torch.compile RuntimeError, when the graph runs."""
+    """Raises UnsupportedError unless the condition holds. Inside torch.compile the graph raises RuntimeError."""
     if is_tracing() and isinstance(condition, Tensor):
         assert_in_graph(condition, message)
     elif not condition:

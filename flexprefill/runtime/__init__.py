@@ -1,1 +1,1 @@
-"""What leans on torch's insides and on the machine, and what is shared by a whole process."""
+"""What depends on torch's insides or on the machine, and what a whole process shares."""

@@ -1,9 +1,12 @@
-"""torch.compile as the library uses it, with what is private to torch in one place.
+"""torch.compile as the library uses it, with its private parts in one place.
 
-Seen with torch 2.11 to 2.13. The public ways that are missing: which error a refused compilation raises
-(torch._dynamo.exc), a size that stays a constant (torch._dynamo.mark_static), a function whose result a graph takes as
-a constant without loading torch._dynamo at import (the attribute that torch.compiler.assume_constant_result sets),
-and an operator that inductor compiles to nothing (torch._inductor.lowering).
+torch 2.11 to 2.13 has no public way to say these things:
+
+- which error a refused compilation raises: torch._dynamo.exc;
+- that a size stays a constant: torch._dynamo.mark_static;
+- that a function's result is a constant in graphs, without loading torch._dynamo at import: the attribute that
+  torch.compiler.assume_constant_result sets;
+- that inductor compiles an operator to nothing: torch._inductor.lowering.
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ Constant = TypeVar("Constant", bound=Callable[..., Any])
 
 
 def constant_in_graphs(function: Constant) -> Constant:
-    """A function of plain constants whose result a graph takes as one, without a look at how it comes about."""
+    """Marks a function of plain constants: a graph takes its result as a constant and does not trace it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant_in_graphs
 def pass_on_when_compiled(name: str) -> bool:
-    """Makes an operator nothing where inductor compiles it: its outputs are its first arguments, as many as it has."""
+    """Makes inductor compile an operator to nothing: its outputs are then its first arguments."""
     from torch._inductor.lowering import lowerings, register_lowering
 
     namespace, short = name.split("::")
@@ -42,17 +45,18 @@ def pass_on_when_compiled(name: str) -> bool:
 
 
 def keep_size(tensor: Tensor, dim: int) -> None:
-    """Says that a dimension's size is not to become a symbol: each number compiles anew."""
+    """Keeps a dimension's size a constant in graphs. Each new size then compiles anew."""
     torch._dynamo.mark_static(tensor, dim)
 
 
 def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function compiled as one graph, with a code object of its own.
 
-    torch.compile counts recompiles by code object: one each, so that kinds of calls do not use up each other's.
+    torch.compile counts recompiles by code object. With one each, kinds of calls do not use up each other's count.
 
     Args:
-        name: of its variadic arguments; sizes in the graph are named after it.
+        function: A function of ``*arguments``.
+        name: The new name of its variadic arguments. Sizes in the graph are named after it.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_varnames=(name,))
@@ -61,27 +65,27 @@ def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]
 
 @contextlib.contextmanager
 def refusals_explained() -> Iterator[None]:
-    """Raises FlexPrefillError where torch.compile would not run, or finds no C++ compiler."""
+    """Raises FlexPrefillError where torch.compile refuses to run or finds no C++ compiler."""
     try:
         yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise FlexPrefillError(
             "torch.compile's recompile limit is hit: this attention was compiled for more than "
             f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, strides, or numbers that a "
-            "mod closes over. Let mods close over tensors, or raise torch._dynamo.config.recompile_limit. "
+            "mod closes over. Let mods close over tensors instead, or raise torch._dynamo.config.recompile_limit. "
             'TORCH_LOGS="recompiles" shows what differed.'
         ) from error
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if "InvalidCxxCompiler" not in str(error):  # it comes wrapped in others
             raise
         raise FlexPrefillError(
-            "torch.compile found no C++ compiler, which attention on the CPU needs: install g++ or clang, or "
-            "name one in the environment variable CXX"
+            "torch.compile found no C++ compiler. Attention on the CPU needs one: install g++ or clang, or name one "
+            "in the environment variable CXX"
         ) from error
 
 
 def mixed_up_sizes(error: Exception) -> bool:
-    """Whether compiling failed for a name: torch's C++ attention names two sizes by replacing text (torch 2.13)."""
+    """Whether compiling failed because torch's C++ attention names sizes by replacing text (torch 2.13)."""
     return isinstance(error, torch._dynamo.exc.BackendCompilerFailed) and bool(
         re.search(r"cur_(q|kv)SplitSize\d", str(error))
     )

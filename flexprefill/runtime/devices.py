@@ -14,7 +14,8 @@ def check_device(device: Any) -> torch.device:
     """The device of a name.
 
     Raises:
-        TypeError, ValueError: it is no name of a device, or of one that is not here.
+        TypeError: It is no device and no name.
+        ValueError: It names no device, or one that is not here.
     """
     if is_tracing():
         return device
@@ -36,5 +37,5 @@ def is_hopper(device: torch.device) -> bool:
 
 @remembered("multiprocessors of a device", most=64)
 def multiprocessors(device: torch.device) -> int:
-    # the interpreter runs programs one by one: a few of them exercise the persistent loop
+    # Triton's interpreter runs programs one by one, and a few of them exercise the persistent loop
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

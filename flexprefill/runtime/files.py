@@ -15,15 +15,15 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[int]:
-    """Yields the descriptor of a new file, empty and to be written, that takes ``path``'s place at the end.
+    """Yields the descriptor of a new, empty file. At the end of the block it takes the place of ``path``.
 
-    What was there before is there until then, and stays if the block raises or the process dies. The new file's
-    bytes are on the disk before it gets the name. It has the mode of the file it replaces, else that of the umask.
-    A link stays one, and its target is replaced.
+    The old file stays until then. It also stays if the block raises or the process dies. The new file's bytes are on
+    the disk before it gets the name. It keeps the old file's mode, or has the umask's if there was none. A link stays
+    a link: its target is replaced.
 
     Raises:
-        ValueError: something that is no file has this name.
-        OSError: the file cannot be made, or not take the place; the error names ``path``.
+        ValueError: Something that is no file has this name.
+        OSError: The file cannot be made or put in place. The error names ``path``.
     """
     target = Path(os.path.realpath(path))
     name = f".flexprefill-{secrets.token_hex(8)}"
@@ -36,12 +36,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[int]:
             cleanup.callback(os.close, descriptor)
             cleanup.callback(_remove_if_there, name, folder)
             if mode is not None:
-                os.fchmod(descriptor, mode)  # of which the umask took some
+                os.fchmod(descriptor, mode)  # the umask took some of it
         yield descriptor
         with _errors_naming(path, target.parent):
             os.fsync(descriptor)
             if nameless:
-                # with a folder's descriptor Python calls linkat, which alone follows this link
+                # Python calls linkat only if it is given a folder's descriptor, and link does not follow this link
                 os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder, follow_symlinks=True)
             os.replace(name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
 
@@ -55,16 +55,16 @@ def write_at(descriptor: int, data: bytes | bytearray | memoryview, position: in
 
 
 def read_at(descriptor: int, position: int, length: int) -> bytes:
-    """These bytes of a file, fewer if it ends before."""
-    pieces = [os.pread(descriptor, length, position)]  # mostly all: joining one piece copies nothing
+    """These bytes of a file. They are fewer if the file ends before."""
+    pieces = [os.pread(descriptor, length, position)]  # mostly the only one, and joining one copies nothing
     while pieces[-1] and (rest := length - sum(map(len, pieces))):
         pieces.append(os.pread(descriptor, rest, position + length - rest))
     return b"".join(pieces)
 
 
 def start_writing_back(descriptor: int, position: int, length: int) -> None:
-    """Has the system put these bytes on the disk in the background, so that the end waits for less."""
-    if hasattr(os, "posix_fadvise"):  # macOS has none, and writes all of them at the end
+    """Asks the system to put these bytes on the disk in the background. The end then waits for less."""
+    if hasattr(os, "posix_fadvise"):  # macOS has none: it writes everything at the end
         os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_DONTNEED)
 
 
@@ -75,7 +75,7 @@ def check_path(path: object) -> None:
 
 
 def _mode_of_file(path: Path) -> int | None:
-    """The permissions of a file, None if nothing is there; raises ValueError if it is something else."""
+    """The permissions of a file, or None if nothing is there. Raises ValueError if it is no file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _mode_of_file(path: Path) -> int | None:
 
 
 def _new_file(parent: Path, folder: int, name: str, mode: int) -> tuple[int, bool]:
-    """A file to be written and whether it has no name: then nothing of it is left even if the process is killed."""
+    """A file to write, and whether it has no name. Without a name nothing is left if the process is killed."""
     flags = os.O_RDWR | os.O_CLOEXEC
     if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):  # on Linux
         with contextlib.suppress(OSError):  # not every file system can
@@ -95,13 +95,13 @@ def _new_file(parent: Path, folder: int, name: str, mode: int) -> tuple[int, boo
 
 
 def _remove_if_there(name: str, folder: int) -> None:
-    with contextlib.suppress(OSError):  # what went wrong before says more
+    with contextlib.suppress(OSError):  # an earlier error says more
         os.unlink(name, dir_fd=folder)
 
 
 @contextlib.contextmanager
 def _errors_naming(path: str | os.PathLike[str], folder: Path) -> Iterator[None]:
-    """An OSError inside becomes one that names the caller's path instead of the new file's passing name."""
+    """Turns an OSError into one that names the caller's path, not the new file's passing name."""
     try:
         yield
     except OSError as error:

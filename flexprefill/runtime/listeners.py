@@ -1,4 +1,4 @@
-"""Who wants to hear of the maps that are used: the search, the attention and BlockMap tell, a recording listens."""
+"""Who hears of the maps that are used. The search, the attention and BlockMap tell; a recording listens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexprefill.runtime.tracing import is_tracing
 
 
 class Listener(Protocol):
-    """What it is told, in the thread in which it happens."""
+    """It is told in the thread that uses the map."""
 
     def hear_map(self, block_map: Any) -> None:
         """A BlockMap is about to be used."""
@@ -19,15 +19,15 @@ class Listener(Protocol):
         """Of which attention, a PlainAttention, the next map is."""
 
     def hear_guard(self, report: Any) -> None:
-        """What the guard saw, a GuardReport, of a map that is about to be used."""
+        """The guard's GuardReport on a map that is about to be used."""
 
 
-_listening: dict[int, Listener] = {}  # by id: two that hold equal maps are equal
+_listening: dict[int, Listener] = {}  # by id: recordings of equal maps are equal
 
 
 @contextlib.contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """Tells a listener, from every thread, until the end of the block."""
+    """Tells a listener, from every thread, to the end of the block."""
     _listening[id(listener)] = listener
     try:
         yield
@@ -36,15 +36,18 @@ def listen(listener: Listener) -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether anyone hears of the maps that are used."""
-    return bool(_listening) and not is_tracing()
+    """Whether anyone listens."""
+    return bool(_listeners())
+
+
+def _listeners() -> tuple[Listener, ...]:
+    return tuple(_listening.values()) if _listening and not is_tracing() else ()
 
 
 def note(block_map: Any) -> None:
-    """Tells whoever listens that a BlockMap is about to be used."""
-    if is_recording():
-        for listener in tuple(_listening.values()):
-            listener.hear_map(block_map)
+    """Tells the listeners that a BlockMap is about to be used."""
+    for listener in _listeners():
+        listener.hear_map(block_map)
 
 
 def note_attention(attention: Any) -> None:
@@ -55,7 +58,6 @@ def note_attention(attention: Any) -> None:
 
 
 def note_guard(report: Any) -> None:
-    """Tells whoever listens what the guard saw of a map that is about to be noted."""
-    if is_recording():
-        for listener in tuple(_listening.values()):
-            listener.hear_guard(report)
+    """Tells the listeners what the guard saw of a map that is about to be noted."""
+    for listener in _listeners():
+        listener.hear_guard(report)

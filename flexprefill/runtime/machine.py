@@ -1,4 +1,4 @@
-"""What machine and which versions a measurement is of."""
+"""The machine and the versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexprefill._version import __version__
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Names of the machine that measures, ready for JSON; what it does not tell is None."""
+    """Names of this machine, ready for JSON. What it does not tell is None."""
     if device.type != "cuda":
         name = f"CPU, {platform.processor() or platform.machine()}"
         return {"name": name, "threads": torch.get_num_threads(), "driver": None}
@@ -21,7 +21,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what takes part; None for a package that is not installed."""
+    """Versions of the packages that take part. None for a package that is not installed."""
     found: dict[str, str | None] = {
         "flexprefill": __version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Whether a step's memory is there, asked before the step begins, so that nothing is left half done."""
+"""Asks for a step's memory before the step begins, so nothing is left half done."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import torch
 from flexprefill.errors import FlexPrefillError
 
 PIECE = 2**24  # elements that plain PyTorch holds at a time
-WORTH_ASKING = 2**28  # bytes; less is asked for by allocating it, since asking takes a call of some 0.1 ms
+WORTH_ASKING = 2**28  # bytes; asking takes about 0.1 ms, so smaller steps just allocate
 IN_CHUNKS = "take the queries in chunks (examples/prefill_in_chunks.py)"
 
 
 class NotEnoughMemoryError(FlexPrefillError, torch.OutOfMemoryError):
-    """A search, or the lists of a map, do not fit: nothing was begun, and the message says what would fit."""
+    """A search or the lists of a map do not fit into memory. Nothing was begun. The message says what would fit."""
 
 
 @contextlib.contextmanager
 def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iterator[None]:
-    """Allocates a step's memory inside, or raises before anything is.
+    """The block allocates a step's memory. Raises before it begins if the memory is not there.
 
     It does not wait for the device.
 
     Args:
-        step: what the memory is for.
-        needed: bytes, at least.
-        instead: what the caller can do.
+        step: What the memory is for.
+        needed: Bytes, at least.
+        device: Where the memory is.
+        instead: What the caller can do if it is not there.
 
     Raises:
-        NotEnoughMemoryError: there is not as much, or it is in pieces.
+        NotEnoughMemoryError: There is less memory, or it is in pieces.
     """
     check_room(step, needed, device, instead)
     try:
@@ -45,7 +46,7 @@ def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iter
 
 
 def check_room(step: str, needed: int, device: torch.device, instead: str) -> None:
-    """Raises NotEnoughMemoryError if a device has not the memory that a step needs, as :func:`room_for`."""
+    """Raises NotEnoughMemoryError if a device does not have the memory that a step needs; see `room_for`."""
     if needed < WORTH_ASKING:
         return
     free = free_bytes(device)
@@ -54,14 +55,14 @@ def check_room(step: str, needed: int, device: torch.device, instead: str) -> No
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """How much could be allocated on a device now; None where that is not known."""
+    """Bytes that could be allocated on a device now. None where that is not known."""
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return None
         on_device, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-        # what PyTorch holds and does not use is free as well
+        # memory that PyTorch holds and does not use is free as well
         return max(0, min(on_device, allowed)) + reserved - torch.cuda.memory_allocated(device)
     table = Path("/proc/meminfo")
     if device.type == "cpu" and table.exists():

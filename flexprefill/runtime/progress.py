@@ -1,4 +1,4 @@
-"""Progress on long work: of the commands, and of functions that take an argument ``progress``."""
+"""Progress on long work, for the commands and for functions that take an argument ``progress``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 Advance = Callable[[int], object]  # called with how many more steps are done
-MOMENT = 0.5  # seconds; what takes less needs no bar
+MOMENT = 0.5  # seconds; shorter work needs no bar
 
 
 def stage(name: str, steps: int) -> AbstractContextManager[Advance]:
-    """A stage of a command that takes long: a bar in a terminal, else a line, of which a log shows how far it came."""
+    """A stage of a long command: a bar in a terminal, else a line, so a log shows how far it came."""
     return _bar(name, steps) if _can_redraw() and _has_tqdm() else _line(name)
 
 
 def terminal_stage(name: str, steps: int) -> AbstractContextManager[Advance]:
-    """A stage of a command that is mostly quick: after a moment a bar, in a terminal; else nothing."""
+    """A stage of a mostly quick command: in a terminal a bar after a moment, else nothing."""
     return _bar(name, steps, delay=MOMENT) if _can_redraw() and _has_tqdm() else nullcontext(ignore)
 
 
 def asked_stage(progress: bool | Advance | None, name: str, steps: int) -> AbstractContextManager[Advance]:
-    """What a caller's argument ``progress`` asks for: if it is True a bar wherever stderr goes, or a line without
-    tqdm; else that function or nothing.
+    """What a caller's argument ``progress`` asks for.
+
+    True is a bar wherever stderr goes, or a line without tqdm. A function is called with the steps done. False and
+    None are nothing.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: It is none of these.
     """
     if progress is True:
         return _bar(name, steps) if _has_tqdm() else _line(name)

@@ -1,6 +1,6 @@
-"""Classes of tensors and numbers as pytree nodes, so that they go in and out of compiled functions.
+"""Classes of tensors and numbers as pytree nodes, so they go in and out of compiled functions.
 
-torch.utils._pytree is private; torch has no public way to register a class with keys for torch.export (2.11 to 2.13).
+torch.utils._pytree is private. torch has no public way to register a class with keys for torch.export (2.11 to 2.13).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 
 def register_node(kind: type, tensors: tuple[str, ...], numbers: tuple[str, ...]) -> None:
-    """Makes a frozen data class a pytree node: its attributes ``tensors`` are children, ``numbers`` are kept."""
+    """Makes a frozen data class a pytree node. The attributes ``tensors`` are its children, ``numbers`` its context."""
     missing = {field.name: field.default for field in dataclasses.fields(kind)}  # None where a tensor may be missing
 
     def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -28,7 +28,7 @@ def register_node(kind: type, tensors: tuple[str, ...], numbers: tuple[str, ...]
         parts = dict(zip((*tensors, *numbers), (*children, *context), strict=True))
         if all(isinstance(parts[name], (Tensor, *_nodes)) or parts[name] is missing[name] for name in tensors):
             return kind(**parts)
-        # pytree functions put anything in a leaf's place for a while
+        # pytree functions put other things in a leaf's place for a while
         node: Any = object.__new__(kind)
         for name, part in parts.items():
             object.__setattr__(node, name, part)

@@ -1,9 +1,9 @@
 """What the library holds for the whole process, in one list, and how a test puts it back.
 
-*Remembered* are facts that calls would otherwise find out anew: a choice, a device's properties, a compiled function.
-What a result depends on is always part of the key, so forgetting costs time and changes nothing.
+*Remembered* facts would otherwise be found out anew by each call: a choice, a device's properties, a compiled function.
+Everything that a result depends on is part of its key. So forgetting costs time and changes nothing.
 
-*Registered* is what a caller made known by name, such as a scorer.
+*Registered* things were made known by a caller by name, such as a scorer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _registries: dict[str, Callable[[], object]] = {}
 
 
 def remembered(what: str, *, most: int) -> Callable[[Remembering], Remembering]:
-    """Keeps a function's results for the process, the ``most`` recently used ones. Arguments must have hashes."""
+    """Keeps a function's ``most`` recently used results for the process. Its arguments must have hashes."""
 
     def decorate(function: Remembering) -> Remembering:
         cached = functools.lru_cache(maxsize=most)(function)
@@ -30,16 +30,11 @@ def remembered(what: str, *, most: int) -> Callable[[Remembering], Remembering]:
 
 
 def registered(what: str, reset: Callable[[], object]) -> None:
-    """Enters a registry into the list, with the function that leaves in it what the library itself put there."""
+    """Enters a registry into the list. ``reset`` leaves in it only what the library itself put there."""
     _registries[what] = reset
 
 
-def process_state() -> tuple[list[str], list[str]]:
-    """The names of what is remembered, and of the registries."""
-    return list(_forgetting), list(_registries)
-
-
 def forget(*names: str) -> None:
-    """Forgets or resets what is named; all that is remembered if nothing is."""
+    """Forgets or resets what is named. Without names, forgets all remembered results."""
     for name in names or tuple(_forgetting):
         (_forgetting.get(name) or _registries[name])()

@@ -1,7 +1,7 @@
-"""The thread's state kept out of what is computed: results depend on arguments alone (docs/robustness.md).
+"""Keeps the thread's state out of what is computed. Results depend on arguments alone (docs/reference/robustness.md).
 
-Private to torch, seen with 2.11 to 2.13: _len_torch_dispatch_stack and _disable_current_modes (no public way asks for
-TorchDispatchModes or runs without them), FakeTensor and is_batchedtensor (none asks what a tensor is made by).
+Private to torch 2.11 to 2.13: _len_torch_dispatch_stack and _disable_current_modes (no public way asks for
+TorchDispatchModes or runs without them), FakeTensor and is_batchedtensor (no public way asks what made a tensor).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexprefill.runtime.tracing import is_tracing
 
 
 def without_autocast() -> AbstractContextManager[object]:
-    """Float32 products stay float32 inside, and tensors keep their dtypes."""
+    """Inside, float32 products stay float32 and tensors keep their dtypes."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _without_autocast()
     return contextlib.nullcontext()
@@ -31,7 +31,7 @@ def _without_autocast() -> Iterator[None]:
 
 
 def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of several dtypes as autocast's, where it is on, as scaled_dot_product_attention takes them."""
+    """Casts tensors of several dtypes to autocast's, where it is on, as scaled_dot_product_attention does."""
     tensors = query, key, value
     if not all(isinstance(tensor, Tensor) for tensor in tensors) or query.dtype == key.dtype == value.dtype:
         return tensors
@@ -43,9 +43,9 @@ def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def without_dispatch_modes() -> AbstractContextManager[object]:
-    """No TorchDispatchMode, such as a FlopCounterMode, sees what is called inside. Not while a graph is traced.
+    """No TorchDispatchMode, such as a FlopCounterMode, sees what is called inside. Not for use while a graph is traced.
 
-    torch.compile runs a function eagerly under one, and goes on to do so when it is gone.
+    torch.compile runs a function eagerly under such a mode, and goes on to do so after the mode is gone.
     """
     if _len_torch_dispatch_stack() > 0:
         return _disable_current_modes()
@@ -53,7 +53,7 @@ def without_dispatch_modes() -> AbstractContextManager[object]:
 
 
 def what_graphs_guard() -> tuple[object, ...]:
-    """The state that torch.compile compiles anew for, beside the arguments (with torch 2.13)."""
+    """The thread's state for which torch.compile compiles anew, besides the arguments (torch 2.13)."""
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
@@ -71,5 +71,5 @@ def is_in_vmap(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor is of a FakeTensorMode, which has shapes and no numbers; not while a graph is traced."""
+    """Whether a tensor is of a FakeTensorMode, with a shape and no numbers. False while a graph is traced."""
     return type(tensor).__name__ == "FakeTensor" and not is_tracing()

@@ -35,32 +35,34 @@ def search_blocks(
 ) -> BlockMap:
     """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
 
-    Each key block is pooled to its mean; its score is the sum over the query block's rows of exp(scale · row ·
-    mean), and blocks that reach ``config.alpha`` times the row's best are kept, with sinks, a local window and
-    the last query blocks. ``config`` can name another score. Nothing waits for the device, and the call traces under
-    ``torch.compile(fullgraph=True)``.
+    Each key block is pooled to its mean. Its score is the sum over the query block's rows of
+    exp(scale · row · mean). Blocks that reach ``config.alpha`` times the best score of their row are kept. So are
+    sinks, a local window and the last query blocks. ``config`` can name another score.
+
+    Nothing waits for the device. The call traces under ``torch.compile(fullgraph=True)``.
 
     Args:
-        query: [B, Hq, S_q, D], float16, bfloat16 or float32; the last S_q of the S_kv positions.
-        key: [B, Hkv, S_kv, D], of query's dtype and device; Hq is a multiple of Hkv, S_q at most S_kv.
-            D is a multiple of 8 from 16 to 256.
-        config: the rule's settings.
-        variant: what the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
-            :class:`AttentionVariant`. The scores follow it.
-        scale: factor on the dot products; 1 / sqrt(D) if None.
-        last_chunk: whether these queries end the prompt. False says that a later chunk follows, and then no
-            query block counts as one of the last. Maps of chunks are joined by :meth:`BlockMap.from_chunks`.
-        implementation: "reference" (plain PyTorch, float32, any device), "triton" (a CUDA device, or the CPU
-            under TRITON_INTERPRET=1), or "auto" (triton on CUDA for the scorer "flashprefill", else reference).
-        means: of the blocks of earlier chunks' keys, which are then not pooled again; extended by this chunk's. Not
-            inside torch.compile.
+        query: [B, Hq, S_q, D], float16, bfloat16 or float32. Queries are the last S_q of the S_kv positions. D is a
+            multiple of 8 from 16 to 256.
+        key: [B, Hkv, S_kv, D], with query's dtype and device. Hq is a multiple of Hkv. S_q is at most S_kv.
+        config: The settings of the rule.
+        variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks. The scores
+            follow it. See `AttentionVariant`.
+        scale: Factor on the dot products. None is 1 / sqrt(D).
+        last_chunk: Whether these queries end the prompt. If False, a later chunk follows, and no query block counts as
+            one of the last. `BlockMap.from_chunks` joins the maps of chunks.
+        implementation: "reference" is plain PyTorch in float32, on any device. "triton" needs a CUDA device, or the CPU
+            under TRITON_INTERPRET=1. "auto" is triton on CUDA for the scorer "flashprefill", else reference.
+        means: Block means of earlier chunks' keys. They are not pooled again. This chunk's means are added to them. Not
+            for use inside torch.compile.
 
     Returns:
         A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        NotEnoughMemoryError: it does not fit into the device's memory; nothing was begun.
+        TypeError: An argument has the wrong type or dtype. The message names it.
+        ValueError: An argument does not fit. The message names it.
+        NotEnoughMemoryError: The search does not fit into the device's memory. Nothing was begun.
     """
     check_attention_inputs(query, key)
     check_config(config)
@@ -83,7 +85,7 @@ def search_checked(
     means: KeyMeans | None,
     variant: AttentionVariant = PLAIN,
 ) -> BlockMap:
-    """As :func:`search_blocks`, of arguments that are known to fit together."""
+    """As `search_blocks`, for arguments that were checked."""
     check_alphas(config, query.shape[1], key.shape[1])
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
     changes = variant.changes_search
@@ -99,12 +101,12 @@ def search_checked(
         )
     implementation = resolve_implementation(implementation, query.device, rule.scorer)
     if means is None:
-        words = operator.search_words(query, key, rule, implementation, variant)
+        words = operator.search_words(query, key, *rule, implementation, *variant.parts)
     else:
         if rule.scorer != MEANS_SCORER:
             raise ValueError(
-                f"means is of the scorer {MEANS_SCORER!r}, which pools keys to their means: pass None for the scorer "
-                f"{rule.scorer!r}"
+                f"means is of the scorer {MEANS_SCORER!r}, the only one that pools keys to means: pass None for the "
+                f"scorer {rule.scorer!r}"
             )
         if variant.sequences is not None:
             raise ValueError("means is of whole blocks, not of sequences in them: pass None with sequences")
@@ -113,15 +115,12 @@ def search_checked(
     block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
     if config.guard is None:
         return block_map
-    own = "triton" if query.is_cuda else implementation  # a scorer without a kernel does not take it from the guard
+    own = "triton" if query.is_cuda else implementation  # the guard has a kernel, even if the scorer has none
     return guard_checked(query, key, block_map, config, scale, last_chunk, own)[0]
 
 
 def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
-    """The means that :func:`search_checked` takes, of all blocks of a key that is known to be right.
-
-    None for a scorer that takes none.
-    """
+    """The means of all blocks of a checked key, for `search_checked`. None for a scorer that takes no means."""
     implementation = resolve_implementation(implementation, key.device, config.scorer)
     if config.scorer != MEANS_SCORER:
         return None
@@ -131,10 +130,10 @@ def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> Key
 
 
 def resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
-    """The named one, or what "auto" is for a scorer on a device.
+    """The named implementation, or what "auto" means for a scorer on a device.
 
     Raises:
-        ValueError: there is none of that name, or it cannot run.
+        ValueError: None has that name, or it cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")

@@ -1,8 +1,9 @@
-"""Where query rows and key blocks stand: which rows give a score to which blocks."""
+"""Which query rows give a score to which key blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,41 +14,37 @@ from flexprefill.runtime.memory import PIECE
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 
-class Grid(NamedTuple):
-    """The blocks that a scorer scores. M and N are the numbers of query and key blocks, b is ``block_size``."""
+@dataclass(frozen=True)
+class Grid:
+    """The blocks that a scorer scores. b is ``block_size``.
+
+    Attributes:
+        geometry: The sizes. The grid has them too, each by its own name.
+        scale: Factor on the dot products of queries and keys.
+        first_key: A row scores every block of which it sees a key, not only those of which it sees all.
+        variant: What the attention is besides causal.
+        q_len: Queries are the last ``q_len`` of ``kv_len`` positions.
+        kv_len: Number of keys.
+        block_size: Edge of a block in tokens.
+        rows: M, the number of query blocks.
+        columns: N, the number of key blocks.
+        offset: The position of the first query.
+    """
 
     geometry: Geometry
-    scale: float  # factor on the dot products of queries and keys
-    first_key: bool  # a row scores the blocks of which it sees a key, not only those of which it sees all
+    scale: float
+    first_key: bool
     variant: AttentionVariant = PLAIN
+    q_len: int = field(init=False)
+    kv_len: int = field(init=False)
+    block_size: int = field(init=False)
+    rows: int = field(init=False)
+    columns: int = field(init=False)
+    offset: int = field(init=False)
 
-    @property
-    def q_len(self) -> int:
-        """Queries are the last ``q_len`` of ``kv_len`` positions."""
-        return self.geometry.q_len
-
-    @property
-    def kv_len(self) -> int:
-        return self.geometry.kv_len
-
-    @property
-    def block_size(self) -> int:
-        return self.geometry.block_size
-
-    @property
-    def rows(self) -> int:
-        """M."""
-        return self.geometry.rows
-
-    @property
-    def columns(self) -> int:
-        """N."""
-        return self.geometry.columns
-
-    @property
-    def offset(self) -> int:
-        """The position of the first query."""
-        return self.geometry.offset
+    def __post_init__(self) -> None:
+        for name in ("q_len", "kv_len", "block_size", "rows", "columns", "offset"):
+            object.__setattr__(self, name, getattr(self.geometry, name))
 
     @property
     def cut(self) -> bool:
@@ -60,7 +57,7 @@ class Grid(NamedTuple):
         return first if self.first_key else (first + self.block_size).clamp(max=self.kv_len) - 1
 
     def scoring_rows(self, device: torch.device | str, I: slice | None = None, J: slice | None = None) -> Tensor:
-        """Which rows of query blocks I give a score to which of key blocks J; None: all of them.
+        """Which rows of query blocks I give a score to which of key blocks J. None means all blocks.
 
         Returns:
             bool [M, b, N], or [1 or B, 1, M, b, N] where keys are cut.
@@ -80,9 +77,9 @@ class Grid(NamedTuple):
         return last_row[:, None] + self.offset >= self.scored_from(device)
 
     def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Query blocks and the key blocks that they can see, piece by piece, so that none needs more memory than PIECE.
+        """Query blocks and the key blocks that they can see, in pieces that need no more memory than PIECE.
 
-        In all they are as much as the window is wide.
+        With a sliding window a piece has only the key blocks that the window reaches.
         """
         b, window = self.block_size, self.variant.sliding_window
         step = max(1, PIECE // (self.columns * b))
@@ -95,20 +92,20 @@ class Grid(NamedTuple):
             yield slice(first, end), slice(first_position // b, last_position // b + 1)
 
     def joined(self, pieces: list[tuple[slice, slice, Tensor]], device: torch.device | str) -> Tensor:
-        """What pieces say of their block pairs, False elsewhere: bool [1 or B, M, N]."""
+        """What pieces say of their block pairs, and False elsewhere: bool [1 or B, M, N]."""
         whole = torch.zeros(pieces[0][2].shape[0], self.rows, self.columns, dtype=torch.bool, device=device)
         for I, J, piece in pieces:
             whole[:, I, J] = piece
         return whole
 
     def view(self, device: torch.device | str, I: slice | None = None, J: slice | None = None) -> View:
-        """What each row of query blocks I sees of key blocks J; None: of all."""
+        """What each row of query blocks I sees of key blocks J. None means all blocks."""
         I, J = I or slice(0, self.rows), J or slice(0, self.columns)
         b, row = self.block_size, torch.arange(I.start * self.block_size, I.stop * self.block_size, device=device)
         position = (row + self.offset).view(1, -1, b, 1)
         block = torch.arange(J.start, J.stop, device=device)
         block_start, block_end = block * b, ((block + 1) * b).clamp(max=self.kv_len)
-        # rows past the end stand in no sequence
+        # rows past the end are in no sequence
         inside, index = position < self.kv_len, position.clamp(max=self.kv_len - 1)
         sequences, window = self.variant.sequences, self.variant.sliding_window
         if sequences is None:
@@ -125,16 +122,16 @@ class Grid(NamedTuple):
 
 
 class View(NamedTuple):
-    """What rows see of key blocks: int64, broadcasting to [1 or B, M, b, N]. Ends are behind the last."""
+    """What rows see of key blocks: int64, broadcasting to [1 or B, M, b, N]. An end is one past the last."""
 
     position: Tensor
-    start: Tensor  # of the row's sequence, and its end; for rows of none the end is not behind the start
+    start: Tensor  # of the row's sequence; for a row of none the end is not behind the start
     end: Tensor
     block_start: Tensor
     block_end: Tensor
-    own_first: Tensor  # the block's keys that are of the row's sequence
+    own_first: Tensor  # the first key of the block that is in the row's sequence, and their end
     own_end: Tensor
-    seen_first: Tensor  # of these the keys that the row sees
+    seen_first: Tensor  # the first of these keys that the row sees, and their end
     seen_end: Tensor
 
     @property
@@ -143,7 +140,7 @@ class View(NamedTuple):
         return self.seen_first < self.seen_end
 
     def scores(self, first_key: bool) -> Tensor:
-        """Whether the row gives the block a score: it sees a key of it, or all that are of its own sequence."""
+        """Whether the row gives the block a score: it sees all keys of its own sequence there (first_key: one)."""
         if first_key:
             return self.sees
         whole = (self.seen_first == self.own_first) & (self.seen_end == self.own_end)

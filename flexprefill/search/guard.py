@@ -1,8 +1,8 @@
-"""The guard: heads whose kept blocks hold too little of the attention mass keep all of theirs.
+"""The guard: a head keeps all blocks if its kept blocks would hold too little of the attention mass.
 
-For a few query rows of each head, spread evenly over those that may drop blocks, the exact mass that the kept blocks
-hold is computed. A head whose mean, less a margin for what a sample does not see, is below the asked recall keeps every
-causal block. The device decides: nothing waits.
+It samples a few query rows of each head, spread evenly over those that may drop blocks. For each it computes the exact
+mass that the kept blocks hold. It takes the mean over a head's rows, less a margin for what the sample does not see. If
+that is below the asked recall, the head keeps every causal block. The device decides, so nothing waits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk,
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN
 
-SAMPLED_ROWS, FEWER_SAMPLED_ROWS = 64, 32  # sampled of each head
-FEWER = range(2**15, 2**16)  # keys with which 64 would cost more than a twentieth of the attention
+SAMPLED_ROWS, FEWER_SAMPLED_ROWS = 64, 32  # of each head
+FEWER = range(2**15, 2**16)  # numbers of keys for which 64 would cost more than a twentieth of the attention
 MARGIN = 2.0  # standard errors of the mean that are taken off it
 
 
@@ -33,11 +33,10 @@ class GuardReport:
     """What the guard saw and did.
 
     Attributes:
-        recall: float32 [B, Hq], the share of the exact attention mass of the sampled rows that the blocks found by the
-            search hold, on average over the rows.
-        lowest: float32 [B, Hq], the least share of a sampled row.
-        widened: bool [B, Hq], the heads that keep all blocks instead.
-        guard: the recall that was asked for.
+        recall: The mean share of the attention mass that the found blocks hold, over the sampled rows. float32 [B, Hq].
+        lowest: The least share of a sampled row. float32 [B, Hq].
+        widened: The heads that keep all blocks instead. bool [B, Hq].
+        guard: The recall that was asked for.
     """
 
     recall: Tensor
@@ -46,7 +45,7 @@ class GuardReport:
     guard: float
 
     def __str__(self) -> str:
-        """How many heads were widened, and the least recall; waits for the device."""
+        """How many heads were widened, and the least recall. Waits for the device."""
         return (
             f"{int(self.widened.sum())} of {self.widened.numel()} heads keep all blocks: recall below {self.guard:g}; "
             f"the least was {self.recall.min().item():.3f}"
@@ -62,20 +61,26 @@ def guard_blocks(
     scale: float | None = None,
     last_chunk: bool = True,
 ) -> tuple[BlockMap, GuardReport]:
-    """A map of the same blocks, but all causal ones for heads whose recall is below ``config.guard``; and a report.
+    """Widens a map: heads whose recall is below ``config.guard`` keep all causal blocks. Also gives a report.
 
-    What :func:`search_blocks` and :func:`prefill_attention` do by themselves where ``config.guard`` is set, for a map
-    that is already there.
+    `search_blocks` and `prefill_attention` do this by themselves where ``config.guard`` is set. This function is for a
+    map that is already there.
 
     Args:
-        query: [B, Hq, S_q, D], the last S_q of the S_kv positions; key: [B, Hkv, S_kv, D].
+        query: [B, Hq, S_q, D]. Queries are the last S_q of the S_kv positions.
+        key: [B, Hkv, S_kv, D].
         block_map: [B, Hq, M, N] of these lengths.
-        config: ``guard`` is the recall to keep, ``last_full_blocks`` says which query blocks need no guard, and with
+        config: ``guard`` is the recall to keep. ``last_full_blocks`` says which query blocks need no guard. With
             ``mask_heads="kv"`` the query heads of a key head are widened together.
-        scale, last_chunk: as in :func:`search_blocks`.
+        scale: Factor on the dot products. None is 1 / sqrt(D).
+        last_chunk: Whether these queries end the prompt, as in `search_blocks`.
+
+    Returns:
+        The widened map and a GuardReport.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError: An argument has the wrong type or dtype. The message names it.
+        ValueError: An argument does not fit. The message names it.
     """
     check_attention_inputs(query, key)
     check_config(config)
@@ -97,20 +102,11 @@ def guard_checked(
     last_chunk: bool,
     implementation: str,
 ) -> tuple[BlockMap, GuardReport]:
-    """As :func:`guard_blocks`, of arguments that are known to fit together, by "reference" or "triton"."""
+    """As `guard_blocks`, for arguments that were checked, by "reference" or "triton"."""
     assert config.guard is not None
     full_blocks = config.last_full_blocks if last_chunk else 0
-    words, recall, lowest, widened = guard_words(
-        query,
-        key,
-        block_map.words,
-        block_map.block_size,
-        full_blocks,
-        config.mask_heads == "kv",
-        config.guard,
-        scale,
-        implementation,
-    )
+    asked = full_blocks, config.mask_heads == "kv", config.guard, scale, implementation
+    words, recall, lowest, widened = guard_words(query, key, block_map.words, block_map.block_size, *asked)
     report = GuardReport(recall, lowest, widened, config.guard)
     note_guard(report)
     return replace(block_map, words=words), report
@@ -124,11 +120,17 @@ def guard_words(
     """The guarded words, and recall, lowest and widened of a GuardReport.
 
     Args:
-        words: int32 [B, Hq, M, ceil(N / 32)], a BlockMap's.
-        full_blocks: query blocks at the end that keep everything.
-        kv_masks: widens the query heads of a key head together.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        words: A BlockMap's, int32 [B, Hq, M, ceil(N / 32)].
+        block_size: The map's.
+        full_blocks: Query blocks at the end that keep everything.
+        kv_masks: Widens the query heads of a key head together.
+        guard: The recall that was asked for.
+        scale: Factor on the dot products.
+        implementation: "reference" or "triton".
     """
-    # an empty sample would say nothing: of queries that all keep everything the first block's rows are taken
+    # if all query blocks keep everything, the first one's rows are sampled: an empty sample would say nothing
     rows = min(query.shape[2], max(words.shape[2] - full_blocks, 1) * block_size)
     sampling = Sampling(rows, FEWER_SAMPLED_ROWS if key.shape[2] in FEWER else SAMPLED_ROWS, guard, MARGIN, kv_masks)
     if implementation == "reference":
@@ -146,7 +148,7 @@ def _(query, key, words, *_):
 
 
 def sampled_rows(rows: int, samples: int = SAMPLED_ROWS) -> Tensor:
-    """The sampled of so many query rows, evenly spread: int64 [samples]; fewer rows than that come more than once."""
+    """The rows sampled of ``rows`` query rows, evenly spread: int64 [samples]. If there are fewer, some come again."""
     return (2 * torch.arange(samples, device="cpu") + 1) * rows // (2 * samples)
 
 

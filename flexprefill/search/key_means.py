@@ -1,8 +1,8 @@
-"""KeyMeans: the block means of a prompt that comes in chunks, kept from one chunk to the next."""
+"""KeyMeans: block means of a prompt that comes in chunks, kept from one chunk to the next."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,22 +10,6 @@ from torch import Tensor
 from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search import operator
-
-
-class _Kind(NamedTuple):
-    batch: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    block_size: int
-    implementation: str
-
-
-class _Held(NamedTuple):
-    kind: _Kind
-    means: Tensor
-    kv_len: int
 
 
 class KeyMeans:
@@ -37,56 +21,67 @@ class KeyMeans:
             seen = key[:, :, :end], value[:, :, :end]
             prefill_attention(query[:, :, start:end], *seen, config, last_chunk=end >= length, means=means)
 
-    A search needs the means of all keys so far. With this object each chunk pools its own keys alone, and those of a
-    block that the last chunk left short. It holds key's dtype [B, Hkv, N, D], one value for each ``block_size`` of
-    the keys. The keys of earlier chunks must not change.
+    A search needs the means of all keys so far. With this object a chunk pools only its own keys, and the keys of a
+    block that the last chunk left short. It holds one vector for each ``block_size`` keys: [B, Hkv, N, D] in key's
+    dtype. The keys of earlier chunks must not change.
 
-    Chunks of whole blocks give the map of a search in one go, bit for bit, if the last one has at least
-    ``last_full_blocks`` query blocks: those of an earlier chunk were not known to be among the last.
+    Chunks of whole blocks give the map of a search in one go, bit for bit, if the last chunk has at least
+    ``last_full_blocks`` query blocks. A search of an earlier chunk cannot know which blocks are the prompt's last.
     """
 
     def __init__(self) -> None:
-        self._held: _Held | None = None  # replaced as a whole, so that no thread sees half of it
+        # what the means are of, the means and the keys' length: replaced together, so no thread sees half of it
+        self._held: tuple[dict[str, Any], Tensor, int] | None = None
 
     @property
     def kv_len(self) -> int:
         """How many keys the means are of."""
-        return 0 if self._held is None else self._held.kv_len
+        return 0 if self._held is None else self._held[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self._held is None else self._held.means.nbytes
+        return 0 if self._held is None else self._held[1].nbytes
 
     def extend(self, key: Tensor, block_size: int, implementation: str) -> Tensor:
-        """The means of all blocks of ``key`` [B, Hkv, S_kv, D]: [B, Hkv, N, D], pooled where they are not known.
+        """The means of all blocks of a key. Only those that are not known are pooled.
+
+        Args:
+            key: [B, Hkv, S_kv, D].
+            block_size: Tokens of a block.
+            implementation: "reference" or "triton".
+
+        Returns:
+            [B, Hkv, N, D] in key's dtype.
 
         Raises:
-            ValueError: key has fewer tokens than before, or other heads, dimensions, dtype, device or block size.
+            ValueError: key has fewer tokens than before, or another batch size, heads, dimension, dtype, device, block
+                size or implementation.
         """
         if is_tracing():
             raise ValueError("means cannot be used inside torch.compile, whose graphs keep no state: pass None there")
-        kind = _Kind(key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device, block_size, implementation)
-        held, kv_len, known = self._held, key.shape[2], 0
-        if held is not None:
-            for name, ours, got in zip(_Kind._fields, held.kind, kind, strict=True):
-                if got != ours:
-                    raise ValueError(
-                        f"means is of keys with {name} {ours}, got {got}: it belongs to one layer and prompt"
-                        f"{layout_hint(key=key)}"
-                    )
-            if kv_len < held.kv_len:
+        batch, kv_heads, kv_len, head_dim = key.shape
+        kind = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": key.dtype, "device": key.device}
+        kind |= {"block_size": block_size, "implementation": implementation}
+        held_kind, held_means, held_len = self._held or (kind, None, 0)
+        for name, ours in held_kind.items():
+            if kind[name] != ours:
                 raise ValueError(
-                    f"key must have all {held.kv_len} tokens that means is of, got S_kv={kv_len}: "
-                    "a new prompt needs a new KeyMeans"
+                    f"means is of keys with {name} {ours}, got {kind[name]}: it belongs to one layer and prompt"
+                    f"{layout_hint(key=key)}"
                 )
-            known = held.kv_len // block_size
-            if known * block_size == kv_len:
-                return held.means
+        if kv_len < held_len:
+            raise ValueError(
+                f"key must have all {held_len} tokens that means is of, got S_kv={kv_len}: "
+                "a new prompt needs a new KeyMeans"
+            )
+        known = held_len // block_size
+        if held_means is not None and known * block_size == kv_len:
+            return held_means
         means = operator.pool_keys(key[:, :, known * block_size :], block_size, implementation)
-        if held is not None and known:
-            means = torch.cat([held.means[:, :, :known], means], 2)
-        self._held = _Held(kind, means, kv_len)
+        if held_means is not None and known:
+            means = torch.cat([held_means[:, :, :known], means], 2)
+        self._held = kind, means, kv_len
         return means
 
 

@@ -1,6 +1,6 @@
-"""The two halves of the search by either implementation, and the whole as one custom operator.
+"""The two halves of the search by either implementation, and the whole search as one custom operator.
 
-The operator is opaque to torch.compile, so that every length gives one graph.
+torch.compile does not look inside the operator, so one graph serves every length.
 """
 
 from __future__ import annotations
@@ -22,24 +22,20 @@ from flexprefill.search.scorers import MEANS_SCORER, find_scorer
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
-BYTES_A_PAIR = 8  # of blocks, that the reference takes at the least
-
-
-def search_words(
-    query: Tensor, key: Tensor, rule: Rule, implementation: str, variant: AttentionVariant = PLAIN
-) -> Tensor:
-    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)]."""
-    return search_operator(query, key, *rule, implementation, *variant.parts)
+BYTES_A_PAIR = 8  # the reference takes at least so much for each pair of blocks
 
 
 @operator("flexprefill::search_words")
-def search_operator(
+def search_words(
     query: Tensor, key: Tensor, scale: float, log2_alpha: float, block_size: int, sink_blocks: int,
     window_blocks: int, last_full_blocks: int, min_blocks: int, kv_masks: bool, first_key: bool, scorer: str,
     log2_alphas: Sequence[float], implementation: str, starts: Tensor | None = None, ends: Tensor | None = None,
     sliding_window: int | None = None, soft_cap: float | None = None, alibi_slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As :func:`search_words`, a Rule and a variant's parts taken apart."""
+    """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)].
+
+    An operator takes a Rule and a variant's parts one by one.
+    """
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
     rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, tuple(log2_alphas))
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
@@ -56,10 +52,9 @@ def search_operator(
 @torch.library.register_fake("flexprefill::search_words")
 def _(query, key, scale, log2_alpha, block_size, *rest):
     geometry = Geometry(query.shape[2], key.shape[2], block_size)
-    # torch.export compares a size with 1, and cannot where that is said by an expression
+    # torch.export compares a size with 1, and cannot do so with an expression that is always 1
     width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
-    shape = *query.shape[:2], geometry.rows, width
-    return query.new_empty(shape, dtype=torch.int32)
+    return query.new_empty(*query.shape[:2], geometry.rows, width, dtype=torch.int32)
 
 
 def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequences | None = None) -> Tensor:
@@ -73,7 +68,7 @@ def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequ
         return reference.pool_own_keys(key, block_size, sequences)
     from flexprefill.search.kernels import launch  # imports triton
 
-    # Triton launches on the current device, which need not be the tensors'
+    # Triton launches on the current device, and the tensors may be on another
     with torch.cuda.device_of(key):
         return launch.pool_keys(key, block_size, sequences)
 
@@ -83,8 +78,7 @@ def score_words(
 ) -> Tensor:
     """A BlockMap's words, int32 [B, Hq, M, ceil(N / 32)], from what the rule's scorer pools of the kv_len keys.
 
-    Args:
-        pooled: of FlashPrefill's scorer the means of the keys' blocks, [B, Hkv, N, D].
+    FlashPrefill's scorer pools keys to their blocks' means, [B, Hkv, N, D].
     """
     if implementation == "reference":
         scorer = find_scorer(rule.scorer)
@@ -102,7 +96,7 @@ def score_words(
 
 
 def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:
-    """Raises ValueError unless a scorer, which may be a caller's own, gave what Scorer.log_scores has to."""
+    """Raises ValueError unless a scorer gave what Scorer.log_scores has to. It may be a caller's own."""
     shape = *query.shape[:2], grid.rows, grid.columns
     if not isinstance(scores, Tensor):
         found = type(scores).__name__

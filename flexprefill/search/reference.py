@@ -1,7 +1,7 @@
 """The definition of the search in plain PyTorch: float32, any device, written to be read.
 
-B batch, Hq and Hkv query and key heads, g = Hq / Hkv; b block size; M and N query and key blocks, I and J
-their indices. Log-scores are in log2.
+B is the batch size. Hq and Hkv are the numbers of query and key heads, and g = Hq / Hkv. b is the block size. M and N
+are the numbers of query and key blocks, I and J their indices. Log-scores are in log2.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def pool_keys(key: Tensor, block_size: int) -> Tensor:
 
 
 def pool_own_keys(key: Tensor, block_size: int, sequences: Sequences) -> Tensor:
-    """Means of what each sequence has of each key block, taken and kept as :func:`pool_keys` does.
+    """Means of what each sequence has of each key block, taken and kept as `pool_keys` does.
 
-    A block has one for each of its sequences. N of them are of the sequence that its first position belongs to, N of
-    the one that its last position belongs to, and for sequences between these there is one at each position, of its own
-    sequence in its own block.
+    A block has one mean for each of its sequences. The first N means are those of the sequence at each block's first
+    position. The next N are those of the sequence at its last position. Sequences between these have a mean at each of
+    their positions.
 
     Args:
         key: [B, Hkv, S_kv, D].
+        block_size: Tokens of a block.
+        sequences: The batch's.
 
     Returns:
-        [B, Hkv, N + N + S_kv, D]; what stands where padding does, or a position's where its sequence reaches an end of
-        the block, is not to be used.
+        [B, Hkv, N + N + S_kv, D]. Means of padding are not to be used. Neither is a position's mean if its sequence
+        reaches an end of the block.
     """
     kv_len = key.shape[2]
     columns = ceil_div(kv_len, block_size)
@@ -72,13 +74,16 @@ def pool_own_keys(key: Tensor, block_size: int, sequences: Sequences) -> Tensor:
 
 
 def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
-    """log2 of each block's score, up to no constant: L_IJ = log2 of the sum over rows q of 2^(s[q, J]).
+    """log2 of each block's score: L_IJ = log2 of the sum over rows q of 2^(s[q, J]).
 
-    Where the grid has sequences, K̄_J is the mean of what q's own sequence has of J. A soft cap applies to the product.
-    ALiBi's part of a score is the mean of exp(-slope · distance) over the keys of J that q sees.
+    s[q, J] is log2(e) · scale · q · K̄_J. K̄_J is the mean of block J's keys. With sequences it is the mean of what q's
+    own sequence has of J. A soft cap applies to the product. ALiBi adds the log of the mean of exp(-slope · distance)
+    over the keys of J that q sees.
 
     Args:
-        query: [B, Hq, S_q, D]; means: [B, Hkv, N, D], or what :func:`pool_own_keys` gives where there are sequences.
+        query: [B, Hq, S_q, D].
+        means: [B, Hkv, N, D], or what `pool_own_keys` gives where there are sequences.
+        grid: The blocks to score.
 
     Returns:
         float32 [B, Hq, M, N], -inf where no row gives a score.
@@ -112,7 +117,7 @@ def _products(queries: Tensor, means: Tensor, grid: Grid, view: View | None, I: 
     if grid.variant.sequences is None or view is None:
         return of_first
     of_last = float_products(queries, means[columns : 2 * columns][J].T)
-    # one that reaches neither the block's first position nor its last lies in the rows' own block alone
+    # a sequence that reaches neither end of the block lies in the rows' own block alone
     alone = means[2 * columns + grid.offset + I.start * b :][: (I.stop - I.start) * b]
     alone = pad(alone, (0, 0, 0, (I.stop - I.start) * b - alone.shape[0])).unflatten(0, (-1, b))
     of_own = (queries * alone).sum(-1, keepdim=True)
@@ -138,26 +143,26 @@ def _modified(products: Tensor, grid: Grid, view: View | None, kv_head: int) -> 
 def alibi_mean(slopes: Tensor, nearest: Tensor, count: Tensor) -> Tensor:
     """Natural log of the mean of exp(-slope · distance) over ``count`` distances from the nearest on."""
     count = count.clamp(min=1).float()
-    # a geometric series; a slope of 0 is the limit
+    # a geometric series, and for a slope of 0 its limit
     ratio = (torch.expm1(-slopes * count) / torch.expm1(-slopes)).log() - count.log()
     return -slopes * nearest + torch.where(slopes == 0, 0, ratio)
 
 
 def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
-    """The kept blocks, from the log2 scores [B, Hq, M, N]: bool [B, Hq, M, N]. The rule is PrefillConfig's."""
+    """The kept blocks by PrefillConfig's rule, from the log2 scores [B, Hq, M, N]: bool [B, Hq, M, N]."""
     scored = grid.scored(L.device)
     group = L.shape[1] // kv_heads
     if rule.kv_masks:
-        # of all rows of the group's heads
+        # the sum over all rows of the group's heads
         L = log2_sum(rearrange(L, "B (H g) M N -> B H g M N", g=group), 2)
 
-    # a block whose score is not finite is kept, and takes no part in its row's maximum
+    # a block whose score is not finite is kept, and does not count for its row's best
     finite = L.isfinite()
     comparable = torch.where(finite, L, -torch.inf)
     best = comparable.amax(-1, keepdim=True)
     threshold = best + rule.log2_alpha
     if rule.log2_alphas:
-        # heads that share a mask have one alpha
+        # heads that share a mask have the same alpha
         threshold = best + log2_alphas_on(L.device, rule)[:: group if rule.kv_masks else 1, None, None]
     keep = scored & (~finite | (L >= threshold))
     if rule.min_blocks:
@@ -170,7 +175,7 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
 
 
 def always_kept(geometry: Geometry, rule: Rule, device: torch.device | str) -> Tensor:
-    """The sinks, the window and the last query blocks, kept whatever the scores are: bool [M, N]."""
+    """The sinks, the window and the last query blocks. They are kept whatever the scores are: bool [M, N]."""
     causal = causal_blocks(geometry, device)
     I = torch.arange(causal.shape[0], device=device)[:, None]
     J = torch.arange(causal.shape[1], device=device)
@@ -180,7 +185,7 @@ def always_kept(geometry: Geometry, rule: Rule, device: torch.device | str) -> T
 
 
 def always_kept_of_own(grid: Grid, rule: Rule, device: torch.device | str) -> Tensor:
-    """As :func:`always_kept` where keys are cut: for each row that of its own sequence, as far as rows see the block.
+    """As `always_kept` where keys are cut: each row keeps that of its own sequence, as far as it sees the block.
 
     Returns:
         bool [1 or B, 1, M, N].
@@ -190,7 +195,7 @@ def always_kept_of_own(grid: Grid, rule: Rule, device: torch.device | str) -> Te
         view = grid.view(device, I, J)
         block = view.block_start // b
         sink = block < view.start // b + rule.sink_blocks
-        # of the sequence's rows in the query block the last one
+        # the last row of the sequence in the query block
         last_row = torch.minimum(view.position[:, :, -1:], view.end - 1)
         window = block > last_row // b - rule.window_blocks
         query_block = torch.arange(I.start, I.stop, device=device).view(1, -1, 1, 1)

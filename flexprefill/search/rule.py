@@ -1,4 +1,4 @@
-"""The rule's settings as the implementations read them."""
+"""The settings of the rule as the implementations read them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from flexprefill.runtime.state import remembered
 
 
 class Rule(NamedTuple):
-    """A PrefillConfig with its threshold in log2 and all that depends on the call resolved. Numbers and names only."""
+    """A PrefillConfig for one call, with its threshold in log2. Numbers and names only."""
 
     scale: float
-    log2_alpha: float  # the least one, where heads have their own
+    log2_alpha: float  # the least one where heads have their own
     block_size: int
     sink_blocks: int
     window_blocks: int
-    last_full_blocks: int  # 0 if a later chunk of queries follows
+    last_full_blocks: int  # 0 if a later chunk follows
     min_blocks: int
     kv_masks: bool  # one mask for the query heads of a key head
-    first_key: bool  # a row scores the blocks whose first key it sees, not only those that it sees whole
+    first_key: bool  # a row scores every block whose first key it sees, not only those that it sees whole
     scorer: str
-    log2_alphas: tuple[float, ...] = ()  # one for each query head; none: all have log2_alpha
+    log2_alphas: tuple[float, ...] = ()  # one for each query head; empty if all have log2_alpha
 
     @classmethod
     def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
@@ -46,7 +46,7 @@ class Rule(NamedTuple):
 class Sampling(NamedTuple):
     """Which rows of each head the guard looks at, and what they have to show."""
 
-    rows: int  # the first so many queries are sampled
+    rows: int  # samples are taken from this many first queries
     samples: int
     guard: float  # the recall asked for
     margin: float  # standard errors that are taken off the mean
@@ -54,11 +54,11 @@ class Sampling(NamedTuple):
 
 
 def log2_alphas_on(device: torch.device, rule: Rule) -> Tensor:
-    """A rule's log2_alphas as float32 [Hq] on a device. Nothing waits, and a captured CUDA graph copies them anew."""
+    """A rule's log2_alphas on a device, float32 [Hq]. Nothing waits. A captured CUDA graph copies them anew."""
     return _log2_alphas(rule.log2_alphas, device.type == "cuda").to(device, non_blocking=True)
 
 
 @remembered("alphas of heads on the host", most=256)
 def _log2_alphas(numbers: tuple[float, ...], pinned: bool) -> Tensor:
-    # whatever the caller's default dtype and device are
+    # the caller may have another default dtype and device
     return torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=pinned)

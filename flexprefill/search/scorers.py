@@ -1,8 +1,8 @@
-"""The scoring step by name: functions from queries and pooled keys to log-scores, all with one rule behind them.
+"""The scoring step by name: functions from queries and pooled keys to log-scores.
 
-A scorer says how much each query block wants each key block. Sinks, window, alpha and the rest of the rule do not
-depend on it, so that methods can be compared on one engine. FlashPrefill's has kernels; the others are plain PyTorch
-on any device, in pieces that bound the memory, and slow: they are for evaluation.
+A scorer says how much each query block wants each key block. Sinks, window, alpha and the rest of the rule are the same
+for all scorers, so methods can be compared on one engine. FlashPrefill's scorer has kernels. The others are plain
+PyTorch on any device, in pieces that bound the memory. They are slow and meant for evaluation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexprefill.blockmap.geometry import ceil_div
-from flexprefill.config import SCORE_ROWS, SCORERS
+from flexprefill.config import CHOICES, SCORERS, check_name
 from flexprefill.runtime.memory import PIECE
 from flexprefill.runtime.state import registered
 from flexprefill.search import reference
@@ -24,8 +23,8 @@ from flexprefill.search.grid import Grid
 from flexprefill.variant.logits import LOG2_E, PlainAttention, log2_sum
 from flexprefill.variant.variant import PLAIN
 
-MEANS_SCORER = "flashprefill"  # the one whose pooled keys are their blocks' means, and which has kernels
-STRIDE = 16  # XAttention's, the paper's choice
+MEANS_SCORER = "flashprefill"  # it pools keys to their blocks' means, and has kernels
+STRIDE = 16  # XAttention's; the paper's choice
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,15 @@ class Scorer:
     """A scoring step.
 
     Attributes:
-        pool: (key [B, Hkv, S_kv, D], block_size) to what scores are made of, [B, Hkv, ...].
-        log_scores: (query [B, Hq, S_q, D], what ``pool`` gave, Grid) to float32 [B, Hq, M, N]: log2 of how much query
-            block I wants key block J. Only differences within a row of blocks count. -inf where ``grid.scored`` says
-            that there is no score; any other score that is not finite keeps its block.
-        source: where the method comes from.
-        score_rows: "whole" or "visible" (see PrefillConfig) where the method itself says which rows score a block; None
-            leaves it to the config.
-        knows_variant: whether ``log_scores`` heeds the grid's variant: sequences, sliding window, soft cap and ALiBi;
-            one that does not is refused where these are given. With sequences, FlashPrefill's own keys are pooled by
-            reference.pool_own_keys.
+        pool: Takes (key [B, Hkv, S_kv, D], block_size). Gives what scores are made of, [B, Hkv, ...].
+        log_scores: Takes (query [B, Hq, S_q, D], what ``pool`` gave, Grid). Gives float32 [B, Hq, M, N], log2 of how
+            much query block I wants key block J. Only differences within a row of blocks count. It is -inf where
+            ``grid.scored`` says that there is no score. Any other score that is not finite keeps its block.
+        source: Where the method comes from.
+        score_rows: Which rows score a block, "whole" or "visible" (see PrefillConfig), if the method itself says so.
+            None leaves it to the config.
+        knows_variant: Whether ``log_scores`` follows the grid's variant: sequences, sliding window, soft cap and ALiBi.
+            A scorer that does not is refused where these are given.
     """
 
     pool: Callable[[Tensor, int], Tensor]
@@ -55,48 +53,53 @@ class Scorer:
 def register_scorer(name: str, scorer: Scorer) -> None:
     """Makes a scoring step known as ``PrefillConfig(scorer=name)``, in this process.
 
+    Args:
+        name: A printable name that is not taken.
+        scorer: The scoring step.
+
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: the name is taken, or the scorer's ``score_rows`` are none.
+        TypeError: An argument has the wrong type.
+        ValueError: The name is taken, or the scorer's ``score_rows`` is no known setting.
     """
-    if not isinstance(name, str) or not name.isprintable() or not name:
-        raise TypeError(f"name must be a string such as 'exact', got {name!r}")
+    check_name("name", name)
     if not isinstance(scorer, Scorer):
         raise TypeError(f"scorer must be a Scorer, got {type(scorer).__name__}")
     for part in ("pool", "log_scores"):
         if not callable(getattr(scorer, part)):
             raise TypeError(f"scorer.{part} must be a function, got {type(getattr(scorer, part)).__name__}")
-    if scorer.score_rows not in (None, *SCORE_ROWS):
-        raise ValueError(f"scorer.score_rows must be None or one of {SCORE_ROWS}, got {scorer.score_rows!r}")
-    if name in _SCORERS or _SCORERS.setdefault(name, scorer) is not scorer:
-        raise ValueError(f"name {name!r} is taken; registered are {list(_SCORERS)}")
-    SCORERS.add(name)
+    known = CHOICES["score_rows"]
+    if scorer.score_rows not in (None, *known):
+        raise ValueError(f"scorer.score_rows must be None or one of {known}, got {scorer.score_rows!r}")
+    if name in SCORERS or SCORERS.setdefault(name, scorer) is not scorer:
+        raise ValueError(f"name {name!r} is taken; registered are {list(SCORERS)}")
 
 
 def find_scorer(name: str) -> Scorer:
     """The scoring step of a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
-    if name not in _SCORERS:
+    if name not in SCORERS:
         raise ValueError(
-            f"config.scorer must be one of {list(_SCORERS)}, got {name!r}; register_scorer makes another one known"
+            f"config.scorer must be one of {list(SCORERS)}, got {name!r}; register_scorer makes another one known"
         )
-    return _SCORERS[name]
+    return SCORERS[name]
 
 
 def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = STRIDE) -> Tensor:
     """XAttention's score: the antidiagonals' share of a softmax, summed over the block (arXiv 2503.16428).
 
-    Queries and keys are taken in groups of ``stride``, counted from the first of each. The logit of two groups is the
-    sum along the antidiagonal of their square of products, (stride - 1 - i, i) for i = 0 … stride - 1, times
-    scale / stride; what a short last group lacks counts as zero. A group of queries takes the softmax over the groups
-    of keys that start at or before its last row, and log2 of the block's sum of shares is its score.
+    Queries and keys are taken in groups of ``stride``, counted from the first of each. Two groups make a square of
+    products. Their logit is scale / stride times the sum along its antidiagonal, (stride - 1 - i, i) for
+    i = 0 … stride - 1. What a short last group lacks counts as zero. A group of queries takes the softmax over the
+    groups of keys that start at or before its last row. A block's score is log2 of its sum of shares.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
-        grid: with a block size that is a multiple of ``stride``.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        grid: Its block size is a multiple of ``stride``.
+        stride: Rows of a group.
 
     Returns:
         float32 [B, Hq, M, N].
@@ -116,14 +119,16 @@ def antidiagonal_scores(query: Tensor, key: Tensor, grid: Grid, stride: int = ST
 
 
 def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
-    """The exact attention mass of each block, which a perfect search would go by: slow, for evaluation.
+    """The exact attention mass of each block. A perfect search would go by it. It is slow and meant for evaluation.
 
-    log2 of the sum of softmax(scale · query · key) over the rows of I and the keys of J, each row's softmax being over
-    all keys up to its own position, or of these the ones that sequences and a sliding window let it see. A soft cap and
-    ALiBi are part of the logits.
+    It is log2 of the sum of softmax(scale · query · key) over the rows of I and the keys of J. The softmax of a row is
+    over all keys that it sees: those up to its own position, as far as sequences and a sliding window let it see them.
+    A soft cap and ALiBi are part of the logits.
 
     Args:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        grid: The blocks to score.
 
     Returns:
         float32 [B, Hq, M, N].
@@ -133,9 +138,7 @@ def exact_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
 
 def _groups(tensor: Tensor, stride: int) -> Tensor:
     """[B, H, S, D] to [B, H, ceil(S / stride), stride, D], zeros behind the end."""
-    length = tensor.shape[2]
-    padded = pad(tensor, (0, 0, 0, ceil_div(length, stride) * stride - length))
-    return padded.unflatten(2, (-1, stride))
+    return pad(tensor, (0, 0, 0, -tensor.shape[2] % stride)).unflatten(2, (-1, stride))
 
 
 def _block_shares(attention: PlainAttention, grid: Grid, per_block: int) -> Tensor:
@@ -151,10 +154,10 @@ def _block_shares(attention: PlainAttention, grid: Grid, per_block: int) -> Tens
             of_group = slice(head, head + group)
             logits = LOG2_E * attention.logits(slice(b, b + 1), of_group, rows, slice(0, length))[0]
             logits = pad(logits, (0, columns * per_block - length), value=-torch.inf)
-            # in logs: a share that underflows would be no score
+            # in logs, because a share that underflows would be no score
             by_block = log2_sum(logits.unflatten(2, (columns, per_block)), 3)  # [g, rows, N]
             total = log2_sum(by_block, 2)[..., None]
-            # a row of padding has no keys, and no share
+            # a row of padding has no keys and no share
             shares = by_block - torch.where(total == -torch.inf, 0, total)
             padded = pad(shares, (0, 0, 0, missing_rows), value=-torch.inf)
             summed = log2_sum(padded.unflatten(1, (-1, per_block)), 2)
@@ -166,18 +169,17 @@ def _keys_themselves(key: Tensor, block_size: int) -> Tensor:
     return key
 
 
-_SCORERS = {
+OWN_SCORERS = {
     MEANS_SCORER: Scorer(reference.pool_keys, reference.log_scores, "FlashPrefill, arXiv 2603.06199", None, True),
     "xattention": Scorer(_keys_themselves, antidiagonal_scores, "XAttention, arXiv 2503.16428", "visible"),
     "exact": Scorer(_keys_themselves, exact_scores, "the attention mass itself", "visible", True),
 }
 
 
-def _forget_scorers() -> None:
-    for name in [name for name in _SCORERS if name not in _OWN]:
-        del _SCORERS[name]
-        SCORERS.discard(name)
+def _reset_scorers() -> None:
+    SCORERS.clear()
+    SCORERS.update(OWN_SCORERS)
 
 
-_OWN = frozenset(_SCORERS)
-registered("registered scorers", _forget_scorers)
+_reset_scorers()
+registered("registered scorers", _reset_scorers)

@@ -1,4 +1,4 @@
-"""Maps kept: in memory (cache), of a model's run (recording), and in safetensors files (docs/format.md)."""
+"""Maps kept: in memory (cache), of a model's run (recording), and in safetensors files (docs/reference/format.md)."""
 
 from flexprefill.store.contents import MaskFileInfo
 from flexprefill.store.header import read_mask_info

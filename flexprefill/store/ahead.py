@@ -1,4 +1,4 @@
-"""Files, checksums and bits in threads beside the caller: none of them holds Python's lock for long."""
+"""Work in threads beside the caller. Files, checksums and bits hold Python's lock for a short time only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1) -> Generator[Result, None, None]:
-    """The results of ``work`` on each item in order; so many threads work while the caller has an earlier result."""
+    """The results of ``work`` on each item, in order. Threads go on working while the caller uses a result."""
     with ThreadPoolExecutor(threads, "flexprefill-masks") as pool:
         begun: deque[Future[Result]] = deque()
         for item in items:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,11 +32,14 @@ class CacheStats:
     """What a MaskCache did and holds.
 
     Attributes:
-        hits: searches answered whole by an earlier one of the same prompt; extensions: of which only some query
-            blocks were searched; misses: searched whole.
-        reused_rows, searched_rows: query blocks, summed over all searches.
-        evictions: maps dropped for the limit; entries, bytes: maps held now, and their size with that of their
-            prompts' tokens.
+        hits: Searches answered whole by an earlier search of the same prompt.
+        extensions: Searches of which only some query blocks were searched.
+        misses: Searches of all query blocks.
+        reused_rows: Query blocks that were not searched, over all searches.
+        searched_rows: Query blocks that were searched, over all searches.
+        evictions: Maps dropped because of the limit.
+        entries: Maps held now.
+        bytes: Their size, with that of their prompts' tokens.
     """
 
     hits: int = 0
@@ -54,7 +57,7 @@ class _Identity:
     """What two prompts are compared by: the caller's key, or their tokens.
 
     Attributes:
-        tokens: ``batch`` numbers of the dtype ``item`` for each position.
+        tokens: For each position ``batch`` numbers of the dtype ``item``.
     """
 
     key: Hashable | None
@@ -62,15 +65,12 @@ class _Identity:
     item: str = "i4"
     batch: int = 1
 
-    def __hash__(self) -> int:
-        return hash(self.tokens) if self.key is None else hash(self.key)
-
     @property
     def length(self) -> int:
         return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
 
     def shared(self, other: _Identity) -> int:
-        """How many positions are the same before the first that differs; a huge number for all, now and later."""
+        """How many positions are the same before the first difference; a huge number if none will ever differ."""
         if (self.key, self.item, self.batch) != (other.key, other.item, other.batch):
             return 0
         if self.key is not None or self.tokens is other.tokens:
@@ -86,12 +86,12 @@ class _Entry:
     identity: _Identity
     block_map: BlockMap
     last_chunk: bool
-    stream: torch.cuda.Stream | None = None  # that the map was made on, on CUDA
-    made: torch.cuda.Event | None = None  # there
+    stream: torch.cuda.Stream | None = None  # on CUDA: the stream that made the map
+    made: torch.cuda.Event | None = None  # on that stream
 
     @classmethod
     def of(cls, identity: _Identity, block_map: BlockMap, last_chunk: bool) -> _Entry:
-        """With what another stream has to wait for."""
+        """An entry with the event that other streams have to wait for."""
         if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
             return cls(identity, block_map, last_chunk)
         stream = torch.cuda.current_stream(block_map.device)
@@ -110,17 +110,17 @@ class _Entry:
 class MaskCache:
     """Maps by layer, found again for a prompt that repeats or extends an earlier one.
 
-    Only query blocks that no cached map answers are searched: a row of blocks depends on the tokens up to its end
-    alone. The map equals the one that a search of the whole prompt gives; rows that were the last of the shorter
-    prompt, and so kept everything, are searched again. Safe to use from several threads, and on several CUDA streams.
+    Only query blocks that no cached map answers are searched, because a row of blocks depends only on the tokens up to
+    its end. The map equals that of a search of the whole prompt. The last rows of the shorter prompt kept everything
+    and are searched again. A cache can be used from several threads and on several CUDA streams.
 
     Args:
-        max_bytes: of the maps together, wherever they are, and of their prompts' tokens; the least recently used
-            ones go first, and a single map above the limit is not kept.
-        device: where maps are kept; None leaves each on the device that it was made on.
+        max_bytes: Limit of the maps together, on any device, and of their prompts' tokens. The least recently used maps
+            are dropped first. A single map above the limit is not kept.
+        device: Where maps are kept. Default: each map stays on the device that made it.
 
     Raises:
-        TypeError, ValueError: ``max_bytes`` is no positive int, or ``device`` not here.
+        TypeError, ValueError: ``max_bytes`` is no positive int, or ``device`` is not here.
     """
 
     def __init__(self, max_bytes: int = 2**30, *, device: torch.device | str | None = None) -> None:
@@ -133,29 +133,32 @@ class MaskCache:
         if self.device is not None and self.device.type == "meta":
             raise ValueError("device must be one that can hold maps, got meta")
         self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()  # the most recently used last
-        self._stats = CacheStats()
+        self._counts: Counter[str] = Counter()
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: the maps are shared, which nobody changes, and the copy has a lock of its own."""
+        """For copies. They share the maps, which nobody changes, and have a lock of their own."""
         with self._lock:
             entries = {place: replace(entry, stream=None, made=None) for place, entry in self._entries.items()}
-            return {**self.__dict__, "_entries": entries, "_lock": None}
+            return {**self.__dict__, "_entries": entries, "_counts": self._counts.copy(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _entries=OrderedDict(state["_entries"]), _lock=threading.RLock())
 
     def prompt(self, token_ids: Tensor | Sequence[int] | None = None, *, key: Hashable = None) -> CachedPrompt:
-        """One prompt, whose layers are then searched with :meth:`CachedPrompt.search_blocks`.
+        """One prompt. Its layers are then searched with ``CachedPrompt.search_blocks``.
 
         Args:
-            token_ids: [S], or [B, S] for a batch, whole numbers. They are compared on the host, so a tensor on a GPU
-                is waited for, once a prompt.
-            key: instead of token_ids, whatever names a growing conversation: prompts of one key must have the same
-                tokens as far as both go.
+            token_ids: Whole numbers, [S], or [B, S] for a batch. They are compared on the host: a tensor on a GPU is
+                waited for, once a prompt.
+            key: Instead of token_ids, a name for a growing conversation. Prompts of one key must have the same tokens
+                as far as both go.
+
+        Returns:
+            The prompt, bound to this cache.
 
         Raises:
-            TypeError, ValueError: not exactly one of them is given, token_ids are no whole numbers, or key has no hash.
+            TypeError, ValueError: Not exactly one of them is given, token_ids are no whole numbers, or key has no hash.
         """
         if (token_ids is None) == (key is None):
             raise ValueError("prompt takes either token_ids or a key, and one of them")
@@ -168,19 +171,19 @@ class MaskCache:
         identity = _Identity(key) if token_ids is None else _identify(token_ids)
         with self._lock:
             others = self._identities()
-            # layers of one prompt hold its tokens once, also if it comes again
+            # all layers of a prompt share one copy of its tokens, also if the prompt comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
-            # now, not while the device waits for the first layer: both read all tokens, once
+            # both read all tokens once: now, and not while the device waits for the first layer
             hash(prompt.identity)
             for other in others:
                 prompt._shared(other)
         return prompt
 
     def __getitem__(self, layer: int) -> BlockMap:
-        """The most recently used map of a layer, of whatever prompt.
+        """The most recently used map of a layer, of any prompt.
 
         Raises:
-            KeyError: there is none.
+            KeyError: The layer has no map.
         """
         with self._lock:
             for place, entry in reversed(self._entries.items()):
@@ -196,15 +199,15 @@ class MaskCache:
     def stats(self) -> CacheStats:
         """Counts since the cache was made, and what it holds now."""
         with self._lock:
-            return replace(self._stats, entries=len(self._entries), bytes=self._bytes())
+            return CacheStats(**self._counts, entries=len(self._entries), bytes=self._bytes())
 
     def clear(self) -> None:
-        """Drops all maps; the counts stay."""
+        """Drops all maps. The counts stay."""
         with self._lock:
             self._entries.clear()
 
     def _identities(self) -> list[_Identity]:
-        """Those of the prompts that have maps, each once."""
+        """The identities of all prompts that have maps, each once."""
         return list({id(entry.identity): entry.identity for entry in self._entries.values()}.values())
 
     def _bytes(self) -> int:
@@ -221,12 +224,13 @@ class MaskCache:
 
     def _best(
         self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
-    ) -> tuple[BlockMap, int] | None:
-        """The map of a kind that answers most query blocks from ``first`` to ``end``, and where its answer ends.
+    ) -> BlockMap | None:
+        """The rows from ``first`` on, up to ``end`` at most, of the map of a kind that answers most of them.
 
         Args:
-            first, end: counted from the prompt's start.
-            last_full_blocks: of a map that ends its prompt, rows that keep everything for that.
+            first: The first query block, counted from the prompt's start.
+            end: Counted likewise.
+            last_full_blocks: Last rows of a map that ends its prompt. They keep everything, and answer nothing.
         """
         with self._lock:
             best, found = first, None
@@ -243,7 +247,10 @@ class MaskCache:
             if found is None:
                 return None
             self._entries.move_to_end(found)
-            return self._entries[found].ready(), best
+            held = self._entries[found].ready()
+        before, block = held.offset // held.block_size, held.block_size
+        words = held.words[:, :, first - before : best - before, : ceil_div(best, 32)]
+        return BlockMap(words, (best - first) * block, best * block, block)
 
     def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
         with self._lock:
@@ -257,21 +264,19 @@ class MaskCache:
 
     def _count(self, **counts: int) -> None:
         with self._lock:
-            self._stats = replace(
-                self._stats, **{name: getattr(self._stats, name) + count for name, count in counts.items()}
-            )
+            self._counts.update(counts)
 
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """A prompt of a MaskCache; see :meth:`MaskCache.prompt`."""
+    """A prompt of a MaskCache, made by ``MaskCache.prompt``."""
 
     cache: MaskCache
     identity: _Identity
     _known: WeakKeyDictionary[_Identity, int] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
     def _shared(self, other: _Identity) -> int:
-        """As identity.shared, of each other prompt once; under the cache's lock."""
+        """As identity.shared, computed once for each other prompt. The caller holds the cache's lock."""
         shared = self._known.get(other)
         if shared is None:
             shared = self._known[other] = self.identity.shared(other)
@@ -287,16 +292,22 @@ class CachedPrompt:
         scale: float | None = None,
         last_chunk: bool = True,
     ) -> BlockMap:
-        """As :func:`flexprefill.search_blocks`, searching only the query blocks that no cached map answers.
+        """As ``flexprefill.search_blocks``, but only query blocks that no cached map answers are searched.
 
         Args:
-            layer: number of the layer; another layer's maps are never used.
-            query, key, config, scale, last_chunk: as in :func:`flexprefill.search_blocks`; key has
-                all keys of the prompt so far, and query the last of them or all.
+            layer: Number of the layer. Other layers' maps are never used.
+            query: As in ``flexprefill.search_blocks``: all queries of the prompt so far, or the last of them.
+            key: As in ``flexprefill.search_blocks``: all keys of the prompt so far.
+            config: As in ``flexprefill.search_blocks``.
+            scale: As in ``flexprefill.search_blocks``.
+            last_chunk: As in ``flexprefill.search_blocks``.
+
+        Returns:
+            The map of these queries.
 
         Raises:
-            TypeError, ValueError: as :func:`flexprefill.search_blocks`, or the prompt has fewer tokens than key, or
-                another batch size.
+            TypeError, ValueError: As ``flexprefill.search_blocks``, or the prompt has fewer tokens than key, or another
+                batch size.
         """
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer must be an int, got {layer!r}")
@@ -305,7 +316,7 @@ class CachedPrompt:
         check_last_chunk(last_chunk)
         if config.guard is not None:
             raise ValueError(
-                f"config.guard must be None in a MaskCache, whose maps are of rows from several searches, got "
+                f"config.guard must be None in a MaskCache, whose maps hold rows of several searches, got "
                 f"{config.guard}: call flexprefill.guard_blocks on the map"
             )
         q_len, kv_len, block = query.shape[2], key.shape[2], config.block_size
@@ -328,35 +339,25 @@ class CachedPrompt:
         # the device pools the keys while the host looks for rows
         means = pool_checked(key, config, "auto")
         first, start_in_block = divmod(kv_len - q_len, block)
-        # rows that are whole here and not last; one map may answer some, and another those after
+        # only whole rows that are not last can be answered; one map may answer some, and another those after
         end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
-        known_rows: list[tuple[BlockMap, int, int]] = []
+        answers: list[BlockMap] = []
         row = first
-        while found := self.cache._best(kind, self, row, end, config.last_full_blocks):
-            held, known_end = found
-            known_rows.append((held, row, known_end))
-            row = known_end
+        while (answer := self.cache._best(kind, self, row, end, config.last_full_blocks)) is not None:
+            answers.append(answer)
+            row = answer.kv_len // block
         rest: list[BlockMap] = []
-        if not known_rows or row * block < kv_len:
-            # before the known rows are put together: the device waits for it
-            others = query[:, :, row * block - (kv_len - q_len) :] if known_rows else query
+        if not answers or row * block < kv_len:
+            # the device waits for this search, so it comes before the pieces are put together
+            others = query[:, :, row * block - (kv_len - q_len) :] if answers else query
             rest = [search_checked(others, key, config, rule.scale, last_chunk, "auto", means)]
-        pieces = [_rows(*rows).to(query.device) for rows in known_rows] + rest
-        block_map = BlockMap.from_chunks(pieces) if known_rows else rest[0]
-        counts = {"extensions": 1} if row > first else {"misses": 1}
-        self.cache._count(**counts, reused_rows=row - first, searched_rows=ceil_div(q_len, block) - (row - first))
+        pieces = [answer.to(query.device) for answer in answers] + rest
+        block_map = BlockMap.from_chunks(pieces) if answers else rest[0]
+        reused, searched = row - first, ceil_div(q_len, block) - (row - first)
+        self.cache._count(**{"extensions" if reused else "misses": 1}, reused_rows=reused, searched_rows=searched)
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
         self.cache._keep(place, _Entry.of(self.identity, kept, last_chunk))
         return block_map
-
-
-def _rows(block_map: BlockMap, first: int, end: int) -> BlockMap:
-    """A view of rows first to end, counted from the prompt's start, of a map that starts on a block's edge."""
-    block = block_map.block_size
-    before = block_map.offset // block
-    width = ceil_div(end, 32)
-    words = block_map.words[:, :, first - before : end - before, :width]
-    return BlockMap(words, (end - first) * block, end * block, block)
 
 
 def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
@@ -365,6 +366,6 @@ def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
         raise ValueError(f"token_ids must be [S] or [B, S], got {list(tokens.shape)}")
     by_position = tokens.to(torch.int64).reshape(-1, tokens.shape[-1]).T.numpy()  # [S, B]
     narrow = by_position.astype(np.int32)
-    if (narrow == by_position).all():  # as those of every tokenizer
+    if (narrow == by_position).all():  # true of every tokenizer's numbers
         by_position = narrow
     return _Identity(None, by_position.tobytes(), by_position.dtype.str, by_position.shape[1])

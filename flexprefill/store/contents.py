@@ -17,7 +17,7 @@ from flexprefill._version import __version__
 from flexprefill.blockmap.geometry import WORD_BITS, Geometry, ceil_div
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.store.container import Entry, is_object, is_text, parse_json, parse_object
-from flexprefill.store.tokens import token_tensor
+from flexprefill.store.tokens import check_token_texts, check_tokens_fit, token_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class MaskFileInfo:
         model: the model's name.
         config_hash: SHA-256 of ``config``'s canonical JSON, in hexadecimal.
         token_ids_hash: SHA-256 of the prompt's token ids, in hexadecimal.
+        tokens: the prompt's text, one string for each key, if it was saved; private, and not in the ``repr``.
         dtype: of the queries and keys, such as "bfloat16".
         scoring: the rule that scored the blocks.
         library: the versions of flexprefill, torch and safetensors that wrote the file.
@@ -56,6 +57,7 @@ class MaskFileInfo:
     model: str | None = None
     config_hash: str | None = None
     token_ids_hash: str | None = None
+    tokens: tuple[str, ...] | None = field(default=None, repr=False)
     dtype: str | None = None
     scoring: str | None = None
     library: dict[str, str] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def describe(
     metadata: Mapping[str, str] | None,
     model: str | None,
     token_ids: Tensor | Sequence[int] | None,
+    tokens: Sequence[str] | None,
     dtype: torch.dtype | None,
 ) -> dict[str, str]:
     """The header's strings, all but the layers, for these arguments of :func:`save_masks`.
@@ -100,7 +103,7 @@ def describe(
         "library": json.dumps(library),
         "dtype": "" if dtype is None else str(dtype).removeprefix("torch."),
         "user": json.dumps(dict(metadata)),
-    }
+    } | ({} if tokens is None else {"tokens": json.dumps(check_token_texts(tokens))})
 
 
 def read_description(strings: Mapping[str, str]) -> MaskFileInfo:
@@ -146,10 +149,18 @@ def read_description(strings: Mapping[str, str]) -> MaskFileInfo:
         model=strings["model"] or None,
         config_hash=strings["config_hash"] or None,
         token_ids_hash=strings["token_ids_hash"] or None,
+        tokens=_read_tokens(strings["tokens"], layers) if "tokens" in strings else None,
         dtype=strings["dtype"] or None,
         scoring=strings["scoring"] or None,
         library=parse_object(strings["library"], of=is_text),
     )
+
+
+def _read_tokens(text: str, layers: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    tokens = check_token_texts(parse_json(text))
+    for layer, sizes in layers.items():
+        check_tokens_fit(len(tokens), layer, sizes)
+    return tuple(tokens)
 
 
 def geometry_of(sizes: Mapping[str, Any]) -> Geometry:

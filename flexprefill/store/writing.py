@@ -27,6 +27,7 @@ from flexprefill.store.contents import FORMAT_VERSION, TABLES, describe, planned
 from flexprefill.store.figures import recall_entry
 from flexprefill.store.heads import Stream, TrianglePacking, even_step
 from flexprefill.store.recording import Recording
+from flexprefill.store.tokens import check_tokens_fit
 
 
 def save_masks(
@@ -37,6 +38,7 @@ def save_masks(
     metadata: Mapping[str, str] | None = None,
     model: str | None = None,
     token_ids: Tensor | Sequence[int] | None = None,
+    tokens: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | Advance | None = None,
 ) -> None:
@@ -49,20 +51,24 @@ def save_masks(
         path: the file; one that exists is replaced, and its permissions stay.
         masks: layer number to map; maps may differ in lengths, heads and device.
         config: the settings that made the masks, kept in the file.
-        metadata: the caller's own entries, str to str, kept in the file. A Recording's recall becomes one more.
+        metadata: the caller's own entries, str to str, kept in the file. A Recording's recall becomes one more. An
+            entry ``heads`` with a name for each head of a layer, separated by commas, is what the viewer calls them.
         model: the name of the model whose masks they are, kept in the file.
         token_ids: the prompt, a tensor of any shape or a list of ints, whose SHA-256 is kept in the file.
+        tokens: the prompt's text, one string for each key, such as ``[tokenizer.decode([i]) for i in ids]``; the viewer
+            shows it. A file with tokens holds the whole prompt: treat it as private. Default: no text is kept.
         dtype: of the queries and keys that the masks were made from, kept in the file.
         progress: True shows a bar on stderr (with tqdm, else a line); a function is called with 1 after each layer.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind.
+        TypeError, ValueError: an argument is not of its kind, or ``tokens`` are not as many as the keys.
         OSError: the file cannot be written.
     """
     check_path(path)
     numbers = _layer_numbers(masks)
     own = recall_entry(masks.recalls) if isinstance(masks, Recording) else {}
-    description = describe(config, own | dict(metadata or {}) if own else metadata, model, token_ids, dtype)
+    metadata = own | dict(metadata or {}) if own else metadata
+    description = describe(config, metadata, model, token_ids, tokens, dtype)
     start = _header_room(description, numbers)
     layers: dict[int, dict[str, Any]] = {}
     densities: list[float] = []
@@ -80,7 +86,8 @@ def save_masks(
             end += streams.nbytes
             return packed.densities, [zlib.crc32(stream) for stream in streams]
 
-        with contextlib.closing(ahead(write, _packed(masks, numbers, layers, advance))) as written:
+        packed = _packed(masks, numbers, layers, advance, None if tokens is None else len(tokens))
+        with contextlib.closing(ahead(write, packed)) as written:
             for shares, sums in written:
                 densities += shares
                 checksums += sums
@@ -105,6 +112,7 @@ def _packed(
     numbers: Sequence[int],
     layers: dict[int, dict[str, Any]],
     advance: Advance,
+    token_count: int | None,
 ) -> Iterator[_Packed]:
     """The heads' streams, some at a time; notes the sizes of each layer in ``layers`` on the way."""
     packing_for = functools.lru_cache(maxsize=1)(TrianglePacking)
@@ -112,6 +120,8 @@ def _packed(
     def pack_layer(layer: int, block_map: BlockMap) -> Iterator[_Packed]:
         check_has_bits(f"masks[{layer}]", block_map)
         layers[layer] = block_map.geometry._asdict() | {"shape": block_map.shape[:2]}
+        if token_count is not None:
+            check_tokens_fit(token_count, layer, layers[layer])
         packing = packing_for(block_map.geometry)
         words = block_map.words.to("cpu").reshape(-1, packing.words_per_head).numpy()  # [B · H, M · W]
         step = even_step(len(words), packing.most)
@@ -149,5 +159,5 @@ def _header_room(description: Mapping[str, str], numbers: Sequence[int]) -> int:
     entries = {name: Entry("F32", (widest, widest, widest), widest, widest) for name in names}
     room = len(header_bytes({**description, "layers": json.dumps(layers)}, entries))
     if room > HEADER_LIMIT:
-        raise ValueError(f"metadata must leave the header below {HEADER_LIMIT:,} bytes, got {room:,}")
+        raise ValueError(f"metadata and tokens must leave the header below {HEADER_LIMIT:,} bytes, got {room:,}")
     return room

@@ -1,6 +1,1 @@
-"""What a call's attention is: sequences, window, caps and sinks, their checks, and the one plain-PyTorch attention."""
-
-from flexprefill.variant.sequences import Sequences
-from flexprefill.variant.variant import AttentionVariant
-
-__all__ = ["AttentionVariant", "Sequences"]
+"""What a call's attention is: sequences, window, caps and sinks, with their checks, and plain-PyTorch attention."""

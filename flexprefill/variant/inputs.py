@@ -1,4 +1,4 @@
-"""Checks of the tensors that a caller hands in. Each error names the argument and what it got."""
+"""Checks of a caller's tensors. Each error names the argument and what it got."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
-from flexprefill.config import plain_number
+from flexprefill.config import check_number, plain_number
 from flexprefill.runtime.layout import layout_hint, warn_of_layout
 from flexprefill.runtime.thread_state import is_fake, is_in_vmap
 from flexprefill.runtime.tracing import is_tracing
@@ -24,15 +24,19 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
     """Raises unless query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] can be searched, and with value attended.
 
     Raises:
-        TypeError: an argument is no tensor or has an unsupported dtype or layout.
-        ValueError: shapes, dtypes or devices do not fit together, or a gradient is asked for.
+        TypeError: An argument is no tensor, or has an unsupported dtype or layout.
+        ValueError: Shapes or devices do not fit together, or a gradient is asked for.
     """
     named = dict(zip(("query", "key", "value"), (query, key, *value), strict=False))
     for name, tensor in named.items():
         _check_tensor(name, tensor)
-        _check_head_dim(name, tensor)
-    for name in list(named)[1:]:
-        _check_against_query(name, named[name], query)
+    for name, tensor in list(named.items())[1:]:
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}")
     if value and (query.device.type == "meta" or is_fake(query)):
         kind = "a fake tensor of FakeTensorMode" if is_fake(query) else "meta"
         raise ValueError(f"query must be on a device that computes, got {kind}")
@@ -62,13 +66,13 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The given scale, or 1 / sqrt(head_dim) for None.
 
     Raises:
-        TypeError, ValueError: ``scale`` is no finite number.
+        TypeError: ``scale`` is no number.
+        ValueError: ``scale`` is not finite in float32.
     """
     if scale is None:
         return 1.0 / math.sqrt(operator.index(head_dim))
     scale = plain_number(scale)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    check_number("scale", scale, "a number or None")
     if not abs(scale) <= LARGEST_SCALE:  # false for NaN as well
         raise ValueError(f"scale must be finite in float32, at most {LARGEST_SCALE:g}, got {scale}")
     return float(scale)
@@ -86,14 +90,19 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if tensor.dim() != 4 or 0 in tensor.shape:
         raise ValueError(f"{name} must be [B, H, S, D], 4 dimensions with no size of 0, got {list(tensor.shape)}")
-    # a sign that is only noted, as of the imaginary part of a conjugate: kernels read the memory as it is
+    # the sign is only noted, as for the imaginary part of a conjugate, and kernels read the memory as it is
     if not is_tracing() and tensor.is_neg():
         raise ValueError(f"{name} must hold its own values, got a negated view: pass {name}.resolve_neg()")
     check_no_gradients(**{name: tensor})
+    # read as a constant where torch.compile makes every size a symbol
+    if operator.index(tensor.shape[3]) not in HEAD_DIMS:
+        raise ValueError(
+            f"{name} must have a head dimension that is a multiple of 8 from 16 to 256, got D={tensor.shape[3]}"
+        )
 
 
 def check_no_gradients(**tensors: Tensor) -> None:
-    """Raises ValueError where a gradient is asked for."""
+    """Raises ValueError if a gradient is asked for."""
     for name, tensor in tensors.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -102,24 +111,8 @@ def check_no_gradients(**tensors: Tensor) -> None:
             )
 
 
-def _check_head_dim(name: str, tensor: Tensor) -> None:
-    # a constant too where torch.compile makes every size a symbol
-    if operator.index(tensor.shape[3]) not in HEAD_DIMS:
-        raise ValueError(
-            f"{name} must have a head dimension that is a multiple of 8 from 16 to 256, got D={tensor.shape[3]}"
-        )
-
-
-def _check_against_query(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-    if tensor.dtype != query.dtype:
-        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
-    if tensor.shape[0] != query.shape[0]:
-        raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {tensor.shape[0]}")
-
-
 def check_last_chunk(last_chunk: object) -> None:
+    """Raises TypeError unless it is a bool."""
     if not isinstance(last_chunk, bool):
         raise TypeError(f"last_chunk must be a bool, got {last_chunk!r}")
 

@@ -1,6 +1,6 @@
-"""The one attention in plain PyTorch, any device, slow. Whatever has no kernel is computed by it.
+"""The one attention in plain PyTorch. It runs on any device, is slow, and computes whatever has no kernel.
 
-It computes in float32, or float64 for tensors of float64.
+It computes in float32, or in float64 for tensors of float64.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, eq=False)
 class PlainAttention:
-    """One call's attention, from which logits are taken in pieces that the caller chooses.
+    """One call's attention. The caller takes logits from it in pieces of its choice.
 
     Attributes:
-        query: [B, Hq, S_q, D]; key: [B, Hkv, S_kv, D].
-        scale: factor on the dot products.
-        variant: its sinks are no part of the logits.
-        mask_mods, score_mods: FlexAttention's, after what the variant says; called with indices that broadcast.
-        causal: whether queries are the last S_q of the S_kv positions, and see the keys up to their own. Else the
-            variant must be plain.
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        scale: Factor on the dot products.
+        variant: Applied first. Its sinks are no part of the logits.
+        mask_mods: FlexAttention's, called with indices that broadcast.
+        score_mods: FlexAttention's, called with indices that broadcast.
+        causal: Queries are the last S_q of the S_kv positions and see the keys up to their own. If False, the variant
+            must be plain.
     """
 
     query: Tensor
@@ -52,14 +54,19 @@ class PlainAttention:
         """Natural logits of some rows against some keys: [batch, heads, R, K], -inf where a key is hidden.
 
         Args:
-            heads: query heads, of one key head or all of several.
-            rows, keys: indices int64 [R] and [K], or slices with a start and a stop.
+            batch: Batch entries.
+            heads: Query heads, of one key head or all of several.
+            rows: Indices int64 [R], or a slice with a start and a stop.
+            keys: Indices int64 [K], or a slice with a start and a stop.
         """
-        kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
-        queries = self.query[batch, heads][:, :, rows].unflatten(1, (kv_heads.stop - kv_heads.start, -1))
-        own_keys = self.key[batch, kv_heads][:, :, keys]
+        own_keys = self.key[batch, self._kv_heads(heads)][:, :, keys]
+        queries = self.query[batch, heads][:, :, rows].unflatten(1, (own_keys.shape[1], -1))
         logits = self.scale * float_products(queries, own_keys[:, :, None].transpose(3, 4)).flatten(1, 2)
         return self._modified(logits, batch, heads, _indices(rows, logits), _indices(keys, logits))
+
+    def _kv_heads(self, heads: slice) -> slice:
+        """The key heads of query heads."""
+        return slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
 
     def _modified(self, logits: Tensor, batch: slice, heads: slice, rows: Tensor, keys: Tensor) -> Tensor:
         device, variant = logits.device, self.variant
@@ -86,7 +93,7 @@ class PlainAttention:
     def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output [B, Hq, S_q, Dv] over values [B, Hkv, S_kv, Dv], and natural log-sum-exps [B, Hq, S_q].
 
-        A row that sees nothing outputs zeros, and its log-sum-exp is -inf. The variant's sinks change the output alone.
+        A row that sees nothing outputs zeros, and its log-sum-exp is -inf. The variant's sinks change only the output.
         """
         sizes, dtype = self.query.shape[:3], computed_in(self.query)
         output = self.query.new_empty(*sizes, value.shape[3], dtype=dtype)
@@ -96,23 +103,23 @@ class PlainAttention:
             logits = self.logits(batch, heads, rows, keys)
             lse = logits.logsumexp(-1)
             weights = (logits - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
-            kv_heads = slice(heads.start // self.group, (heads.stop - 1) // self.group + 1)
-            grouped = weights.unflatten(1, (kv_heads.stop - kv_heads.start, -1))
-            output[batch, heads, rows] = float_products(grouped, value[batch, kv_heads][:, :, None, keys]).flatten(1, 2)
+            own_values = value[batch, self._kv_heads(heads)][:, :, None, keys]
+            grouped = weights.unflatten(1, (own_values.shape[1], -1))
+            output[batch, heads, rows] = float_products(grouped, own_values).flatten(1, 2)
             sums[batch, heads, rows] = lse
         return output if self.variant.sinks is None else add_sinks(output, sums, self.variant.sinks), sums
 
     def _keys_before(self, rows: slice) -> slice:
-        """The keys that any of some rows can see by order and window; all in a graph, which fits every length."""
+        """The keys that some rows can see by order and window. In a graph, which fits every length, all keys."""
         offset, window = self.key.shape[2] - self.query.shape[2], self.variant.sliding_window
         if is_tracing() or not self.causal:
             return slice(0, self.key.shape[2])
         return slice(0 if window is None else max(0, rows.start + offset - window + 1), rows.stop + offset)
 
     def _pieces(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Batch entries, heads and rows: all at once where that is not too much, else some rows of one key head."""
+        """Batch entries, heads and rows: all at once if that is not too much, else some rows of one key head."""
         batch, heads, q_len, _ = self.query.shape
-        # a number of pieces that depends on lengths would be compiled for anew
+        # if the number of pieces depended on lengths, each number would compile anew
         if is_tracing() or batch * heads * q_len * self.key.shape[2] <= PIECE:
             yield slice(0, batch), slice(0, heads), slice(0, q_len)
             return
@@ -141,10 +148,12 @@ def _indices(chosen: Tensor | slice, like: Tensor) -> Tensor:
 
 
 def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Attention over keys to attention in whose softmax one more logit of each head takes part, without a value.
+    """Adds one more logit of each head, without a value, to the softmax of attention over keys.
 
     Args:
-        output: [B, Hq, S_q, Dv]; lse: [B, Hq, S_q], natural log-sum-exps; sinks: [Hq].
+        output: [B, Hq, S_q, Dv].
+        lse: Natural log-sum-exps, [B, Hq, S_q].
+        sinks: [Hq].
     """
     share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return (output * share[..., None]).to(output.dtype)
@@ -156,7 +165,7 @@ def soft_capped(logits: Tensor, soft_cap: float | None) -> Tensor:
 
 
 def log2_sum(logs: Tensor, dim: int) -> Tensor:
-    """log2 of the sum of 2^logs along a dimension; NaN where one is."""
+    """log2 of the sum of 2^logs along a dimension. NaN where one of them is."""
     m = logs.amax(dim, keepdim=True)
     shift = torch.where(m.isinf(), 0, m)  # -inf - -inf would be NaN
     return shift.squeeze(dim) + torch.log2(torch.exp2(logs - shift).sum(dim))

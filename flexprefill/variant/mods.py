@@ -24,14 +24,14 @@ def hiding_masks(variant: AttentionVariant, words: Tensor, geometry: Geometry) -
     first = first_keys(variant.sequences, variant.sliding_window, geometry, words.device)
     if first is None:
         return ()
-    # a window alone is said with less than a number for each query
+    # a window alone needs no number for each query
     window = variant.sliding_window if variant.sequences is None else None
     mod = from_first_key(first) if window is None else in_window(words, geometry.offset, window)
     return (Mask(mod, blocks_from(first, geometry)),)
 
 
 def changing_mods(variant: AttentionVariant, query: Tensor, offset: int) -> tuple[ScoreMod, ...]:
-    """The score_mods of a variant for queries that start at a position, in the order in which they apply."""
+    """The score_mods of a variant for queries that start at ``offset``, in the order in which they apply."""
     mods = []
     if variant.soft_cap is not None:
         mods.append(soft_cap_mod(query, variant.soft_cap))
@@ -42,21 +42,21 @@ def changing_mods(variant: AttentionVariant, query: Tensor, offset: int) -> tupl
 
 def soft_cap_mod(query: Tensor, soft_cap: float) -> ScoreMod:
     """soft_cap · tanh(score / soft_cap)."""
-    # a tensor: of a second number torch.compile makes a symbol, which FlexAttention cannot be compiled with
+    # a tensor: torch.compile makes a symbol of a second number, and cannot compile FlexAttention with it
     caps = _of_heads(torch.full((query.shape[1],), soft_cap, dtype=torch.float32, device=query.device))
 
     def soft_capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return caps[h] * torch.tanh(score / caps[h])
 
     def soft_capped_by_exp(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # tanh to float32's rounding of 1, as 16 bits need; CUDA's own is several times as many instructions
+        # tanh to float32's rounding of 1, enough for 16 bits; CUDA's own takes several times as many instructions
         return caps[h] * (1 - 2 / (torch.exp(score * (2 / caps[h])) + 1))
 
     return soft_capped_by_exp if query.is_cuda and query.dtype != torch.float32 else soft_capped
 
 
 def _of_heads(tensor: Tensor) -> Tensor:
-    """[Hq], whose length is not to become a symbol once other calls have other heads: each number compiles anew."""
+    """A tensor [Hq] for mods. Its length does not become a symbol when other calls have other heads."""
     if not is_tracing():
         keep_size(tensor, 0)
     return to_capture(tensor)
@@ -67,9 +67,9 @@ def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
 
     Args:
         slopes: float [Hq].
-        offset: int32 [B], the position of the first query.
+        offset: The position of the first query, int32 [B].
     """
-    slopes = _of_heads(slopes.to(torch.float32, copy=True))  # a copy: what is said of it is not said of the caller's
+    slopes = _of_heads(slopes.to(torch.float32, copy=True))  # a copy, because the caller's is not to be marked
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - slopes[h] * (q_idx + offset[b] - kv_idx)
@@ -78,7 +78,7 @@ def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
 
 
 def in_window(words: Tensor, offset: int, sliding_window: int) -> MaskMod:
-    """mask_mod of queries at an offset of a map's batch that see so many keys, their own the last."""
+    """mask_mod of queries at an offset that see ``sliding_window`` keys, their own the last. Words give the batch."""
     floor = offsets_at(words, offset - sliding_window)
 
     def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ def in_window(words: Tensor, offset: int, sliding_window: int) -> MaskMod:
 
 
 def from_first_key(first: Tensor) -> MaskMod:
-    """mask_mod of queries that see no key before their first: int32 [1 or B, S_q], see visibility.first_keys."""
+    """mask_mod of queries that see no key before their first. See visibility.first_keys."""
     if first.shape[0] == 1:
-        # one index costs FlashAttention-4 less than two
+        # one index is cheaper than two for FlashAttention-4
         first = to_capture(first[0])
 
         def not_before(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from flexprefill.config import plain_number
+from flexprefill.config import check_number, check_whole, plain_number
 from flexprefill.runtime.pytrees import register_node
 from flexprefill.variant.inputs import check_heads_tensor, check_per_head
 from flexprefill.variant.sequences import Sequences
@@ -21,22 +20,24 @@ Parts = tuple[Tensor | None, Tensor | None, int | None, float | None, Tensor | N
 class AttentionVariant:
     """What a call's attention is besides causal: one object for search, mask and attention.
 
-    Checked when it is made; that it fits query and key is checked where both are given. Equal variants have equal
-    numbers and the same tensors. A variant is a pytree node and goes in and out of compiled functions.
+    The parts are checked when it is made. Each call then checks that they fit its query and key. Two variants are
+    equal if they have equal numbers and the same tensors. A variant is a pytree node: it goes in and out of compiled
+    functions.
 
     Args:
-        sequences: which positions belong together; keys of other sequences and of padding enter no mean and no score,
-            and sinks, window and last query blocks are those of the query's own sequence (docs/masks.md). Rows of
+        sequences: Which positions belong together. Keys of other sequences and of padding enter no mean and no score.
+            Sinks, window and last query blocks are those of the query's own sequence (docs/howto/batches.md). Rows of
             padding output zeros.
-        sliding_window: how many keys a query sees, its own the last; None: all before it. Blocks outside are neither
-            scored nor kept.
-        soft_cap: cap · tanh(scores / cap) takes the place of the scaled products, as in Gemma 2.
-        alibi_slopes: float [Hq], on query's device: slope · (distance of the key) is subtracted from the scores.
-        sinks: float [Hq], on query's device: a learned logit of each head that takes part in its softmax and has no
-            value (gpt-oss). The search does not depend on it, and a log-sum-exp that is returned is without it.
+        sliding_window: How many keys a query sees, its own the last. None: all up to its own. Blocks outside the window
+            are not scored and not kept.
+        soft_cap: cap · tanh(scores / cap) replaces the scaled products, as in Gemma 2.
+        alibi_slopes: slope · (distance of the key) is subtracted from the scores. float [Hq], on query's device.
+        sinks: A learned logit of each head, as in gpt-oss. It takes part in the head's softmax and has no value. The
+            search does not depend on it. A returned log-sum-exp does not contain it. float [Hq], on query's device.
 
     Raises:
-        TypeError, ValueError: a part is of the wrong type or out of range; the message names it.
+        TypeError: A part has the wrong type.
+        ValueError: A part is out of range.
     """
 
     sequences: Sequences | None = None
@@ -49,29 +50,24 @@ class AttentionVariant:
         for name in ("sliding_window", "soft_cap"):
             if (plain := plain_number(getattr(self, name))) is not getattr(self, name):
                 object.__setattr__(self, name, plain)
-        window, cap = self.sliding_window, self.soft_cap
         if not (self.sequences is None or isinstance(self.sequences, Sequences)):
             raise TypeError(
                 "sequences must be made by Sequences.from_lengths or from_cu_seqlens, got "
                 f"{type(self.sequences).__name__}"
             )
-        if window is not None:
-            if isinstance(window, bool) or not isinstance(window, int):
-                raise TypeError(f"sliding_window must be an int or None, got {window!r}")
-            if not 1 <= window < 2**31:
-                raise ValueError(f"sliding_window must be at least 1 key and below 2**31, got {window}")
-        if cap is not None:
-            if isinstance(cap, bool) or not isinstance(cap, (int, float)):
-                raise TypeError(f"soft_cap must be a number or None, got {cap!r}")
-            if not 0 < cap < math.inf:
-                raise ValueError(f"soft_cap must be positive and finite, got {cap}")
+        if self.sliding_window is not None:
+            check_whole("sliding_window", self.sliding_window, 1, "an int or None")
+        if self.soft_cap is not None:
+            check_number("soft_cap", self.soft_cap, "a number or None")
+            if not 0 < self.soft_cap < math.inf:
+                raise ValueError(f"soft_cap must be positive and finite, got {self.soft_cap}")
         for name in ("alibi_slopes", "sinks"):
             if getattr(self, name) is not None:
                 check_heads_tensor(name, getattr(self, name))
 
     @classmethod
     def of_parts(cls, parts: Parts) -> AttentionVariant:
-        """The variant of what :attr:`parts` gave."""
+        """The variant that `parts` was taken from."""
         starts, ends, sliding_window, soft_cap, alibi_slopes = parts
         if starts is None and sliding_window is None and soft_cap is None and alibi_slopes is None:
             return PLAIN
@@ -80,32 +76,32 @@ class AttentionVariant:
 
     @property
     def parts(self) -> Parts:
-        """What the search and the logits depend on, flat, for an operator's border."""
+        """What the search and the logits depend on, one by one, as an operator takes it."""
         starts, ends = (None, None) if self.sequences is None else (self.sequences.starts, self.sequences.ends)
         soft_cap = None if self.soft_cap is None else float(self.soft_cap)
         return starts, ends, self.sliding_window, soft_cap, self.alibi_slopes
 
     @property
     def changes_search(self) -> list[str]:
-        """The names of the parts that are given and that the search depends on."""
+        """The names of the given parts that the search depends on."""
         names = ("sequences", "sliding_window", "soft_cap", "alibi_slopes")
         return [name for name in names if getattr(self, name) is not None]
 
     def check_fits(self, query: Tensor, key: Tensor) -> None:
-        """Raises ValueError unless the parts are of query's and key's sizes and device."""
+        """Raises ValueError unless the parts have query's and key's sizes and device."""
         if self.sequences is not None:
             self.sequences.check_fits(key)
         for name, tensor in (("alibi_slopes", self.alibi_slopes), ("sinks", self.sinks)):
             if tensor is not None:
                 check_per_head(name, tensor, query)
 
-    def _all(self) -> tuple[Any, ...]:
+    def _all(self) -> tuple[object, ...]:
         return self.sequences, self.sliding_window, self.soft_cap, self.alibi_slopes, self.sinks
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AttentionVariant):
             return NotImplemented
-        # tensors are the same or are not: comparing what they hold would wait for the device
+        # comparing what tensors hold would wait for the device
         return all(
             ours is theirs or (isinstance(ours, (int, float)) and ours == theirs)
             for ours, theirs in zip(self._all(), other._all(), strict=True)
@@ -121,7 +117,7 @@ PLAIN = AttentionVariant()
 
 
 def check_variant(variant: AttentionVariant | None, query: Tensor, key: Tensor) -> AttentionVariant:
-    """The variant, plain causal attention for None; raises unless it fits query and key."""
+    """The variant, or plain causal attention for None. Raises unless it fits query and key."""
     if variant is None:
         return PLAIN
     if not isinstance(variant, AttentionVariant):

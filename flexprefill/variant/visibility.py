@@ -11,18 +11,21 @@ from flexprefill.blockmap.geometry import Geometry, causal_blocks
 from flexprefill.blockmap.masking import MaskedBlocks
 from flexprefill.variant.sequences import Sequences
 
-BEYOND = 2**31 - 1  # a number, and no length, which torch.compile would take for a constant where it fills a pad
+BEYOND = 2**31 - 1  # not a length: torch.compile would take a length that fills a pad for a constant
 
 
 def first_keys(
     sequences: Sequences | None, sliding_window: int | None, geometry: Geometry, device: torch.device
 ) -> Tensor | None:
-    """The first key that each query sees, which with the causal edge is all that hides keys: int32 [1 or B, S_q].
+    """The first key that each query sees, int32 [1 or B, S_q]. It and the causal edge hide all that is hidden.
 
-    S_kv for a query that sees none. None where nothing else hides keys.
+    It is S_kv for a query that sees none. The result is None if only the causal edge hides keys.
 
     Args:
-        sliding_window: how many keys a query sees, its own the last; None: all before it.
+        sequences: The batch's, or None.
+        sliding_window: How many keys a query sees, its own the last. None: all up to its own.
+        geometry: The map's sizes.
+        device: Where the result is to be.
     """
     offset = geometry.offset
     first = None if sequences is None else sequences.starts[:, offset:]
@@ -33,7 +36,7 @@ def first_keys(
 
 
 def blocks_from(first: Tensor, geometry: Geometry) -> MaskedBlocks:
-    """What the first keys that queries see [1 or B, S_q] leave of a map's blocks; see classify_blocks."""
+    """What the first keys that queries see, [1 or B, S_q], leave of a map's blocks. See classify_blocks."""
     (q_len, kv_len, b), rows, device = geometry, geometry.rows, first.device
     J = torch.arange(geometry.columns, device=device)
     missing = (0, rows * b - q_len)
@@ -43,7 +46,7 @@ def blocks_from(first: Tensor, geometry: Geometry) -> MaskedBlocks:
 
     whole = J * b >= by_block(first, 0).amax(2, keepdim=True)
     whole &= (J + 1) * b <= kv_len
-    # a query block's rows stand in one key block, or in that and the next
+    # the rows of a query block stand in one key block or in two that are neighbours
     position = torch.arange(geometry.offset, kv_len, device=device)[None]
     own = by_block(position // b, BEYOND)
     low = own[:, :, :1]

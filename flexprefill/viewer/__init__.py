@@ -10,24 +10,40 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import Any
 
+from flexprefill.blockmap.html import DROPPED, KEPT
 from flexprefill.errors import FlexPrefillError, MaskFileError
+from flexprefill.inspection.patterns import LINE_SHARE, MIN_LINE_BLOCKS, PATTERNS, known_settings
+from flexprefill.plotting.difference import BOTH, ONLY_FIRST, ONLY_SECOND
 from flexprefill.store import read_mask_info
+from flexprefill.store.figures import RECALL_ENTRY
 
 READS_VERSION = 2
-EMBED_LIMIT = 8 * 2**20  # bytes of a mask file; base64 makes a third more of it
+EMBED_LIMIT = 24 * 2**20  # bytes of a mask file; base64 makes a third more of it
 # in this order: each takes from window.flexprefill what those before it have put there
 SCRIPTS = (
     "maskfile.js",
     "blockmap.js",
     "patterns.js",
+    "heads.js",
     "drawing.js",
+    "axes.js",
     "pane.js",
     "heatmap.js",
     "state.js",
+    "inks.js",
     "panel.js",
+    "text.js",
+    "view.js",
+    "address.js",
+    "pointer.js",
+    "gallery.js",
+    "exports.js",
     "page.js",
 )
+# the same file has the same colour in the pictures of `flexprefill diff`
+COLOURS = {"kept": KEPT, "dropped": DROPPED, "both": BOTH, "only_first": ONLY_FIRST, "only_second": ONLY_SECOND}
 
 
 def write_page(
@@ -78,18 +94,32 @@ def write_page(
         else:
             asked.append(reason)
 
-    # a script's end cannot stand in a name
-    about = json.dumps(described).replace("<", "\\u003c")
     scripts = [_resource(name) for name in SCRIPTS]
     page = {
         "policy": _policy(scripts),
         "title": html.escape(" ↔ ".join(path.name for path in paths)),
-        "style": _resource("page.css"),
+        "style": _filled(_resource("page.css"), COLOURS),
         "scripts": "\n".join(_script("module", script) for script in scripts),
-        "data": "\n".join([_script("application/json", about, "files"), *embedded]),
+        "data": "\n".join([_data("files", described), _data("rule", _rule()), *embedded]),
     }
     output.write_text(_filled(_resource("page.html"), page), encoding="utf-8")
     return asked
+
+
+def _rule() -> dict[str, Any]:
+    """What the page has to know to read files itself: the rule of the patterns in numbers, and where recall is kept."""
+    return {
+        "patterns": PATTERNS,
+        "line_share": LINE_SHARE,
+        "min_line_blocks": MIN_LINE_BLOCKS,
+        "unknown": known_settings(None).to_dict(),
+        "recall_entry": RECALL_ENTRY,
+    }
+
+
+def _data(name: str, value: Any) -> str:
+    """JSON for the page; a script's end cannot stand in it."""
+    return _script("application/json", json.dumps(value).replace("<", "\\u003c"), name)
 
 
 def _too_large(name: str, size: int, limit: int) -> str:

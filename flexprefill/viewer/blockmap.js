@@ -3,6 +3,7 @@
 const WORD_BITS = 32;
 
 class BlockMap {
+  static #causal = new Map();
   #levels = [];
 
   // words: Uint32Array [rows, width]; bit j of word w is key block 32 w + j, zero in the causal future.
@@ -23,9 +24,23 @@ class BlockMap {
     });
   }
 
-  // The map that keeps every visible block.
+  // The map that keeps every visible block; one for all heads of these sizes.
   static causal(geometry) {
-    return BlockMap.#fill(geometry, (_, count) => (count === WORD_BITS ? -1 : (1 << count) - 1));
+    const { queryLength, keyLength, blockSize } = geometry;
+    const name = [queryLength, keyLength, blockSize].join();
+    if (!BlockMap.#causal.has(name)) {
+      BlockMap.#causal.set(name, BlockMap.#fill(geometry, (_, count) => (count === WORD_BITS ? -1 : (1 << count) - 1)));
+    }
+    return BlockMap.#causal.get(name);
+  }
+
+  // One map for each name, of the kept blocks that nameOf(row, column) gives it.
+  split(names, nameOf) {
+    const parts = Object.fromEntries(names.map((name) => [name, new Uint32Array(this.words.length)]));
+    this.forEach((row, column) => {
+      parts[nameOf(row, column)][row * this.width + (column >>> 5)] |= 1 << (column & 31);
+    });
+    return names.map((name) => new BlockMap(this.geometry, parts[name]));
   }
 
   static #fill(geometry, readBits) {
@@ -72,6 +87,17 @@ class BlockMap {
   // How many blocks are kept.
   count() {
     return this.words.reduce((sum, word) => sum + popcount(word), 0);
+  }
+
+  // How many key blocks each query block keeps, and how many query blocks keep each key block.
+  totals() {
+    const rows = new Uint32Array(this.geometry.rows);
+    const columns = new Uint32Array(this.geometry.columns);
+    this.forEach((row, column) => {
+      rows[row] += 1;
+      columns[column] += 1;
+    });
+    return { rows, columns };
   }
 
   // How many blocks each square of 2 ** level blocks keeps: { counts, rows, columns }.
@@ -126,4 +152,4 @@ function popcount(word) {
   return (((word + (word >>> 4)) & 0x0f0f0f0f) * 0x01010101) >>> 24;
 }
 
-Object.assign(window.flexprefill, { BlockMap });
+Object.assign(window.flexprefill, { BlockMap, popcount });

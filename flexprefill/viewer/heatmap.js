@@ -1,6 +1,6 @@
-// Layers down, heads to the right, each cell in the colour of its density.
+// Layers down, heads to the right, each cell in the colour of its head.
 
-const { css, headName, rampColour } = window.flexprefill;
+const { DENSE, css, densityOf, headName, recallOf } = window.flexprefill;
 
 const LABELS = { left: 30, top: 18 }; // CSS pixels
 const CELL = { least: 3, most: 26 };
@@ -10,11 +10,11 @@ class HeatMap {
     this.canvas = canvas;
   }
 
-  // marks: the places that differ from the other file, as "layer:column" in a Set.
-  draw(file, chosen, other, marks, colours) {
+  // colourOf(place): a head's colour. isMarked(place): whether it differs from the other file's.
+  draw(file, { chosen, other, colourOf, isMarked }, colours) {
     this.file = file;
     const columns = Math.max(...file.layers.map((layer) => layer.columns));
-    const room = this.canvas.parentElement.clientWidth - LABELS.left;
+    const room = this.canvas.parentElement.clientWidth - LABELS.left - 2;
     this.cell = Math.min(CELL.most, Math.max(CELL.least, Math.floor(room / columns)));
     const width = LABELS.left + columns * this.cell + 2;
     const height = LABELS.top + file.layers.length * this.cell + 2;
@@ -24,16 +24,16 @@ class HeatMap {
 
     const context = this.canvas.getContext("2d", { willReadFrequently: true });
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    this.densest = Math.max(...file.density, 1e-6);
     const inset = this.cell > 9 ? 1 : 0;
     file.layers.forEach((layer, row) => {
       for (let column = 0; column < layer.columns; column++) {
+        const place = { layer: layer.number, column };
         const [x, y] = this.#corner(row, column);
-        context.fillStyle = css(rampColour(colours.ramp, file.density[layer.first + column] / this.densest));
+        context.fillStyle = css(colourOf(place));
         context.fillRect(x, y, this.cell - inset, this.cell - inset);
-        if (!marks.has(`${layer.number}:${column}`)) continue;
+        if (!isMarked(place)) continue;
         const size = Math.max(2, Math.round(this.cell / 4));
-        context.fillStyle = css(colours.onlyB);
+        context.fillStyle = css(colours.cursor);
         context.fillRect(x + this.cell - inset - size, y, size, size);
       }
     });
@@ -82,11 +82,19 @@ class HeatMap {
   }
 }
 
-// "layer 3, head 5: 12.3 % kept"
-function headText(file, { layer: number, column }) {
-  const layer = file.layer(number);
-  const density = (100 * file.density[layer.first + column]).toFixed(1);
-  return `layer ${number}, ${headName(layer, column)}: ${density} % kept`;
+// "12.3 %", or "dense"
+function keptText(file, place) {
+  const density = densityOf(file, place);
+  return density === 1 ? DENSE : `${(100 * density).toFixed(1)} %`;
 }
 
-Object.assign(window.flexprefill, { HeatMap, headText });
+// "layer 3, head 5: 12.3 % kept", and the recall that the file says
+function headText(file, place) {
+  const kept = keptText(file, place);
+  const name = headName(file.layer(place.layer), place.column);
+  const recall = recallOf(file, place);
+  const measured = recall ? `, recall ${recall.mean.toFixed(3)}, least ${recall.least.toFixed(3)}` : "";
+  return `layer ${place.layer}, ${name}: ${kept === DENSE ? kept : `${kept} kept`}${measured}`;
+}
+
+Object.assign(window.flexprefill, { HeatMap, headText, keptText });

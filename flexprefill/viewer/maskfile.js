@@ -39,6 +39,16 @@ class Geometry {
     return row === this.rows - 1 ? this.columns : this.firstVisible + row;
   }
 
+  // Whether the map has these blocks, and the query block sees the key block.
+  sees(row, column) {
+    return row >= 0 && row < this.rows && column >= 0 && column < this.visible(row);
+  }
+
+  // How many query blocks see key block `column`, at least in part.
+  seenBy(column) {
+    return this.rows - Math.min(Math.max(0, column + 1 - this.firstVisible), this.rows - 1);
+  }
+
   equals(other) {
     return ["queryLength", "keyLength", "blockSize"].every((size) => this[size] === other[size]);
   }
@@ -47,10 +57,9 @@ class Geometry {
 class MaskFile {
   #source;
 
-  constructor(source, layers, density, checksums, metadata) {
+  constructor(source, about, density, checksums) {
     this.#source = source;
-    Object.assign(this, { name: source.name, size: source.size, layers, density, checksums, metadata });
-    this.config = JSON.parse(metadata.config);
+    Object.assign(this, { name: source.name, size: source.size, density, checksums, ...about });
     this.bytesRead = 0;
   }
 
@@ -73,8 +82,9 @@ class MaskFile {
   }
 }
 
-function headName({ batch, heads }, column) {
-  return batch === 1 ? `head ${column}` : `batch ${Math.floor(column / heads)} head ${column % heads}`;
+function headName({ batch, heads, names }, column) {
+  const name = batch === 1 ? `head ${column}` : `batch ${Math.floor(column / heads)} head ${column % heads}`;
+  return names ? `${name} (${names[column % heads]})` : name;
 }
 
 // Opens a source { name, size, read(start, end) -> Promise<Uint8Array> }; throws a MaskFileError that says what is wrong.
@@ -107,13 +117,13 @@ async function openMaskFile(source) {
     refuse(`has format version ${metadata.format_version}, and this page reads version 2: a newer one may read it`);
   }
 
-  let layers;
+  let about;
   try {
-    layers = layersOf(JSON.parse(metadata.layers), 8 + headerLength);
-    JSON.parse(metadata.config);
+    about = described(metadata, 8 + headerLength);
   } catch (error) {
     refuse(`has a damaged header: ${error.message}`);
   }
+  const { layers } = about;
   const last = layers.at(-1);
   const count = last.first + last.columns;
   const tables = last.start + last.columns * last.geometry.bytes;
@@ -136,10 +146,27 @@ async function openMaskFile(source) {
   if (crc32(tail.subarray(0, 8 * count)) !== tableSum) refuse("is damaged: its tables do not match their checksum");
 
   const density = new Float32Array(words(0, 4 * count).buffer);
-  const file = new MaskFile(source, layers, density, words(4 * count, 8 * count), metadata);
+  const file = new MaskFile(source, about, density, words(4 * count, 8 * count));
   file.bytesRead = prefix.length + head.length + tail.length;
   return file;
 }
+
+// What the header's strings say: layers, the search's settings, the caller's own entries, the prompt's text or null.
+function described(metadata, dataStart) {
+  const user = JSON.parse(metadata.user);
+  if (!areStrings(Object.values(user))) throw new Error("user must be an object of strings");
+  const layers = layersOf(JSON.parse(metadata.layers), dataStart);
+  const names = (user.heads ?? "").split(",").map((name) => name.trim());
+  for (const layer of layers) if (user.heads && names.length === layer.heads) layer.names = names;
+  const tokens = "tokens" in metadata ? JSON.parse(metadata.tokens) : null; // the prompt's text
+  const fits = ({ batch, geometry }) => batch === 1 && geometry.keyLength === tokens.length;
+  if ("tokens" in metadata && !(areStrings(tokens) && layers.every(fits))) {
+    throw new Error("tokens must be a string for each key");
+  }
+  return { metadata, layers, config: JSON.parse(metadata.config), user, tokens };
+}
+
+const areStrings = (values) => Array.isArray(values) && values.every((value) => typeof value === "string");
 
 // Per layer: number, batch, heads, columns = batch * heads, geometry, first index in the tables, first byte in the file.
 function layersOf(listed, dataStart) {

@@ -1,27 +1,34 @@
-// What keys, mouse, files and address do about the state, and when it is drawn.
+// What keys, clicks, files and the address do about the state.
 
 const {
-  BlockMap, blockText, classify, comparable, element, fileOf, headText, heat, nearest, openMaskFile, panes, refreshPage,
-  say, shown, sourceOfBytes, sourceOfFile, state, wanted,
+  Gallery, MaskFileError, apart, blockOfToken, comparable, compose, differencesOf, drawNow, drawSoon, element, fileOf, find,
+  fit, follow, forgetFile, foundText, grouped, heat, heatText, listenTo, loadHead, move, nearest, openMaskFile, panes,
+  patternsOf, pixelView, placesOf, point, recall, refreshPage, remember, save, say, shown, sourceOfBytes, sourceOfFile, state, wanted, zoomMiddle,
 } = window.flexprefill;
 
 const COLOURS = {
-  paper: "--paper", ink: "--ink", muted: "--muted", line: "--line", cursor: "--cursor", kept: "--kept",
-  dropped: "--dropped", both: "--both", onlyA: "--only-a", onlyB: "--only-b",
+  paper: "--paper", ink: "--ink", muted: "--muted", line: "--line", cursor: "--cursor", kept: "--kept", found: "--found",
+  dropped: "--dropped", both: "--both", onlyA: "--only-a", onlyB: "--only-b", dense: "--dense", sink: "--sink",
+  window: "--window", last: "--last", vertical: "--vertical", slash: "--slash", scattered: "--scattered",
 };
 const RAMP = ["--ramp-0", "--ramp-1", "--ramp-2", "--ramp-3", "--ramp-4"];
-const LARGEST_BLOCK = 64; // CSS pixels of a block at the highest zoom, unless the whole map is shown larger
-const KEPT_HEADS = 8; // maps held after they were shown
 const STEP = 1 / 8; // of the view, that an arrow key moves
 const ZOOM = 1.5;
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+const gallery = new Gallery((place) => {
+  choose(0, place);
+  element("stage").scrollIntoView({ block: "start" });
+});
 
 // ---- files and heads
 
 async function open(slot, source) {
   try {
     const file = await openMaskFile(source);
+    if (state.files[slot]) forgetFile(state.files[slot]);
     state.files[slot] = file;
+    state.differences = null;
     if (slot === 1) state.compare = "file";
     if (slot === 0) Object.assign(state.view, { left: 0, top: 0, zoom: 1 });
     state.chosen[slot] = nearest(file, state.chosen[0]);
@@ -31,30 +38,48 @@ async function open(slot, source) {
     say(error.message);
   }
   await show();
+  if (state.files[1] && !state.differences) await compareFiles();
 }
 
-const heldHeads = new Map();
-
-async function loadHead(file, { layer, column }) {
-  const held = heldHeads.get(file)?.get(`${layer}:${column}`);
-  if (held) return held;
-  const { geometry } = file.layer(layer);
-  const map = BlockMap.fromTriangle(geometry, await file.readHead(layer, column));
-  const head = { file, layer, column, map, causal: BlockMap.causal(geometry), patterns: classify(map, file.config) };
-  if (!heldHeads.has(file)) heldHeads.set(file, new Map());
-  const heads = heldHeads.get(file);
-  heads.set(`${layer}:${column}`, head);
-  if (heads.size > KEPT_HEADS) heads.delete(heads.keys().next().value);
-  for (const closed of heldHeads.keys()) if (!state.files.includes(closed)) heldHeads.delete(closed);
-  return head;
+// Counts where the two files differ, and shows the head that differs most.
+async function compareFiles() {
+  const [a, b] = state.files;
+  const { chosen } = state;
+  const before = JSON.stringify(chosen);
+  try {
+    const differences = await differencesOf(a, b, (done, all) => {
+      element("files-apart").textContent = `comparing heads: ${grouped(done)} of ${grouped(all)}`;
+    });
+    if (a !== state.files[0] || b !== state.files[1]) return;
+    state.differences = differences;
+    if (differences.heads.size) state.heatBy = "difference";
+  } catch (error) {
+    say(error.message);
+    return;
+  }
+  const most = placesOf(a).reduce((best, place) => ((apart(place) ?? 0) > (apart(best) ?? 0) ? place : best), chosen[0]);
+  if (JSON.stringify(state.chosen) === before && apart(most)) await choose(0, most);
+  else await show();
 }
 
 let latest = 0;
-let pending = Promise.resolve();
 
 function show() {
-  pending = showChosen(++latest);
-  return pending;
+  return track(showChosen(++latest));
+}
+
+const busy = new Set(); // what was asked for and is not done
+
+async function track(promise) {
+  busy.add(promise);
+  try {
+    return await promise;
+  } catch (error) {
+    say(error.message); // such as a damaged head among all
+    if (!(error instanceof MaskFileError)) console.error(error);
+  } finally {
+    busy.delete(promise);
+  }
 }
 
 async function showChosen(mine) {
@@ -65,36 +90,24 @@ async function showChosen(mine) {
     if (mine === latest) say(error.message);
   }
   if (mine !== latest) return;
+  const { row, column } = state.cursor ?? {};
+  if (!heads[0]?.map.geometry.sees(row, column)) state.cursor = null;
   state.heads = heads;
-  state.cursor = null;
-  compose();
-  refreshPage();
-  point(state.cursor);
-  drawSoon();
+  refresh();
+  try {
+    if (state.files[0]) await gallery.refresh();
+  } catch (error) {
+    say(error.message);
+  }
 }
 
-// What each pane is to draw.
-function compose() {
-  const [a, b] = state.heads;
-  const colours = state.colours;
-  panes.forEach((pane) => (pane.picture = null));
-  if (!a) return;
-  if (!comparable()) {
-    state.heads.forEach(({ map, causal }, slot) => {
-      panes[slot].picture = { causal, inks: [{ map, colour: colours.kept }] };
-    });
-    return;
-  }
-  const both = { map: a.map.and(b.map), colour: colours.both };
-  const onlyA = { map: a.map.andNot(b.map), colour: colours.onlyA };
-  const onlyB = { map: b.map.andNot(a.map), colour: colours.onlyB };
-  state.counts = { both: both.map.count(), onlyA: onlyA.map.count(), onlyB: onlyB.map.count() };
-  if (state.difference) {
-    panes[0].picture = { causal: a.causal, inks: [both, onlyA, onlyB] };
-  } else {
-    panes[0].picture = { causal: a.causal, inks: [both, onlyA] };
-    panes[1].picture = { causal: b.causal, inks: [both, onlyB] };
-  }
+// Draws and says anew what is shown.
+function refresh() {
+  compose();
+  refreshPage();
+  find(element("search").value);
+  point(state.cursor);
+  drawSoon();
 }
 
 // ---- choosing
@@ -128,134 +141,79 @@ function stepHead(step) {
 function toggleDifference() {
   if (!comparable()) return;
   state.difference = !state.difference;
-  compose();
-  refreshPage();
-  point(state.cursor);
-  drawSoon();
+  refresh();
 }
 
-// ---- the view
-
-function pixelView() {
-  const fit = panes[0].fitScale(panes[0].picture.causal.geometry);
-  return { left: state.view.left, top: state.view.top, scale: fit * state.view.zoom };
+function colourBy(colour) {
+  state.colour = colour;
+  refresh();
+  gallery.redraw();
 }
 
-// Keeps the view inside of the map, and the map's corner at the axes' where the map is smaller than the pane.
-function clampView() {
-  const [pane] = panes;
-  const { geometry } = pane.picture.causal;
-  const fit = pane.fitScale(geometry);
-  const { view } = state;
-  view.zoom = Math.min(Math.max(view.zoom, 1), Math.max(4, (LARGEST_BLOCK * pane.ratio) / fit));
-  const scale = fit * view.zoom;
-  view.left = Math.min(Math.max(view.left, 0), Math.max(0, geometry.columns - pane.canvas.width / scale));
-  view.top = Math.min(Math.max(view.top, 0), Math.max(0, geometry.rows - pane.canvas.height / scale));
-}
-
-function move(rows, columns) {
-  state.view.left += columns;
-  state.view.top += rows;
-  drawSoon();
-}
-
-// Zooms and leaves the block under (x, y), in pixels of the canvas, where it is.
-function zoomAt(factor, x, y) {
-  const before = pixelView();
-  state.view.zoom *= factor;
-  clampView();
-  const { scale } = pixelView();
-  state.view.left = before.left + x / before.scale - x / scale;
-  state.view.top = before.top + y / before.scale - y / scale;
-  drawSoon();
-}
-
-function zoomMiddle(factor) {
-  const [pane] = panes;
-  const { geometry } = pane.picture.causal;
-  const half = pane.fitScale(geometry) / 2; // the middle of the map where it is seen whole
-  const { x, y } = state.cursor
-    ? pane.middleOf(pixelView(), state.cursor)
-    : { x: geometry.columns * half, y: geometry.rows * half };
-  zoomAt(factor, x, y);
-}
-
-function fit() {
-  Object.assign(state.view, { left: 0, top: 0, zoom: 1 });
-  drawSoon();
-}
-
-let drawing = false;
-
-function drawSoon() {
-  if (drawing) return;
-  drawing = true;
-  requestAnimationFrame(drawNow);
-}
-
-function drawNow() {
-  drawing = false;
-  if (!state.files[0]) return;
-  heat.draw(state.files[0], state.chosen[0], state.compare === "head" && state.chosen[1], differing(), state.colours);
-  if (!panes[0].picture) return;
-  const drawn = panes.filter((pane) => pane.picture);
-  drawn.forEach((pane) => pane.resize());
-  clampView();
-  drawn.forEach((pane) => pane.draw(pixelView(), state.cursor, state.colours));
-  rememberSoon();
-}
-
-// Heads that the two files hold differently, by their checksums alone.
-function differing() {
-  const [a, b] = state.files;
-  if (state.compare !== "file") return new Set();
-  return new Set(
-    a.layers.flatMap((layer) => {
-      const other = b.layer(layer.number);
-      const same = (column) =>
-        other.geometry.equals(layer.geometry) &&
-        a.checksums[layer.first + column] === b.checksums[other.first + column];
-      const places = Array.from({ length: Math.min(layer.columns, other?.columns ?? 0) }, (_, column) => column);
-      return places.filter((column) => !same(column)).map((column) => `${layer.number}:${column}`);
-    }),
-  );
-}
-
-// ---- the block pointed at
-
-function point(block) {
-  state.cursor = block;
-  element("readout").textContent = block ? blockText(block) : "Point at a block, or press Shift and an arrow key.";
-  const drawn = panes.filter((pane) => pane.picture);
-  drawn.forEach((pane) => pane.ratio && pane.drawFrame(pixelView(), block, state.colours));
+// The heat map's patterns need every head read.
+async function heatBy(what) {
+  state.heatBy = what;
+  refresh();
+  if (what !== "pattern") return;
+  const [file] = state.files;
+  try {
+    await patternsOf(file, (done, all) => {
+      element("heat-text").textContent = `reading heads: ${grouped(done)} of ${grouped(all)}`;
+      drawSoon();
+    });
+  } catch (error) {
+    say(error.message);
+  }
+  refresh();
 }
 
 function stepCursor(rows, columns) {
   const { geometry } = panes[0].picture.causal;
   const view = pixelView();
-  const { width, height } = panes[0].canvas;
   const from = state.cursor ?? { row: Math.floor(view.top), column: Math.floor(view.left) };
   const to = state.cursor ? [from.row + rows, from.column + columns] : [from.row, from.column];
   const row = Math.min(Math.max(to[0], 0), geometry.rows - 1);
   const column = Math.min(Math.max(to[1], 0), geometry.visible(row) - 1);
-  const follow = (start, room, block) => Math.max(Math.min(start, block), block + 1 - room);
-  state.view.left = follow(view.left, width / view.scale, column);
-  state.view.top = follow(view.top, height / view.scale, row);
+  follow({ row, column });
   point({ row, column });
-  drawSoon();
 }
 
-// ---- keys and mouse
+// ---- the search in the prompt's text
+
+let match = null; // which of the places found was jumped to
+
+function search() {
+  find(element("search").value);
+  match = null;
+  element("found").textContent = foundText(match);
+}
+
+function jump(step) {
+  const { tokens } = state.found;
+  if (!tokens.length) return;
+  match = match === null ? (step > 0 ? 0 : tokens.length - 1) : (match + step + tokens.length) % tokens.length;
+  element("found").textContent = foundText(match);
+  const block = blockOfToken(tokens[match]);
+  follow(block);
+  point(block);
+}
+
+// ---- keys and clicks
 
 document.addEventListener("keydown", (event) => {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || element("help-dialog").open) return;
+  if (target.id === "search") {
+    if (key === "Enter") act(event, () => jump(event.shiftKey ? -1 : 1));
+    return;
+  }
   if (key === "?") return act(event, () => element("help-dialog").showModal());
   if (!state.files[0] || target.tagName === "SELECT") return;
   if (key === "[" || key === "]") return act(event, () => stepHead(key === "[" ? -1 : 1));
   if (key === "{" || key === "}") return act(event, () => stepLayer(key === "{" ? -1 : 1));
   if (!panes[0].picture) return;
   if (key === "d") return act(event, toggleDifference);
+  if (key === "/" && !element("search-tools").hidden) return act(event, () => element("search").focus());
   if (key === "0") return act(event, fit);
   if (key === "+" || key === "=") return act(event, () => zoomMiddle(ZOOM));
   if (key === "-") return act(event, () => zoomMiddle(1 / ZOOM));
@@ -273,51 +231,7 @@ function act(event, action) {
   action();
 }
 
-for (const pane of panes) {
-  const pointers = new Map();
-  const inPixels = (event) => {
-    const box = pane.canvas.getBoundingClientRect();
-    return { x: (event.clientX - box.left) * pane.ratio, y: (event.clientY - box.top) * pane.ratio };
-  };
-  const middle = () => {
-    const places = [...pointers.values()];
-    const mean = (axis) => places.reduce((sum, place) => sum + place[axis], 0) / places.length;
-    const spread = places.length < 2 ? 1 : Math.hypot(places[0].x - places[1].x, places[0].y - places[1].y);
-    return { x: mean("x"), y: mean("y"), spread: Math.max(spread, 1) };
-  };
-  pane.canvas.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
-    pane.canvas.setPointerCapture(event.pointerId);
-    pane.canvas.classList.add("moving");
-    pointers.set(event.pointerId, inPixels(event));
-  });
-  pane.canvas.addEventListener("pointermove", (event) => {
-    if (!pointers.has(event.pointerId)) return point(pane.blockAt(pixelView(), event.clientX, event.clientY));
-    const before = middle();
-    pointers.set(event.pointerId, inPixels(event));
-    const after = middle();
-    const { scale } = pixelView();
-    move((before.y - after.y) / scale, (before.x - after.x) / scale);
-    if (pointers.size > 1) zoomAt(after.spread / before.spread, after.x, after.y);
-  });
-  for (const end of ["pointerup", "pointercancel"]) {
-    pane.canvas.addEventListener(end, (event) => {
-      pointers.delete(event.pointerId);
-      if (!pointers.size) pane.canvas.classList.remove("moving");
-    });
-  }
-  pane.canvas.addEventListener("pointerleave", () => point(null));
-  pane.canvas.addEventListener(
-    "wheel",
-    (event) => {
-      event.preventDefault();
-      const lines = event.deltaMode === WheelEvent.DOM_DELTA_PIXEL ? event.deltaY / 40 : event.deltaY;
-      const { x, y } = inPixels(event);
-      zoomAt(2 ** (-lines / 8), x, y);
-    },
-    { passive: false },
-  );
-}
+panes.forEach(listenTo);
 
 heat.canvas.addEventListener("click", (event) => {
   const choice = heat.headAt(event.clientX, event.clientY);
@@ -327,35 +241,47 @@ heat.canvas.addEventListener("click", (event) => {
   else choose(1, choice);
 });
 heat.canvas.addEventListener("pointermove", (event) => {
-  const under = heat.headAt(event.clientX, event.clientY) ?? state.chosen[0];
-  element("heat-text").textContent = headText(state.files[0], under);
+  element("heat-text").textContent = heatText(heat.headAt(event.clientX, event.clientY) ?? state.chosen[0]);
 });
 heat.canvas.addEventListener("pointerleave", () => {
-  element("heat-text").textContent = headText(state.files[0], state.chosen[0]);
+  element("heat-text").textContent = heatText(state.chosen[0]);
 });
 
 [0, 1].forEach((slot) => {
   const name = "ab"[slot];
-  element(`layer-${name}`).addEventListener("change", ({ target }) =>
-    choose(slot, { ...state.chosen[slot], layer: Number(target.value) }),
-  );
-  element(`head-${name}`).addEventListener("change", ({ target }) =>
-    choose(slot, { ...state.chosen[slot], column: Number(target.value) }),
-  );
+  const chosen = (part) => ({ target }) => choose(slot, { ...state.chosen[slot], [part]: Number(target.value) });
+  element(`layer-${name}`).addEventListener("change", chosen("layer"));
+  element(`head-${name}`).addEventListener("change", chosen("column"));
   element(`open-${name}`).addEventListener("change", ({ target }) => {
-    if (target.files.length) pending = open(state.files[0] ? slot : 0, sourceOfFile(target.files[0]));
+    if (target.files.length) track(open(state.files[0] ? slot : 0, sourceOfFile(target.files[0])));
     target.value = ""; // the same file can be chosen again
   });
 });
-element("compare").addEventListener("change", ({ target }) => compareWith(target.value));
-element("zoom-in").addEventListener("click", () => panes[0].picture && zoomMiddle(ZOOM));
-element("zoom-out").addEventListener("click", () => panes[0].picture && zoomMiddle(1 / ZOOM));
-element("fit").addEventListener("click", fit);
-element("difference").addEventListener("click", toggleDifference);
-element("help").addEventListener("click", () => element("help-dialog").showModal());
-element("theme").addEventListener("click", () => {
+const onChange = (id, does) => element(id).addEventListener("change", ({ target }) => track(does(target.value)));
+onChange("compare", (value) => compareWith(value));
+onChange("colour", colourBy);
+onChange("heat-by", heatBy);
+onChange("sort", () => gallery.refresh());
+onChange("filter", () => gallery.refresh());
+onChange("save", (what) => {
+  element("save").value = "";
+  return save[what]();
+});
+const onClick = (id, does) => element(id).addEventListener("click", does);
+onClick("zoom-in", () => panes[0].picture && zoomMiddle(ZOOM));
+onClick("zoom-out", () => panes[0].picture && zoomMiddle(1 / ZOOM));
+onClick("fit", fit);
+onClick("difference", toggleDifference);
+onClick("help", () => element("help-dialog").showModal());
+onClick("found-before", () => jump(-1));
+onClick("found-next", () => jump(1));
+onClick("theme", () => {
   document.documentElement.style.colorScheme = isDark() ? "light" : "dark";
   recolour();
+});
+element("search").addEventListener("input", () => {
+  search();
+  drawSoon();
 });
 
 document.addEventListener("dragover", (event) => act(event, () => document.body.classList.add("dropping")));
@@ -363,7 +289,7 @@ document.addEventListener("dragleave", () => document.body.classList.remove("dro
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  pending = openDropped([...event.dataTransfer.files]);
+  track(openDropped([...event.dataTransfer.files]));
 });
 
 // The file that the page asks for as A becomes A; a further one is what A is compared with.
@@ -378,7 +304,7 @@ async function openDropped(files) {
 
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 prefersDark.addEventListener("change", recolour);
-new ResizeObserver(drawSoon).observe(element("panes"));
+new ResizeObserver(drawSoon).observe(element("right"));
 
 const isDark = () => (document.documentElement.style.colorScheme || (prefersDark.matches ? "dark" : "light")) === "dark";
 
@@ -391,77 +317,53 @@ function recolour() {
   for (const [name, variable] of Object.entries(COLOURS)) state.colours[name] = resolved(variable);
   state.colours.ramp = RAMP.map(resolved);
   probe.remove();
+  if (!state.files[0]) return;
   compose();
   drawSoon();
+  gallery.redraw();
 }
-
-// ---- the address keeps what is looked at
-
-let remembering = 0;
-
-function rememberSoon() {
-  clearTimeout(remembering);
-  remembering = setTimeout(remember, 300); // browsers refuse an address that changes with every frame
-}
-
-function remember() {
-  clearTimeout(remembering);
-  if (!panes[0].picture) return;
-  const [a, b] = state.chosen;
-  const { left, top, zoom } = state.view;
-  const kept = { layer: a.layer, head: a.column, zoom: zoom.toFixed(3), left: left.toFixed(2), top: top.toFixed(2) };
-  if (state.compare !== "nothing") Object.assign(kept, { compare: state.compare, other: `${b.layer}.${b.column}` });
-  if (state.difference) kept.difference = 1;
-  if (document.documentElement.style.colorScheme) kept.theme = document.documentElement.style.colorScheme;
-  history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
-}
-
-function recall() {
-  const kept = new URLSearchParams(location.hash.slice(1));
-  const number = (name, otherwise) => {
-    const value = Number(kept.get(name) ?? otherwise);
-    return Number.isFinite(value) && value >= 0 ? value : otherwise;
-  };
-  const [file] = state.files;
-  Object.assign(state.view, { zoom: number("zoom", 1), left: number("left", 0), top: number("top", 0) });
-  state.difference = kept.get("difference") === "1";
-  if (["light", "dark"].includes(kept.get("theme"))) document.documentElement.style.colorScheme = kept.get("theme");
-  state.chosen[0] = nearest(file, { layer: number("layer", file.layers[0].number), column: Math.floor(number("head", 0)) });
-  if (kept.get("compare") === "head" || (kept.get("compare") === "file" && state.files[1])) {
-    state.compare = kept.get("compare");
-    const [layer, column] = (kept.get("other") ?? "").split(".").map((part) => Math.floor(Number(part)) || 0);
-    state.chosen[1] = nearest(fileOf(1), { layer, column: column ?? 0 });
-  }
-  recolour();
-  return show();
-}
-
-window.addEventListener("hashchange", () => state.files[0] && recall());
 
 // ---- start
 
+async function returnTo(address) {
+  recall(address);
+  recolour();
+  await show();
+  if (state.heatBy === "pattern") await heatBy("pattern");
+}
+
+window.addEventListener("hashchange", () => state.files[0] && track(returnTo(location.hash)));
+
 async function start() {
+  const address = location.hash; // which changes as files open
   recolour();
   for (const [slot, { name, embedded }] of wanted.entries()) {
     if (!embedded) continue;
-    const text = atob(element(`bytes-${slot}`).textContent);
-    const bytes = Uint8Array.from(text, (character) => character.charCodeAt(0));
+    const bytes = bytesOf(element(`bytes-${slot}`).textContent);
     element(`bytes-${slot}`).remove();
     await open(slot, sourceOfBytes(name, bytes));
   }
-  if (state.files[0] && location.hash) await recall();
+  if (state.files[0] && address) await returnTo(address);
   refreshPage();
 }
 
-pending = start();
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let at = 0; at < bytes.length; at++) bytes[at] = text.charCodeAt(at);
+  return bytes;
+}
 
-// For tests: what is shown, where a block or a head's cell is, and a promise of everything asked for so far being drawn.
+track(start());
+
+// For tests: where a block is, and a promise of everything asked for so far being drawn.
 Object.assign(window.flexprefill, {
   middleOf: (slot, block) => panes[slot].middleOf(pixelView(), block),
-  pixelView,
   settled: async () => {
-    for (let waited = null; waited !== pending; ) await (waited = pending);
+    while (busy.size) await Promise.allSettled(busy);
     drawNow();
+    await gallery.drawing;
     remember();
   },
 });

@@ -1,21 +1,30 @@
-// One map on the page: its pixels on one canvas; axes, the pointed-at block and a small overview on another above it.
+// One map on the page: its pixels on one canvas; axes, totals, the pointed-at block and an overview on another above it.
 
-const { css, grouped, paint } = window.flexprefill;
+const { BAR, MARGIN, bars, css, grouped, mapEnd, paint, ticks } = window.flexprefill;
 
-const MARGIN = { left: 68, top: 34 }; // CSS pixels, for the axes
-const TICK_SPACING = 84; // CSS pixels, at least
 const OVERVIEW = 96; // CSS pixels, its longer side
+const MOST_BANDS = 16; // blocks found; bands of more would hide the map
+const LEAST_HEIGHT = 24; // CSS pixels, of a map of few query blocks
 
 class Pane {
   constructor(element) {
     this.element = element;
+    this.plane = element.querySelector(".plane");
     this.canvas = element.querySelector("canvas.map");
     this.frame = element.querySelector("canvas.frame");
-    this.picture = null; // { causal, inks }
+    this.picture = null; // { causal, inks, totals: [{ rows, columns, most, colour, isLine }] }
+    const { left, top, right, bottom } = MARGIN;
+    Object.assign(this.canvas.style, { left: `${left}px`, top: `${top}px`, width: `calc(100% - ${left + right}px)` });
+    this.canvas.style.height = `calc(100% - ${top + bottom}px)`;
   }
 
-  // Takes the size that the page gives it; pixels of the device, so that a block's edge is sharp.
-  resize() {
+  // As wide as the page has room, as high as the map then is, and at most `room` CSS pixels. Canvases have pixels of the
+  // device, so that a block's edge is sharp.
+  resize(room) {
+    const { rows, columns } = this.picture.causal.geometry;
+    const width = this.plane.clientWidth - MARGIN.left - MARGIN.right;
+    const height = Math.max(LEAST_HEIGHT, Math.min((width * rows) / columns, room - MARGIN.top - MARGIN.bottom));
+    this.plane.style.height = `${Math.ceil(height) + MARGIN.top + MARGIN.bottom}px`;
     this.ratio = window.devicePixelRatio;
     for (const canvas of [this.canvas, this.frame]) {
       const width = Math.max(1, Math.round(canvas.clientWidth * this.ratio));
@@ -29,7 +38,13 @@ class Pane {
     return Math.min(this.canvas.width / columns, this.canvas.height / rows);
   }
 
-  draw(view, cursor, colours) {
+  // The view in CSS pixels, for what is drawn in them.
+  planeOf(view) {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    return { scale: view.scale / this.ratio, left: view.left, top: view.top, width, height };
+  }
+
+  draw(view, cursor, found, colours) {
     const context = this.canvas.getContext("2d", { willReadFrequently: true });
     const { width, height } = this.canvas;
     if (!this.image || this.image.width !== width || this.image.height !== height) {
@@ -37,24 +52,21 @@ class Pane {
     }
     paint(this.image, view, this.picture.causal, this.picture.inks, colours);
     context.putImageData(this.image, 0, 0);
-    this.drawFrame(view, cursor, colours);
+    this.drawFrame(view, cursor, found, colours);
   }
 
-  drawFrame(view, cursor, colours) {
+  // found: { keys, queries }, the blocks whose text is searched for.
+  drawFrame(view, cursor, found, colours) {
     const context = this.frame.getContext("2d");
     const { geometry } = this.picture.causal;
+    const plane = this.planeOf(view);
     context.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     context.clearRect(0, 0, this.frame.clientWidth, this.frame.clientHeight);
-    const plane = {
-      scale: view.scale / this.ratio,
-      left: view.left,
-      top: view.top,
-      width: this.canvas.clientWidth,
-      height: this.canvas.clientHeight,
-    };
-    drawAxes(context, plane, geometry, colours);
     context.save();
     context.translate(MARGIN.left, MARGIN.top);
+    drawAxes(context, plane, geometry, colours);
+    for (const totals of this.picture.totals) drawTotals(context, plane, geometry, totals, colours);
+    drawFound(context, plane, geometry, found, colours);
     context.beginPath();
     context.rect(0, 0, plane.width, plane.height);
     context.clip();
@@ -70,8 +82,7 @@ class Pane {
     const { geometry } = this.picture.causal;
     const column = Math.floor(view.left + ((clientX - box.left) * this.ratio) / view.scale);
     const row = Math.floor(view.top + ((clientY - box.top) * this.ratio) / view.scale);
-    const inside = row >= 0 && row < geometry.rows && column >= 0 && column < geometry.visible(row);
-    return inside ? { row, column } : null;
+    return geometry.sees(row, column) ? { row, column } : null;
   }
 
   // The middle of a block in pixels of the canvas.
@@ -81,51 +92,95 @@ class Pane {
 }
 
 function drawAxes(context, plane, geometry, colours) {
-  const { blockSize, offset, queryLength, keyLength } = geometry;
-  const right = MARGIN.left + Math.min(plane.width, (geometry.columns - plane.left) * plane.scale);
-  const bottom = MARGIN.top + Math.min(plane.height, (geometry.rows - plane.top) * plane.scale);
+  const { right, bottom } = mapEnd(plane, geometry);
+  const { keys, queries } = ticks(plane, geometry);
   context.fillStyle = css(colours.muted);
   context.strokeStyle = css(colours.line);
   context.lineWidth = 1;
   context.font = "11px ui-sans-serif, system-ui, sans-serif";
   context.beginPath();
-  context.moveTo(MARGIN.left - 0.5, bottom);
-  context.lineTo(MARGIN.left - 0.5, MARGIN.top - 0.5);
-  context.lineTo(right, MARGIN.top - 0.5);
-
-  const pixelsPerToken = plane.scale / blockSize;
-  const step = blockSize * 2 ** Math.max(0, Math.ceil(Math.log2(TICK_SPACING / plane.scale)));
+  context.moveTo(-0.5, bottom);
+  context.lineTo(-0.5, -0.5);
+  context.lineTo(right, -0.5);
   context.textAlign = "center";
   context.textBaseline = "alphabetic";
-  for (let key = Math.ceil((plane.left * blockSize) / step) * step; key <= keyLength; key += step) {
-    const x = MARGIN.left + key * pixelsPerToken - plane.left * plane.scale;
-    if (x > right + 1) break;
-    context.moveTo(Math.round(x) - 0.5, MARGIN.top - 5);
-    context.lineTo(Math.round(x) - 0.5, MARGIN.top);
-    const text = grouped(key);
+  for (const { at, text } of keys) {
+    context.moveTo(Math.round(at) - 0.5, -5);
+    context.lineTo(Math.round(at) - 0.5, 0);
     const half = context.measureText(text).width / 2;
-    const furthest = MARGIN.left + plane.width - half;
-    context.fillText(text, Math.min(Math.max(x, MARGIN.left + 4), furthest), MARGIN.top - 9);
+    context.fillText(text, Math.min(Math.max(at, 4), plane.width + MARGIN.right - half), -9);
   }
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (let query = Math.ceil((plane.top * blockSize) / step) * step; query <= queryLength; query += step) {
-    const y = MARGIN.top + query * pixelsPerToken - plane.top * plane.scale;
-    if (y > bottom + 1) break;
-    context.moveTo(MARGIN.left - 5, Math.round(y) - 0.5);
-    context.lineTo(MARGIN.left, Math.round(y) - 0.5);
-    const furthest = MARGIN.top + plane.height - 6;
-    context.fillText(grouped(offset + query), MARGIN.left - 9, Math.min(Math.max(y, MARGIN.top + 6), furthest));
+  for (const { at, text } of queries) {
+    context.moveTo(-5, Math.round(at) - 0.5);
+    context.lineTo(0, Math.round(at) - 0.5);
+    context.fillText(text, -9, Math.min(Math.max(at, 6), plane.height + MARGIN.bottom - 6));
   }
   context.stroke();
   context.textAlign = "left";
-  context.fillText("key tokens →", MARGIN.left + 2, 8);
+  context.fillText("key tokens →", 2, 8 - MARGIN.top);
+  turned(context, "← query tokens", 9 - MARGIN.left, 2, "right");
+}
+
+// How many blocks each query block keeps, to the right of the map, and how many keep each key block, below it: bars, or
+// the line of their ends.
+function drawTotals(context, plane, geometry, { rows, columns, most, colour, isLine }, colours) {
+  const { right, bottom } = mapEnd(plane, geometry);
+  context.fillStyle = css(colour);
+  context.globalAlpha = isLine ? 1 : BAR.opacity;
+  const start = (length) => BAR.gap + (isLine ? Math.max(0, length - BAR.line) : 0);
+  bars(rows, most.rows, plane.top, plane.scale, bottom).forEach((length, y) => {
+    context.fillRect(right + start(length), y, BAR.gap + length - start(length), 1);
+  });
+  bars(columns, most.columns, plane.left, plane.scale, right).forEach((length, x) => {
+    context.fillRect(x, bottom + start(length), 1, BAR.gap + length - start(length));
+  });
+  context.globalAlpha = 1;
+  context.fillStyle = css(colours.muted);
+  context.font = "10px ui-sans-serif, system-ui, sans-serif";
+  context.textBaseline = "middle";
+  context.textAlign = "left";
+  const beyond = BAR.gap + BAR.length + 7;
+  if (right > 150) context.fillText(`kept in each column, at most ${grouped(most.columns)}`, 2, bottom + beyond);
+  if (bottom > 150) turned(context, `kept in each row, at most ${grouped(most.rows)}`, right + beyond, 2, "right");
+}
+
+function turned(context, text, x, y, align) {
   context.save();
-  context.translate(9, MARGIN.top + 2);
+  context.translate(x, y);
   context.rotate(-Math.PI / 2);
-  context.textAlign = "right";
-  context.fillText("← query tokens", 0, 0);
+  context.textAlign = align;
+  context.fillText(text, 0, 0);
   context.restore();
+}
+
+// A mark on the axis at each block whose text is searched for; a band through the map where they are few.
+function drawFound(context, plane, geometry, { keys, queries }, colours) {
+  const { right, bottom } = mapEnd(plane, geometry);
+  const [red, green, blue] = colours.found;
+  const length = Math.max(plane.scale, 2);
+  const place = (block, start, end) => {
+    const at = (block - start) * plane.scale;
+    return at + plane.scale > 0 && at < end ? Math.max(at, 0) : null;
+  };
+  const draw = (horizontal, at, start, end) => {
+    const bar = (from, to, colour) => {
+      context.fillStyle = colour;
+      context.fillRect(...(horizontal ? [from, at, to - from, length] : [at, from, length, to - from]));
+    };
+    if (keys.length <= MOST_BANDS && end > start) bar(start, end, `rgb(${red} ${green} ${blue} / 0.25)`);
+    bar(-7, -1, css(colours.found));
+  };
+  for (const block of keys) {
+    const at = place(block, plane.left, right);
+    const first = (geometry.rows - geometry.seenBy(block) - plane.top) * plane.scale;
+    if (at !== null) draw(false, at, Math.max(0, first), bottom);
+  }
+  for (const block of queries) {
+    const at = place(block, plane.top, bottom);
+    if (at !== null) draw(true, at, 0, Math.min(right, (geometry.visible(block) - plane.left) * plane.scale));
+  }
 }
 
 // The line between the visible blocks and the causal future, as steps where a step can be seen.
@@ -185,4 +240,4 @@ function drawOverview(context, plane, geometry, colours) {
   context.restore();
 }
 
-Object.assign(window.flexprefill, { MARGIN, Pane });
+Object.assign(window.flexprefill, { Pane });

@@ -1,11 +1,14 @@
-// The pattern that each kept block belongs to: the rule of flexprefill.inspection.block_patterns.
+// The pattern that each kept block belongs to: the rule of flexprefill.inspection.block_patterns, whose names and numbers
+// the page brings along. The page needs the rule itself for files that Python has not seen.
 
-const PATTERNS = ["sink", "window", "last", "vertical", "slash", "scattered"];
-const NO_CONFIG = { sink_blocks: 2, window_blocks: 4, last_full_blocks: 0 }; // for files that record none
-const LINE_SHARE = 0.5; // of a column's or a diagonal's free blocks; what keeps fewer is no line
-const MIN_LINE_BLOCKS = 8; // free blocks; on a shorter line a few blocks are half of it by chance
+const {
+  patterns: PATTERNS, line_share: LINE_SHARE, min_line_blocks: MIN_LINE_BLOCKS, unknown: NO_CONFIG,
+  recall_entry: RECALL_ENTRY,
+} = JSON.parse(document.getElementById("rule").textContent);
+const DENSE = "dense"; // what a head that keeps everything is called; its blocks' patterns say nothing
 
-// classOf(row, column): the pattern of a kept block; shares: { pattern: its part of the kept blocks }.
+// classOf(row, column): the pattern of a kept block; counts: blocks by pattern; kept: blocks; dense: whether all are kept;
+// main: "dense", or the pattern of most of its blocks, or "" where it keeps none.
 function classify(map, config) {
   const { geometry } = map;
   const { rows, columns } = geometry;
@@ -49,8 +52,9 @@ function classify(map, config) {
   const counts = Object.fromEntries(PATTERNS.map((pattern) => [pattern, 0]));
   map.forEach((row, column) => (counts[classOf(row, column)] += 1));
   const kept = map.count();
-  const shares = Object.fromEntries(PATTERNS.map((pattern) => [pattern, kept && counts[pattern] / kept]));
-  return { classOf, shares };
+  const dense = kept === geometry.bits;
+  const largest = PATTERNS.reduce((best, pattern) => (counts[pattern] > counts[best] ? pattern : best));
+  return { classOf, counts, kept, dense, main: dense ? DENSE : kept ? largest : "" };
 }
 
 // On how many of the ranges [start, start + length) each of `lines` lines lies.
@@ -65,4 +69,4 @@ function covered(ranges, lines) {
   return steps.map((step) => (depth += step));
 }
 
-Object.assign(window.flexprefill, { PATTERNS, classify });
+Object.assign(window.flexprefill, { DENSE, PATTERNS, RECALL_ENTRY, classify });

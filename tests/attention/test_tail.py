@@ -46,7 +46,7 @@ def listed_attention(query, key, value, listed, settings, *, lse_scale=1.0):
     key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
     products = (scale * query @ key.transpose(2, 3)).masked_fill(~(partial & causal | full), -math.inf)
     output = products.softmax(-1).nan_to_num() @ value  # rows without a block: zeros, as from the kernels
-    return output, AuxOutput(lse=lse_scale * products.logsumexp(-1)) if return_aux is not None else None
+    return output, AuxOutput(lse=lse_scale * products.logsumexp(-1)) if return_aux is not None else AuxOutput()
 
 
 @st.composite

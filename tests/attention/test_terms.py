@@ -269,7 +269,7 @@ def test_sinks_alone_scale_the_output():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1 key"),
+        ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1 and"),
         ({"sliding_window": 4.0}, TypeError, "sliding_window must be an int or None, got 4.0"),
         ({"soft_cap": 0}, ValueError, "soft_cap must be positive and finite, got 0"),
         ({"soft_cap": np.nan}, ValueError, "soft_cap must be positive and finite, got nan"),

@@ -12,6 +12,7 @@ import torch
 from flexprefill import BlockMap, PrefillConfig, cli, save_masks
 from flexprefill.cli.masks import ranges
 from flexprefill.inspection import compare_maps, head_similarity, summarize_heads
+from flexprefill.plotting.difference import ONLY_FIRST, ONLY_SECOND
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 CONFIG = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=2, last_full_blocks=1)
@@ -129,6 +130,14 @@ def test_inspect_as_json_is_what_the_library_counts(files, masks, capsys):
     _, record = run_json(capsys, "inspect", files["a"], "--layer", "4", "--head", "1")
     (layer,) = record["layers"]
     assert layer["heads"] == [summarize_heads(masks[4], config=CONFIG)[1].to_dict()]
+
+
+def test_no_command_prints_the_prompts_text(masks, capsys, tmp_path):
+    path = tmp_path / "text.safetensors"
+    save_masks(path, masks, tokens=["secret"] * masks[0].kv_len)
+    for arguments in (["inspect"], ["inspect", "--json"], ["inspect", "--quick", "--json"], ["inspect", "--csv"]):
+        assert "secret" not in run(capsys, *arguments, str(path))[1]
+    assert "secret" not in run(capsys, "diff", str(path), str(path), "--json")[1]
 
 
 def test_inspect_tells_batch_entries_apart(files, capsys):
@@ -293,6 +302,14 @@ def test_a_terminal_gets_colour_unless_it_has_none(files):
     # the words say what the colour does
     for sent in (coloured, plain, dumb):
         assert "1 of 3 heads differ" in re.sub(r"\x1b\[[\d;]*m", "", sent)
+
+
+def test_files_have_the_colours_of_pictures_and_viewer(files):
+    pytest.importorskip("rich")
+    sent = in_terminal(["diff", files["a"], files["changed"]], COLORTERM="truecolor", TERM="xterm-256color")
+    for name, colour in (("A", ONLY_FIRST), ("B", ONLY_SECOND)):
+        channels = ";".join(map(str, bytes.fromhex(colour[1:])))
+        assert f"\x1b[1;38;2;{channels}m{name}\x1b[0m" in sent
 
 
 def test_a_table_fits_in_80_columns(files, capsys):

@@ -194,7 +194,7 @@ def test_eval_refuses_configs_that_do_not_fit_the_model(tmp_path, capsys):
     for paths, message in (
         ([fewer], "fewer must be of the model's 2 layers, got 1"),
         ([wide], "wide does not fit the model's layer 0: config.alpha .* Hq=2 query heads, got 3"),
-        ([fitting, same_name], "must have another name, 'fitting' is that of an earlier --config"),
+        ([fitting, same_name], "must have another name: an earlier --config is named 'fitting' too"),
     ):
         options = [word for path in paths for word in ("--config", path)]
         with pytest.raises(SystemExit):

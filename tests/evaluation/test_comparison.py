@@ -13,10 +13,11 @@ from support.oracle import corrected_attention, masked_attention, relative_error
 
 from flexprefill import FlexPrefillError, PrefillConfig, attention_recall, cli, search_blocks
 from flexprefill.evaluation import TASKS, Decoder, ModelSizes, babble, save_model
-from flexprefill.evaluation.comparison import Cell, Plan, compare, make_prompt
-from flexprefill.evaluation.methods import KINDS, Attender, Method, choose_as_many, make_methods
-from flexprefill.evaluation.report import accuracy_points, average, table
-from flexprefill.plotting import AccuracyPoint, plot_accuracy
+from flexprefill.evaluation.comparison import Cell, Plan, compare
+from flexprefill.evaluation.decoder_subject import DecoderSubject
+from flexprefill.evaluation.methods import KINDS, Attender, Method, make_methods
+from flexprefill.evaluation.report import accuracy_points, average, loss_points, table
+from flexprefill.plotting import TradeOffPoint, plot_trade_off
 
 SIZES = ModelSizes(width=32, layers=2, heads=2, kv_heads=1, hidden=32)
 TEXT = babble(20_000)
@@ -37,24 +38,23 @@ def test_all_keep_as_many_and_the_exact_choice_keeps_the_most(length, seed, alph
     searched = search_blocks(query, key, rule)
     every = range(length)
     recalls = {None: attention_recall(query, key, searched, rows=every).mean}
-    for chosen_by in ("xattention", "random", "exact", "flashprefill"):
-        chosen = choose_as_many(query, key, searched, rule, chosen_by)
+    for chosen_by in ("xattention", "prism", "minference", "byte-flexprefill", "random", "exact", "flashprefill"):
+        chosen = Method("another", rule, chosen_by).choose(query, key)
         assert torch.equal(chosen.counts(), searched.counts())
         recalls[chosen_by] = attention_recall(query, key, chosen, rows=every).mean
     assert all((recalls["exact"] >= recall - 1e-5).all() for recall in recalls.values())
     # the search's own scores choose what it chose; ties and unscored blocks apart, which are the causal edge's
-    same = choose_as_many(query, key, searched, rule, "flashprefill")
+    same = Method("the same", rule, "flashprefill").choose(query, key)
     assert (same.to_dense() == searched.to_dense()).float().mean() > 0.95
 
 
 def test_sinks_window_and_last_blocks_stay():
     query, key, _ = make_qkv(320, heads=2)
-    searched = search_blocks(query, key, RULE)
-    for chosen_by in ("random", "xattention"):
-        dense = choose_as_many(query, key, searched, RULE, chosen_by).to_dense()
+    for chosen_by in ("random", "xattention", "minference"):
+        dense = Method("another", RULE, chosen_by).choose(query, key).to_dense()
         assert dense[..., 0].all() and dense.diagonal(dim1=-2, dim2=-1).all() and dense[:, :, -1].all()
-    again = choose_as_many(query, key, searched, RULE, "random")
-    assert again == choose_as_many(query, key, searched, RULE, "random")
+    again = Method("again", RULE, "random")
+    assert again.choose(query, key) == again.choose(query, key)
 
 
 def test_methods_by_kind():
@@ -76,9 +76,10 @@ def test_methods_by_kind():
         Method("unknown", RULE, "unknown").choose(*make_qkv(64)[:2])
 
 
-def test_a_prompt_depends_on_its_number_alone():
+def test_a_prompt_depends_on_its_number_alone(model):
+    subject = DecoderSubject(model, 7, TEXT, 0)
     for task in (*TASKS, "text"):
-        first, again, other = (make_prompt(TEXT, 0, 512, task, number, "cpu") for number in (3, 3, 4))
+        first, again, other = (subject.prompt(512, task, number) for number in (3, 3, 4))
         tokens = [prompt if task == "text" else prompt.tokens for prompt in (first, again, other)]
         assert tokens[0].shape == (1, 512)
         assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
@@ -95,17 +96,17 @@ def test_an_interrupted_comparison_goes_on(model, tmp_path, monkeypatch):
     def interrupted(*arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(arguments[3:])
+        done.append(arguments[2:])
         return measure(*arguments)
 
     monkeypatch.setattr(comparison, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare(model, 7, TEXT, plan, path, lambda steps: None)
+        compare(DecoderSubject(model, 7, TEXT, 0), plan, path, lambda steps: None)
     first = json.loads(path.read_text())["cells"]
     assert len(first) == 2
-    monkeypatch.setattr(comparison, "measure", lambda *arguments: done.append(arguments[3:]) or measure(*arguments))
+    monkeypatch.setattr(comparison, "measure", lambda *arguments: done.append(arguments[2:]) or measure(*arguments))
     steps = []
-    cells = compare(model, 7, TEXT, plan, path, steps.append)
+    cells = compare(DecoderSubject(model, 7, TEXT, 0), plan, path, steps.append)
     assert len(done) == len(set(done)) == len(cells) == sum(steps) == 6
     assert json.loads(path.read_text())["cells"][:2] == first
 
@@ -120,17 +121,17 @@ def test_an_interrupted_comparison_goes_on(model, tmp_path, monkeypatch):
         assert exact.density == pytest.approx(sparse.density, rel=0.1)
         assert exact.recall >= sparse.recall
     with pytest.raises(FlexPrefillError, match="was made with another model and seed; give another folder"):
-        compare(model, 8, TEXT, Plan([256], ["single"], methods, 2, 1), path, steps.append)
+        compare(DecoderSubject(model, 8, TEXT, 1), Plan([256], ["single"], methods, 2, 1), path, steps.append)
     path.write_text("{}")
     with pytest.raises(FlexPrefillError, match="is no file of this comparison"):
-        compare(model, 7, TEXT, plan, path, steps.append)
+        compare(DecoderSubject(model, 7, TEXT, 0), plan, path, steps.append)
 
 
 def test_figures_of_other_calibrated_configs_are_not_taken(model, tmp_path):
     def run(name, alpha):
         configs = dict.fromkeys(range(2), replace(RULE, alpha=alpha))
         plan = Plan([300], ["single"], make_methods([], ["dense"], calibrated={name: configs}), 2, 0)
-        return compare(model, 7, TEXT, plan, tmp_path / "eval.json", lambda steps: None)
+        return compare(DecoderSubject(model, 7, TEXT, 0), plan, tmp_path / "eval.json", lambda steps: None)
 
     first = run("mine", (0.9, 0.8))
     assert run("mine", (0.9, 0.8)) == first
@@ -184,24 +185,42 @@ def test_tables_and_points():
     assert rows[1] == ["exact 0.1", "50.0 %", "90.0 %", "95.0 %", "95.0 (76–99)", "–", "–", "2.0"]
     assert average(CELLS[4:]) is None
     points = accuracy_points(CELLS)
-    assert [(point.length, point.method, point.density, point.accuracy) for point in points] == [
-        (4096, "dense", 1, 0.75),
-        (4096, "exact", 0.5, 0.95),
+    assert [(point.column, point.method, point.density, point.value) for point in points] == [
+        ("4K tokens", "dense", 1, 75),
+        ("4K tokens", "exact", 0.5, 95),
     ]
-    assert points[0].interval[0] < 0.75 < points[0].interval[1]
+    assert points[0].interval[0] < 75 < points[0].interval[1]
+    losses = [0.5, 0.7, 0.6]
+    pair = [
+        replace(CELLS[2], losses=losses),
+        replace(CELLS[2], method="exact 0.1", density=0.5, losses=[loss + 0.25 for loss in losses]),
+    ]
+    assert [(point.row, point.density, round(point.value, 6)) for point in loss_points([*CELLS, *pair])] == [
+        ("text", 1, 0),
+        ("text", 0.5, 0.25),
+    ]
 
 
 def test_a_picture_has_a_panel_for_each_length(tmp_path):
     from PIL import Image
 
-    points = [AccuracyPoint(length, "dense", 1, 0.9, (0.8, 0.95)) for length in (4096, 8192)]
-    points += [AccuracyPoint(4096, "exact", share, share, (share / 2, 1)) for share in (0.5, 0.2)]
-    plot_accuracy(points, tmp_path / "two.png", title="Two")
-    plot_accuracy(points[:1], tmp_path / "one.png", title="One")
-    two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
-    assert two.width - one.width == 700 and two.height == one.height
+    points = [TradeOffPoint("", column, "dense", 1, 90, (80, 95)) for column in ("4K tokens", "8K tokens")]
+    points += [TradeOffPoint("", "4K tokens", "exact", share, 100 * share, (50 * share, 100)) for share in (0.5, 0.2)]
+    points += [TradeOffPoint("", "4K tokens", "exact-own", 0.4, 30, (30, 30))]
+    plot_trade_off(points, tmp_path / "two.png", title="Two", value_label="%")
+    plot_trade_off(points[:1], tmp_path / "one.png", title="One", value_label="%")
+    plot_trade_off(
+        [points[0], replace(points[0], row="copy")],
+        tmp_path / "rows.png",
+        title="Rows",
+        value_label="%",
+        limits=(0, 103),
+    )
+    two, one, rows = (Image.open(tmp_path / name) for name in ("two.png", "one.png", "rows.png"))
+    assert two.width - one.width == 750 and two.height == one.height
+    assert rows.height - one.height == 830 and rows.width == one.width
     with pytest.raises(ValueError, match="points must be at least one"):
-        plot_accuracy([], tmp_path / "none.png", title="")
+        plot_trade_off([], tmp_path / "none.png", title="", value_label="")
 
 
 def test_the_command(model, tmp_path, capsys):
@@ -224,11 +243,12 @@ def test_the_command(model, tmp_path, capsys):
         (["--tasks", "guess"], "--tasks: must be of single, .*, text, got 'guess'"),
         (["--methods", "best"], "--methods: kinds must be of dense"),
         (["--lengths", "12"], "--lengths: must be at least 256"),
+        (["--dtype", "bfloat16"], "--text, --dtype: are for a pretrained model, got a needle model's file"),
         ([], "model .*does not exist|path must be a file"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", "--model", str(tmp_path / "none"), "--output", str(tmp_path), *arguments])
+        cli.main(["eval", "--model", str(tmp_path / "none.safetensors"), "--output", str(tmp_path), *arguments])
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)

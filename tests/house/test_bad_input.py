@@ -237,7 +237,7 @@ def logits_of(query, key, block_map):
 
 
 def check_not_finite(output, query, key, value, block_map):
-    """The rule of docs/robustness.md: softmax in IEEE arithmetic over the kept keys, values block by block."""
+    """docs/reference/robustness.md: softmax in IEEE arithmetic over the kept keys, values block by block."""
     logits, there = logits_of(query, key, block_map)
     poisoned = (logits.isnan() | logits.isposinf()).any(-1)
     assert output[poisoned].isnan().all()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.combinations import DOCS, FEATURES, PARTS, bases, completed, covering_calls, possible, read, table, write
+from support.combinations import FEATURES, PAGE, PARTS, bases, completed, covering_calls, possible, read, table, write
 from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import corrected_attention
 from torch.nn.attention.flex_attention import AuxRequest
@@ -207,4 +207,4 @@ def test_the_cpus_column_is_what_this_library_does():
 
 
 def test_the_table_is_what_the_runs_showed():
-    assert (DOCS / "combinations.md").read_text() == table()
+    assert PAGE.read_text() == table()

@@ -7,8 +7,8 @@ import flexprefill
 
 PACKAGE = Path(flexprefill.__file__).parent
 MOST = 8
-# the public calls that are a whole computation
-MORE = {"prefill_attention": 14, "explain_backend": 12, "create_prefill_block_mask": 10}
+# the public calls that are a whole computation, or name a whole file's contents
+MORE = {"prefill_attention": 14, "explain_backend": 12, "create_prefill_block_mask": 10, "save_masks": 9}
 
 
 def functions():

@@ -25,7 +25,7 @@ def test_prompts_on_the_device_are_attended_as_those_known_on_the_host(offset):
         seen = position <= position[key.shape[2] - query.shape[2] :, None]
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
 
-    expected = attend_each(attend, *tensors, Prompts(4, offset, None, spans_of(real), DEVICE))
+    expected = attend_each(attend, *tensors, Prompts(4, offset, None, spans_of(real)[0], DEVICE))
     bounds, whole = bounds_of(real)
     assert whole
     output = attend_each(attend, *tensors, Prompts(4, offset, None, bounds, DEVICE))
@@ -36,6 +36,5 @@ def test_prompts_on_the_device_are_attended_as_those_known_on_the_host(offset):
 def test_padding_between_tokens_is_found():
     real = torch.tensor([[False, True, True], [True, False, True]], device=DEVICE)
     assert bounds_of(real[:1])[1] and not bounds_of(real)[1]
-    assert spans_of(real[:1]) == (Span(1, 3),)
-    with pytest.raises(ValueError, match="padding between tokens"):
-        spans_of(real)
+    assert spans_of(real[:1]) == ((Span(1, 3),), True)
+    assert spans_of(real) == ((Span(1, 3), Span(0, 3)), False)

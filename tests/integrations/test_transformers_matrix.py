@@ -1,4 +1,4 @@
-"""What of transformers was tried: each trial shows what docs/transformers.md says of it."""
+"""What of transformers was tried: each trial shows what docs/howto/transformers.md says of it."""
 
 import functools
 import inspect

@@ -12,13 +12,13 @@ from flexprefill.blockmap.cells import kept_shares
 from flexprefill.blockmap.geometry import Geometry, causal_blocks
 from flexprefill.blockmap.html import DROPPED, KEPT, MAX_PANELS
 from flexprefill.plotting import (
-    AccuracyPoint,
     TimeLine,
-    plot_accuracy,
+    TradeOffPoint,
     plot_difference,
     plot_heads,
     plot_layers,
     plot_times,
+    plot_trade_off,
 )
 from flexprefill.plotting import layers as layer_plots
 from flexprefill.plotting.canvas import COLUMNS, GAP_X, LEFT, TOP, token_label, token_ticks
@@ -274,14 +274,14 @@ def random_map(blocks=12, heads=2, seed=0):
     return make_map(torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed)) < 0.5)
 
 
-POINTS = [AccuracyPoint(length, "exact", 0.5, 0.9, (0.8, 0.95)) for length in (4096, 8192)]
+POINTS = [TradeOffPoint("", length, "exact", 0.5, 90, (80, 95)) for length in ("4K", "8K")]
 PLOTS = {  # how each is called, and how many axes it has; None: one, which is no list
     "heads": (lambda *path, **ax: plot_heads(random_map(), *path, **ax), 2),
     "averaged heads": (lambda *path, **ax: plot_heads(random_map(1030, 1), *path, **ax), 1),
     "difference": (lambda *path, **ax: plot_difference(random_map(), random_map(seed=1), *path, **ax), 2),
     "layers": (lambda *path, **ax: plot_layers({0: torch.rand(40), 3: torch.rand(9)}, *path, label="x", **ax), None),
     "times": (lambda *path, **ax: plot_times([TimeLine("a", "part", {4: 1.0, 8: 3.0})], *path, title="t", **ax), None),
-    "accuracy": (lambda *path, **ax: plot_accuracy(POINTS, *path, title="t", **ax), 2),
+    "trade-off": (lambda *path, **ax: plot_trade_off(POINTS, *path, title="t", value_label="v", **ax), 2),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 import flexprefill
 from flexprefill.runtime import state
 from flexprefill.runtime.devices import multiprocessors
-from flexprefill.runtime.state import forget, process_state, remembered
+from flexprefill.runtime.state import forget, remembered
 
 PACKAGE = Path(flexprefill.__file__).parent
 
@@ -22,7 +22,7 @@ def test_results_are_kept_up_to_a_number_and_forgotten_by_name(monkeypatch):
         calls.append(number)
         return number**2
 
-    assert process_state()[0] == ["squares"]
+    assert list(state._forgetting) == ["squares"]
     assert [square(n) for n in (1, 1, 2, 3, 1)] == [1, 1, 4, 9, 1] and calls == [1, 2, 3, 1]
     forget("squares")
     assert square(1) == 1 and calls[-1] == 1 and len(calls) == 5
@@ -37,7 +37,6 @@ def test_nothing_else_in_the_library_remembers():
         ("runtime/state.py", "_registries"),
         ("runtime/listeners.py", "_listening"),  # emptied by the end of record_masks
         ("runtime/pytrees.py", "_nodes"),  # the library's own classes
-        ("search/scorers.py", "_SCORERS"),  # register_scorer
         ("integrations/transformers.py", "_registered"),  # register and unregister
     }
     found = set()
@@ -77,4 +76,4 @@ def test_nothing_else_in_the_library_remembers():
 def test_each_cache_of_the_library_is_bounded():
     multiprocessors(torch.device("cpu"))
     assert multiprocessors.cache_info().maxsize == 64
-    assert "compiled attention, by kind of call" in process_state()[0]
+    assert "compiled attention, by kind of call" in state._forgetting

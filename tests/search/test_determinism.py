@@ -1,4 +1,4 @@
-"""The same input gives the same bits; what may differ, and by how much, is in docs/robustness.md.
+"""The same input gives the same bits; what may differ, and by how much, is in docs/reference/robustness.md.
 
 Batch positions, chunks and repeated runs on any device are in test_properties.py.
 """
@@ -86,7 +86,7 @@ def test_chunkings_give_the_same_bits_on_a_gpu(settings):
 
 @pytest.mark.gpu
 def test_how_far_kernels_differ(capsys):
-    """The Hopper kernel, the portable one and the reference: the share of blocks that docs/robustness.md gives."""
+    """Hopper kernel, portable one and reference differ in the share of blocks of docs/reference/robustness.md."""
     from flexprefill.search.kernels import launch as kernels
 
     query, key, _ = make_qkv(16384, **PUBLISHED)

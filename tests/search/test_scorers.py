@@ -128,7 +128,7 @@ def test_the_rule_does_not_depend_on_the_scorer(case, scorer, data):
     (query, key), grid = case
     kv_masks, min_blocks = data.draw(st.booleans()), data.draw(st.sampled_from([0, 2]))
     score_rows = data.draw(st.sampled_from(["whole", "visible"]))
-    grid = grid._replace(first_key=score_rows == "visible" or scorer != "flashprefill")
+    grid = dataclasses.replace(grid, first_key=score_rows == "visible" or scorer != "flashprefill")
     config = dataclasses.replace(
         LEAN,
         block_size=grid.block_size,
@@ -236,7 +236,7 @@ def test_every_setting_traces_into_one_graph(changes):
 
 
 def test_every_scorer_is_cited():
-    for scorer in scorers._SCORERS.values():
+    for scorer in scorers.SCORERS.values():
         assert scorer.source and scorer.log_scores.__doc__
 
 

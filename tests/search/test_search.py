@@ -218,7 +218,7 @@ def test_views_are_read_by_their_strides():
 def test_the_operator_passes_opcheck(implementation):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
     torch.library.opcheck(
-        op.search_operator,
+        op.search_words,
         (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], implementation),
     )
 

@@ -217,6 +217,27 @@ def test_a_file_of_something_else_than_expected_is_refused(path, masks):
         load_masks(DATA / "masks_v1.safetensors", model="tiny")
 
 
+TOKENS = ["Grüße", " 日本", "\n", '"</script>', "\ud800", "", "\\u0041", "\0"] * 5
+
+
+def test_the_prompts_text_is_kept_only_where_it_is_given(tmp_path, masks):
+    maps = {0: random_map(20, 40, 16, heads=2)[0], 3: random_map(40, 40, 8)[0]}
+    save_masks(tmp_path / "with", maps, tokens=TOKENS)
+    info = read_mask_info(tmp_path / "with")
+    assert info.tokens == tuple(TOKENS) and "Grüße" not in repr(info)
+    assert load_masks(tmp_path / "with") == maps
+    save_masks(tmp_path / "without", maps, token_ids=range(40))
+    assert read_mask_info(tmp_path / "without").tokens is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.lists(st.text(st.characters(exclude_categories=[])), min_size=9, max_size=9))
+def test_any_text_of_a_prompt_survives(tmp_path_factory, tokens):
+    path = tmp_path_factory.mktemp("tokens") / "masks"
+    save_masks(path, {0: random_map(9, 9, 16)[0]}, tokens=tokens)
+    assert read_mask_info(path).tokens == tuple(tokens)
+
+
 def test_token_ids_are_hashed_by_value(tmp_path, masks):
     hashes = set()
     for token_ids in (TOKEN_IDS, tuple(TOKEN_IDS), torch.tensor([TOKEN_IDS], dtype=torch.int32)):
@@ -424,6 +445,9 @@ def test_a_forged_header_is_read_if_it_is_right(path, masks):
         ({"config": "null"}, "config_hash"),
         ({"config_hash": ""}, "config_hash"),
         ({"user": "3"}, "an object of other values"),
+        ({"tokens": "3"}, "tokens must be a list of strings"),
+        ({"tokens": json.dumps(["a"] * 1000)}, "tokens must be one for each key, 5000 in layer 7, got 1000"),
+        ({"tokens": json.dumps([["a"]] * 1000)}, "tokens must be strings, got list"),
         ({"user": '{"a": 1}'}, "an object of other values"),
         ({"changed": with_tensor("layer.9", dtype="U8", shape=[0], data_offsets=[0, 0])}, "'layer.9' should be None"),
         ({"changed": with_tensor("layer.9", dtype="U8", shape=[1], data_offsets=[0, 1])}, "starts at byte 0"),
@@ -594,7 +618,7 @@ def test_a_foreign_or_missing_file_is_refused(path, tmp_path):
         ({"config": {}}, TypeError, "config must be a PrefillConfig"),
         ({"metadata": [1]}, TypeError, "metadata must be a mapping.*list"),
         ({"metadata": {"n": 1}}, TypeError, "metadata must map str to str"),
-        ({"metadata": {"n": "1" * 100_000_000}}, ValueError, "metadata must leave the header below"),
+        ({"metadata": {"n": "1" * 100_000_000}}, ValueError, "metadata and tokens must leave the header below"),
         ({"model": 3}, TypeError, "model must be a name or None, got 3"),
         ({"model": ""}, ValueError, "model must be a name of printable characters"),
         ({"model": "\ud800"}, ValueError, "model must be a name of printable characters"),
@@ -603,6 +627,15 @@ def test_a_foreign_or_missing_file_is_refused(path, tmp_path):
         ({"token_ids": "text"}, TypeError, "token_ids must be a tensor or list of whole numbers, got str"),
         ({"token_ids": [2**70]}, TypeError, "token_ids must be a tensor or list of whole numbers, got list"),
         ({"token_ids": []}, ValueError, "token_ids must hold at least one token"),
+        ({"tokens": "nine char"}, TypeError, "tokens must be a list of strings, one for each token, got str"),
+        ({"tokens": [str(n) for n in range(8)] + [8]}, TypeError, "tokens must be strings, got int: decode"),
+        ({"tokens": []}, ValueError, "tokens must hold at least one token"),
+        ({"tokens": ["a"] * 8}, ValueError, "tokens must be one for each key, 9 in layer 0, got 8"),
+        (
+            {"tokens": ["a"] * 9, "masks": {3: random_map(9, 9, 16, batch=2)[0]}},
+            ValueError,
+            "tokens are those of one prompt, but layer 3 has 2 batch entries",
+        ),
         ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype or None, got 'bfloat16'"),
     ],
 )

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,56 @@ class Page:
         self.find(f"#open-{slot}").send_keys(str(path))
         return self.settle()
 
+    def choose(self, name, value):
+        """Chooses an entry of a select by its value."""
+        self.ask(
+            "const select = document.getElementById(arguments[0]); select.value = arguments[1];"
+            "select.dispatchEvent(new Event('change'));",
+            name,
+            value,
+        )
+        return self.settle()
+
+    def search(self, text):
+        field = self.find("#search")
+        field.clear()
+        field.send_keys(text)
+        return self.settle()
+
+    def show_as(self, width, height, *, touch=False):
+        """A window of this size, in CSS pixels; a phone's if it can be touched."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if touch else 1, "mobile": touch}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+        return self.settle()
+
+    def tap(self, row, column, slot=0):
+        """A finger's tap on a block."""
+        x, y = self.ask(
+            "const { x, y } = fp.middleOf(arguments[0], { row: arguments[1], column: arguments[2] });"
+            "const box = fp.panes[arguments[0]].canvas.getBoundingClientRect();"
+            "return [box.left + x / devicePixelRatio, box.top + y / devicePixelRatio];",
+            slot,
+            int(row),
+            int(column),
+        )
+        for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        return self.settle()
+
+    def save(self, what, folder):
+        """What the page saves, as a file in an empty folder."""
+        folder.mkdir()
+        how = {"behavior": "allow", "downloadPath": str(folder)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", how)
+        self.choose("save", what)
+        for _ in range(200):
+            found = [path for path in folder.iterdir() if path.suffix not in (".crdownload", ".tmp")]
+            if found and found[0].stat().st_size:
+                return found[0]
+            time.sleep(0.05)
+        raise AssertionError("nothing was saved")
+
     def colour(self, name):
         return np.array(self.ask("return state.colours[arguments[0]]", name))
 
@@ -123,3 +174,19 @@ class Page:
             for message in messages
             if message["method"] == "Network.requestWillBeSent"
         ]
+
+
+def block_centres(page, rows, columns, slot="a"):
+    """The pixel in the middle of each block: [rows, columns, 3]."""
+    left, top, scale = page.view()
+    pixels = page.pixels(f"#pane-{slot} canvas.map")
+    middle = lambda count, start: np.floor((np.arange(count) + 0.5 - start) * scale).astype(int)  # noqa: E731
+    return pixels[middle(rows, top)[:, None], middle(columns, left)]
+
+
+def expected_blocks(page, causal, *inks):
+    """The colour of each block: paper, dropped, or the ink whose map has it."""
+    colours = np.where(causal[..., None], page.colour("dropped"), page.colour("paper"))
+    for dense, name in inks:
+        colours = np.where(dense[..., None], page.colour(name), colours)
+    return colours

@@ -1,6 +1,6 @@
 """Which features work together on which backend: the calls that show it, and the table of what they showed.
 
-This runs all calls and writes what each part of them showed, then docs/combinations from that and the table:
+This runs all calls and writes what each part of them showed, then docs/reference/combinations from that and the table:
 
     FLEXPREFILL_COMBINATIONS=/tmp/combinations pytest tests/house/test_combinations.py
     python tests/support/combinations.py /tmp/combinations
@@ -12,8 +12,9 @@ from itertools import combinations, product
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "combinations"
-BACKENDS = {"cpu": "CPU", "triton": "TRITON", "flash": "FLASH"}
+PAGE = DOCS / "reference" / "combinations.md"
+RESULTS = DOCS / "reference" / "combinations"
+BACKENDS = {"cpu": "the CPU", "triton": "FlexAttention's Triton kernel", "flash": "FlashAttention-4"}
 PARTS = 8  # of a backend's calls
 
 # names of features; those of one group exclude each other
@@ -94,7 +95,7 @@ def write(path, result):
 
 
 def keep(directory):
-    """Makes docs/combinations of what the parts of a run showed; backends that did not run keep what they have."""
+    """Makes the results of what the parts of a run showed; backends that did not run keep what they have."""
     for backend in BACKENDS:
         parts = [json.loads(path.read_text()) for path in sorted(Path(directory).glob(f"{backend}-*.json"))]
         if not parts:
@@ -113,18 +114,23 @@ def read(backend):
 
 
 def table():
-    """docs/combinations.md."""
+    """docs/reference/combinations.md."""
     results = {backend: read(backend) for backend in BACKENDS}
     lines = [
         "# What works together",
         "",
-        "Written by `python tests/support/combinations.py` from what `tests/house/test_combinations.py` ran, not by",
-        "hand. Each call of it combines as many features as go together, for lengths that are no multiples of a block,",
-        "and its output is compared with dense attention in float64 under the same boolean mask and score function. A",
-        "letter",
-        "says that two features were right together in such a call: **C** on the CPU, **T** by FlexAttention's Triton",
-        "kernel, **F** by FlashAttention-4 in it. `–`: refused, with the message below. `!`: did not run, see below.",
-        "Features: [masks.md](masks.md), [scorers.md](scorers.md), [mean_correction.md](mean_correction.md).",
+        "The table says for every two features whether they gave the right output in one call. **C** is the CPU.",
+        "**T** is FlexAttention's Triton kernel. **F** is FlashAttention-4 inside FlexAttention.",
+        "`–` means refused, with a message that is listed below the table. `!` means that it did not run.",
+        "",
+        "Each call combined as many features as go together. Its lengths were no multiples of a block. Its output was",
+        "compared with dense attention in float64 under the same boolean mask and score function.",
+        "",
+        "The features are explained in [windows and score functions](../howto/windows.md),",
+        "[padded and packed batches](../howto/batches.md), [scorers](../explanations/scorers.md) and",
+        "[mean correction](../explanations/mean_correction.md).",
+        "",
+        "`tests/house/test_combinations.py` made the calls. `python tests/support/combinations.py` wrote this page.",
         "",
     ]
     for backend, name in BACKENDS.items():
@@ -159,7 +165,7 @@ def _cell(results, pair):
             continue
         name = " + ".join(pair)
         if any({*pair} <= {*call} for call in result["calls"]):
-            letters += BACKENDS[backend][0]
+            letters += backend[0].upper()
         elif any(one in result["refused"] for one in (name, *pair)):
             letters += "–"
         else:
@@ -170,4 +176,4 @@ def _cell(results, pair):
 if __name__ == "__main__":
     for directory in sys.argv[1:]:
         keep(directory)
-    (DOCS / "combinations.md").write_text(table())
+    PAGE.write_text(table())

@@ -50,7 +50,7 @@ BART_SIZES = {
 FULL_HEADS = {**SIZES, "num_key_value_heads": 4}
 OPT_SIZES = {**FULL_HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}
 EXPERTS_OF_HYBRIDS = {"num_experts": 2, "num_experts_per_tok": 2}
-# tried besides, in the table of docs/transformers.md alone
+# tried besides, in the table of docs/howto/transformers.md alone
 MORE_FAMILIES = {
     "gemma": lambda: hf.GemmaConfig(**SIZES, head_dim=HEAD_DIM),
     "gemma4": lambda: hf.Gemma4TextConfig(

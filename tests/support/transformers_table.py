@@ -1,6 +1,6 @@
-"""What of transformers was tried with flexprefill: the table of what the trials showed, in docs/transformers.md.
+"""What of transformers was tried with flexprefill: the table of what the trials showed, in docs/howto/transformers.md.
 
-This runs all trials and writes what each showed, then docs/transformers/tried.json from that and the page's table:
+This runs all trials and writes what each showed, then docs/howto/transformers/tried.json and the page's table:
 
     FLEXPREFILL_TRIED=/tmp/tried pytest tests/integrations/test_transformers_matrix.py
     python tests/support/transformers_table.py /tmp/tried
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "transformers" / "tried.json"
-PAGE = DOCS / "transformers.md"
+RESULTS = DOCS / "howto" / "transformers" / "tried.json"
+PAGE = DOCS / "howto" / "transformers.md"
 START, END = "<!-- tried: written by tests/support/transformers_table.py -->", "<!-- end of tried -->"
 
 COLUMNS = {
@@ -45,7 +45,7 @@ def read():
 
 
 def keep(directory):
-    """Makes docs/transformers/tried.json of what the parts of a run showed; what did not run stays."""
+    """Makes docs/howto/transformers/tried.json of what the parts of a run showed; what did not run stays."""
     kept = read() if RESULTS.exists() else {"where": {}, "families": {}}
     for path in sorted(Path(directory).glob("*.json")):
         part = json.loads(path.read_text())

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.browser import Page, start_chromium
+from support.browser import block_centres, expected_blocks
 from support.mask_files import pack_triangles, visible_blocks, write_mask_file
+from support.viewer_files import CONFIG, lines_and_noise, write_masks
 
 from flexprefill import BlockMap, FlexPrefillError, MaskFileError, PrefillConfig, load_masks, save_masks
 from flexprefill.cli import view
@@ -18,70 +19,7 @@ from flexprefill.inspection import PATTERNS, block_patterns
 from flexprefill.viewer import write_page
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "masks_v1.safetensors"
-CONFIG = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=2, last_full_blocks=1)
 GAPS = 9  # pixels a block, from which on a line is left between blocks
-
-
-def lines_and_noise(heads, blocks, seed, *, batch=1, rows=None):
-    """bool [batch, heads, rows, blocks], causal: sinks, a window, a vertical, a slash and scattered blocks."""
-    rng = np.random.default_rng(seed)
-    rows = rows or blocks
-    key = np.arange(blocks)
-    query = np.arange(blocks - rows, blocks)[:, None]
-    dense = rng.random((batch, heads, rows, blocks)) < rng.uniform(0.02, 0.2, (batch, heads, 1, 1))
-    dense |= (key < 2) | (query - key < 3)
-    line = rng.random(dense.shape) < 0.8
-    dense |= line & ((key == blocks // 3) | (query - key == blocks // 4))
-    return dense & (key <= query)
-
-
-def write_masks(path, layers, *, block=16, **metadata):
-    """Masks of whole blocks, bool [B, H, N, N] by layer."""
-    sizes = {number: (dense.shape[2] * block, dense.shape[3] * block, block) for number, dense in layers.items()}
-    packed = {number: (pack_triangles(dense, *sizes[number]), *sizes[number]) for number, dense in layers.items()}
-    write_mask_file(path, packed, **metadata)
-    return path
-
-
-@pytest.fixture
-def masks():
-    return {0: lines_and_noise(3, 40, 1), 2: lines_and_noise(5, 40, 2)}
-
-
-@pytest.fixture
-def path(tmp_path, masks):
-    return write_masks(tmp_path / "masks.safetensors", masks, config=CONFIG.to_dict(), model="tiny-1B")
-
-
-@pytest.fixture
-def other(tmp_path, masks):
-    changed = {number: dense.copy() for number, dense in masks.items()}
-    changed[0][0, 0] = lines_and_noise(1, 40, 9)[0, 0]
-    return write_masks(tmp_path / "other.safetensors", changed, config=CONFIG.to_dict())
-
-
-@pytest.fixture(scope="module")
-def driver():
-    driver = start_chromium()
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def browser(driver, tmp_path):
-    """Opens pages of mask files. None of them may ask for anything, or have an error."""
-    page = Page(driver)
-    page.problems(), page.requests()
-
-    def show(*files, address="", **options):
-        write_page(tmp_path / "page.html", files, **options)
-        return page.open(tmp_path / "page.html", address)
-
-    yield show
-    assert page.problems() == []
-    assert [url for url in page.requests() if not url.startswith(("file:", "about:"))] == []
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 # ---- the file format, written twice
@@ -114,6 +52,8 @@ def test_the_page_has_everything_in_it(tmp_path, path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert base64.b64encode(path.read_bytes()).decode() in page
     assert "default-src 'none'" in page
+    for name in ("http://www.w3.org/2000/svg", "url(#"):  # a name and a place in a saved picture: nothing is asked for
+        page = page.replace(name, "")
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|\bimport\b", page)
     assert "{{" not in page.replace("${{", "") and path.name in page
 
@@ -143,6 +83,12 @@ def test_what_is_no_mask_file_gets_no_page(tmp_path, path):
     assert load_masks(path)
 
 
+def test_the_command_says_that_a_prompt_is_private(tmp_path, masks, capsys):
+    file = write_masks(tmp_path / "text", masks, tokens=json.dumps(["a"] * 640))
+    run_view(file, "--no-open", "--output", tmp_path / "page.html")
+    assert f"{file} holds its prompt's text" in capsys.readouterr().out
+
+
 def run_view(*arguments):
     parser = argparse.ArgumentParser()
     view.add_arguments(parser)
@@ -166,22 +112,6 @@ def test_the_command_writes_and_opens_the_page(tmp_path, path, other, monkeypatc
 
 
 # ---- drawn pixels
-
-
-def block_centres(page, rows, columns, slot="a"):
-    """The pixel in the middle of each block: [rows, columns, 3]."""
-    left, top, scale = page.view()
-    pixels = page.pixels(f"#pane-{slot} canvas.map")
-    middle = lambda count, start: np.floor((np.arange(count) + 0.5 - start) * scale).astype(int)  # noqa: E731
-    return pixels[middle(rows, top)[:, None], middle(columns, left)]
-
-
-def expected_blocks(page, causal, *inks):
-    """The colour of each block: paper, dropped, or the ink whose map has it."""
-    colours = np.where(causal[..., None], page.colour("dropped"), page.colour("paper"))
-    for dense, name in inks:
-        colours = np.where(dense[..., None], page.colour(name), colours)
-    return colours
 
 
 def test_the_whole_map_is_drawn_block_by_block(browser, path, masks):
@@ -332,7 +262,7 @@ def test_a_second_file_is_drawn_beside_the_first(browser, path, other, masks):
 
 def test_heads_that_differ_between_the_files_are_marked(browser, path, other):
     page = browser(path, other)
-    pixels, mark = page.pixels("#heat"), page.colour("onlyB")
+    pixels, mark = page.pixels("#heat"), page.colour("cursor")
     cell = page.ask("return fp.heat.cell")
     for layer, head, differs in ((0, 0, True), (0, 1, False), (2, 0, False)):
         place = page.ask("return fp.heat.middleOf({ layer: arguments[0], column: arguments[1] })", layer, head)
@@ -421,6 +351,12 @@ def test_patterns_are_those_of_the_library(browser, tmp_path, config):
         ours = [[*place, PATTERNS[codes[tuple(place)] - 1]] for place in codes.nonzero().tolist()]
         assert theirs == ours
         listed = page.text("#patterns")
+        assert page.ask("return state.heads[0].patterns.counts") == {
+            pattern: sum(name == pattern for *_, name in ours) for pattern in PATTERNS
+        }
+        if dense[0, 0].sum() == visible_blocks(q_len, kv_len, 16).sum():
+            assert listed == "dense: keeps every block"
+            continue
         for pattern in PATTERNS:
             share = sum(name == pattern for *_, name in ours) / len(ours)
             assert f"{pattern} {100 * share:.1f} %" in listed
@@ -468,10 +404,11 @@ def test_keys_move_zoom_and_choose(browser, path):
     assert page.text("#readout").startswith("queries 32–47 (block 2) · keys 0–15 (block 0)")
 
 
-def test_tab_reaches_everything_and_everything_has_a_name(browser, path, other):
-    page = browser(path, other)
+def test_tab_reaches_everything_and_everything_has_a_name(browser, tmp_path, masks, other):
+    tokens = json.dumps(["a"] * 640)
+    page = browser(write_masks(tmp_path / "text", masks, tokens=tokens), other)
     reached = []
-    for _ in range(24):
+    for _ in range(34):
         page.driver.switch_to.active_element  # noqa: B018
         page.keys("\t")
         reached.append(page.driver.switch_to.active_element)
@@ -496,6 +433,16 @@ def test_tab_reaches_everything_and_everything_has_a_name(browser, path, other):
         "fit",
         "difference",
         "map",
+        "heat-by",
+        "save",
+        "search",
+        "found-before",
+        "found-next",
+        "query-text",
+        "key-text",
+        "filter",
+        "sort",
+        "thumb",
     }
     assert all(labels.values())
     from selenium.webdriver import Keys

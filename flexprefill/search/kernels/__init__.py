@@ -1,1 +1,1 @@
-"""The search's GPU kernels, Triton's and Gluon's (hopper); launch calls them."""
+"""The search's GPU kernels, in Triton and in Gluon (hopper). launch calls them."""

@@ -1,4 +1,4 @@
-"""The guard in Triton: the sampled rows' masses in parts of the keys, then each head's decision and words."""
+"""The guard in Triton: first the masses of sampled rows in parts of the keys, then each head's decision and words."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def mass_kernel(
     BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """For TILE of (sampled row, query head of the group), over one part of the keys: the largest logit in log2, and
-    relative to it the sum over all keys that the row sees and over the kept ones, float32 [3, B · Hq, ROWS, parts].
+    """One tile of pairs (sampled row, query head of the group) over one part of the keys.
 
-    Neighbouring programs share their keys, so that all but the first find them in the L2 cache.
+    Writes float32 [3, B · Hq, ROWS, parts]: the largest logit in log2, and relative to it the sum over all keys that
+    the row sees and the sum over the kept ones. Neighbouring programs share their keys, so all but the first find them
+    in the L2 cache.
     """
     part = tl.program_id(0) // TILES
     kv_head = tl.program_id(1)
@@ -105,7 +106,7 @@ def _recall_of(parts_ptr, index, heads_rows, parts_total, margin, ROWS: tl.const
     share = kept / total
     mean = tl.sum(share, 0) / ROWS
     variance = tl.sum((share - mean) * (share - mean), 0) / ROWS
-    # a minimum that NaN passes through
+    # a minimum that is NaN if a share is
     lowest = tl.where(mean == mean, tl.min(share, 0), mean)
     return mean, lowest, mean - margin * tl.sqrt(variance / ROWS)
 
@@ -116,13 +117,13 @@ def widen_kernel(
     parts_total, heads_rows, guard, margin, BLOCK: tl.constexpr, MEMBERS: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A head's decision, made anew by each program that writes some of its words; MEMBERS heads decide together."""
+    """A head's decision and words. Each program that writes words decides anew. MEMBERS heads decide as one."""
     index = tl.program_id(0).to(tl.int64)
     fails = 0
     for member in tl.static_range(0, MEMBERS):
         other = index // MEMBERS * MEMBERS + member
         mean, lowest, at_least = _recall_of(parts_ptr, other, heads_rows, parts_total, margin, ROWS, PARTS)
-        # NaN is not enough either
+        # NaN is not enough
         fails = fails | tl.where(at_least >= guard, 0, 1)
         if (tl.program_id(1) == 0) & (other == index):
             tl.store(recall_ptr + index, mean)

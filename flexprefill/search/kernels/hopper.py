@@ -1,7 +1,8 @@
-"""The scoring kernel written for Hopper: the search of scoring.search_kernel for its commonest shape.
+"""The scoring kernel for Hopper: it does what scoring.search_kernel does, for the most common shape.
 
-In Gluon, where layouts and waits are the author's: the tensor memory accelerator refills the one buffer of means while
-a tile is summed up, and starts on the next row's queries under the last one; four programs share a multiprocessor.
+It is written in Gluon, where the author chooses layouts and waits. The tensor memory accelerator refills the one buffer
+of means while a tile is summed up. It loads the next row's queries during the last tile. Four programs share a
+multiprocessor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _blocks(head_dim: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
 
 
 def describe_tensors(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
-    """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them: a query block, a tile of means."""
+    """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them, by query block and by tile."""
     tensors = query, means.flatten(0, 1)
     blocks = _blocks(query.shape[3])
     return [TensorDescriptor.from_tensor(tensor, *block) for tensor, block in zip(tensors, blocks, strict=True)]
@@ -37,8 +38,11 @@ def describe_tensors(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
 
 @gluon.jit
 def _bounds(I, sizes, rule, FIRST_KEY: gl.constexpr):
-    """Of query block I: blocks visible, the first in the window, blocks with a score, their tiles, and how many tiles
-    but for the last need no masking."""
+    """The bounds of query block I.
+
+    They are the visible blocks, the first block in the window, the blocks with a score, their tiles, and how many tiles
+    before the last need no masking.
+    """
     offset, q_len, kv_len, rows, columns = sizes
     sink_blocks, window_blocks, last_full_blocks = rule
     last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
@@ -55,7 +59,7 @@ def _bounds(I, sizes, rule, FIRST_KEY: gl.constexpr):
 
 @gluon.jit
 def _start(I, batch_head, query, means, HEADS, GROUP: gl.constexpr, q_smem, k_smem, ready):
-    """Starts the copies of a query block and of its first means; ready turns to its next phase when they are there."""
+    """Starts to copy a query block and its first means. ready turns to its next phase when both are there."""
     batch = 0
     head = batch_head
     if batch_head >= HEADS:
@@ -74,7 +78,7 @@ def _copy_means(kv_head, t, means, k_smem, ready):
 
 @gluon.jit
 def _multiply(q_smem, k_smem, ready, phase, ACC: gl.constexpr):
-    """Waits for a tile of means, and multiplies it with the queries: [J, rows]. Its buffer is free then."""
+    """Waits for a tile of means and multiplies it with the queries: [J, rows]. Its buffer is then free."""
     D: gl.constexpr = k_smem.shape[2]
     mbarrier.wait(ready, phase)
     queries = q_smem.reshape([BLOCK, D]).permute((1, 0))
@@ -87,7 +91,7 @@ def _multiply(q_smem, k_smem, ready, phase, ACC: gl.constexpr):
 
 @gluon.jit
 def _hide(products, t, I, scored, offset, q_len, kv_len, ACC: gl.constexpr, FIRST_KEY: gl.constexpr):
-    """Puts -inf where a row does not see the whole of block j (FIRST_KEY: its first key), or either is past the end."""
+    """Puts -inf where a row does not see all of block j (FIRST_KEY: its first key), or one of them is past the end."""
     j = t * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ACC))
     r = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
     first = gl.minimum((j + 1) * BLOCK, kv_len) - 1
@@ -95,17 +99,17 @@ def _hide(products, t, I, scored, offset, q_len, kv_len, ACC: gl.constexpr, FIRS
         first = j * BLOCK
     first -= offset + I * BLOCK
     seeing = gl.where(j < scored, gl.maximum(gl.minimum(q_len - I * BLOCK, BLOCK) - first, 0), 0)
-    # first <= r < first + seeing in one comparison: what is below first wraps to a huge number
+    # first <= r < first + seeing in one comparison: a row below first wraps to a huge number
     seen = (r[None, :] - first[:, None]).to(gl.uint32) < seeing.to(gl.uint32)[:, None]
     return gl.where(seen, products, float("-inf"))
 
 
 @gluon.jit
 def _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC: gl.constexpr, MASKED: gl.constexpr):
-    """Stores a tile's block scores relative to 2^shift, and returns the least and the greatest of them so far."""
+    """Stores a tile's block scores relative to 2^shift. Returns the least and the greatest so far."""
     # fused by name: columns of equal products get equal sums, masked or not
     terms = gl.exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift))
-    # in two steps: one long chain of additions in each thread would wait for itself
+    # in two steps, because one long chain of additions in each thread would wait for itself
     total = gl.sum(gl.sum(gl.reshape(terms, [TILE, 8, BLOCK // 8]), 1), 1)
     total = gl.convert_layout(total, gl.SliceLayout(1, ACC))
     j = gl.arange(0, TILE, gl.SliceLayout(1, ACC))
@@ -118,7 +122,7 @@ def _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC: 
 
 @gluon.jit
 def _score_exactly(products, t, scratch, scored, best, qk_scale, ACC: gl.constexpr):
-    """Stores log2 of a tile's block scores, each taken relative to the block's own largest; +inf if not finite."""
+    """Stores log2 of a tile's block scores, each relative to the block's own largest product. +inf if not finite."""
     largest = gl.max(products, 1)
     shift = gl.where(gl.abs(largest) == float("inf"), 0.0, largest)
     L = largest * qk_scale + gl.log2(gl.sum(gl.exp2((products - shift[:, None]) * qk_scale), 1))
@@ -130,7 +134,7 @@ def _score_exactly(products, t, scratch, scored, best, qk_scale, ACC: gl.constex
 
 @gluon.jit
 def _share(smem, values):
-    """Values [TILE] of all warps, the whole of them in each."""
+    """Values [TILE] of all warps, given to each warp."""
     smem.store(values)
     _barrier()
     return smem.load(IN_EACH_WARP)
@@ -138,7 +142,7 @@ def _share(smem, values):
 
 @gluon.jit
 def _from(n):
-    """A word with bits n and above set: all for n < 0, none for n > 31, where PTX, unlike LLVM, defines the shift."""
+    """A word with bits n and above set: all for n < 0, none for n > 31. PTX defines that shift, LLVM does not."""
     return gl.inline_asm_elementwise(
         "{ .reg .s32 n; max.s32 n, $1, 0; shl.b32 $0, -1, n; }", "=r,r", [n], dtype=gl.int32, is_pure=True, pack=1
     )
@@ -152,7 +156,7 @@ def _store_words(words_row, scratch, threshold, visible, window_start, scored, s
     bit = 1 << lane
     for w0 in range(0, width, WORDS):
         w = w0 + gl.arange(0, WORDS, gl.SliceLayout(1, LAYOUT))
-        # behind the last score stands whatever stood there
+        # what stands behind the last score is old
         score = gl.load(scratch + (w[:, None] * 32 + lane))
         # a NaN is not below the threshold
         chosen = gl.sum(gl.where(score < threshold, 0, bit), 1)
@@ -161,7 +165,7 @@ def _store_words(words_row, scratch, threshold, visible, window_start, scored, s
         gl.store(words_row + w, kept & ~_from(visible - first), mask=w < width)
 
 
-# parameters of which each value would be compiled for
+# without this, each value of these parameters would be compiled for
 NOT_SPECIALIZED = [
     "offset", "q_len", "kv_len", "rows", "columns", "width", "heads", "rows_step", "heads_step",
     "sink_blocks", "window_blocks", "last_full_blocks",
@@ -214,7 +218,7 @@ def search_kernel(
             shift = 0.0
             t = 0
             while t < steps:
-                # the tiles that need care: the first, which sets the shift, and those that the causal edge crosses
+                # tiles that need care: the first sets the shift, and the causal edge crosses others
                 products, phase = _multiply(q_smem, k_smem, ready, phase, ACC)
                 if t + 1 < steps:
                     _copy_means(kv_head, t + 1, means, k_smem, ready)
@@ -234,13 +238,13 @@ def search_kernel(
                     _copy_means(kv_head, t + 1, means, k_smem, ready)
                     lowest, highest = _score(products, t, scratch, scored, shift, lowest, highest, qk_scale, ACC, False)
                     t += 1
-            # behind this barrier the row's scores are there for all
+            # after this barrier all warps can read the row's scores
             lowest_smem.store(lowest)
             greatest = gl.max(_share(highest_smem, highest), 0)
             least = gl.min(lowest_smem.load(IN_EACH_WARP), 0)
             threshold = greatest * gl.exp2(own_log2_alpha)
             if (least == 0.0) | (greatest == float("inf")):
-                # a sum left the range of float32: once more, every block relative to its own largest product
+                # a sum left the range of float32, so score again, each block relative to its own largest product
                 if next_steps > 0:
                     mbarrier.wait(ready, phase)
                     phase ^= 1

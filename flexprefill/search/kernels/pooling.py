@@ -13,7 +13,7 @@ def pool_kernel(
 ):  # fmt: skip
     """One key block's mean in float32: key [B, H, S, D] to means [B, H, N, D], contiguous.
 
-    SEQUENCES: the mean of the keys of the block's first key's sequence, to the first N of N + N + S.
+    With SEQUENCES it is the mean of the keys in the sequence of the block's first key, to the first N of N + N + S.
     """
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -27,7 +27,7 @@ def pool_kernel(
     base = key_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
     offsets = s.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
     keys = tl.load(base + offsets, mask=(s[:, None] < end) & (d[None, :] < D), other=0.0).to(tl.float32)
-    # none where padding comes first
+    # no keys where padding comes first
     count = tl.maximum(tl.minimum(end - J * BLOCK, BLOCK), 1)
     mean = tl.sum(keys, 0) / count.to(tl.float32)
     tl.store(means_ptr + (head * rows + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
@@ -35,8 +35,8 @@ def pool_kernel(
 
 @triton.jit
 def _mean_of(keys, members, inside):
-    """The mean of the keys at pointers [BLOCK, D] that are members [BLOCK]; zeros if none is."""
-    # read for each mean, not held for all: a block of float32 takes more registers than there are
+    """The mean of the keys at pointers [BLOCK, D] that are members [BLOCK]. Zeros if none is."""
+    # read again for each mean, because a block of float32 takes more registers than there are
     own = tl.load(keys, mask=members[:, None] & inside[None, :], other=0.0).to(tl.float32)
     return tl.sum(own, 0) / tl.maximum(tl.sum(members.to(tl.int32), 0), 1).to(tl.float32)
 
@@ -48,8 +48,8 @@ def pool_sequences_kernel(
 ):  # fmt: skip
     """The means of the sequences that start inside one key block, as reference.pool_own_keys describes them.
 
-    Only these are written: the block's last sequence's where it is one of them, and at the positions of those that end
-    in the block too. Elsewhere none is read but pool_kernel's.
+    It writes the mean of the block's last sequence if that starts inside. It writes means at the positions of sequences
+    that also end inside. No others are read, besides those of pool_kernel.
     """
     J = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Products of a tile of means with the rows of query blocks, and what a soft cap and ALiBi make of them."""
+"""Products of a tile of means with the rows of query blocks. A soft cap and ALiBi change them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG2_E = tl.constexpr(logits.LOG2_E)
 
 
 class Scales(NamedTuple):
-    """What makes log2 scores of products."""
+    """What turns products into log2 scores."""
 
     qk_scale: Any  # 1 where a soft cap or ALiBi has made them
     hidden: Any  # the product that is a score of -inf
@@ -56,9 +56,9 @@ def load_queries(query_base, stride_s, stride_d, row, q_len, fixed):
 def tile_products(j0, inputs, queries, prompt, fixed, MASKED: tl.constexpr):
     """Products of the means from j0 with the query blocks, transposed: float32 [J, query blocks, rows].
 
-    So the sums over a query block's rows run along each thread's own registers, and neighbouring query blocks share
-    each tile of means. MASKED hides the products where a row gives no score to block j. SEQUENCES: of block j they take
-    what the row's sequence has there. SOFT_CAP and ALIBI make log2 scores of them.
+    The sums over a query block's rows then run along each thread's own registers. Neighbouring query blocks share each
+    tile of means. MASKED hides the products where a row gives no score to block j. With SEQUENCES, a row takes the mean
+    of what its own sequence has in block j. SOFT_CAP and ALIBI make log2 scores of the products.
     """
     j = j0 + tl.arange(0, fixed.TILE)
     products = _dots(j, inputs, inputs.means_base, queries, prompt, fixed, MASKED)
@@ -102,7 +102,7 @@ def _query_part(d, query_base, stride_s, stride_d, row, q_len, fixed):
 
 @triton.jit
 def rows_alone(queries, prompt, fixed):
-    """Whether each row's sequence begins and ends inside the row's own block, and whether any row's does."""
+    """Whether each row's sequence begins and ends inside the row's own block. Also whether any row's does."""
     alone = queries.row < 0
     some_alone = False
     if fixed.SEQUENCES:
@@ -116,7 +116,7 @@ def rows_alone(queries, prompt, fixed):
 
 @triton.jit
 def own_products(alone, own_base, query_base, stride_s, stride_d, row, prompt, fixed):
-    """Products of rows with the means of their own sequences in their own blocks, where these lie alone: [rows]."""
+    """Products of rows with the means of their own sequences, where these lie in one block alone: [rows]."""
     products = tl.zeros([fixed.QUERY_BLOCKS * fixed.BLOCK], tl.float32)
     for d0 in range(0, fixed.D_PAD, fixed.D_STEP):
         d = d0 + tl.arange(0, fixed.D_STEP)
@@ -129,11 +129,11 @@ def own_products(alone, own_base, query_base, stride_s, stride_d, row, prompt, f
 
 @triton.jit
 def _of_own_sequences(products, j0, inputs, queries, prompt, fixed):
-    """The products, with the means of the rows' own sequences where a block's first key is of another one."""
+    """The products, with the means of the rows' own sequences where a block's first key is in another sequence."""
     start, end = queries.start, queries.end
     j = j0 + tl.arange(0, fixed.TILE)
     first_block = tl.where((start % fixed.BLOCK != 0) & (start < end), start // fixed.BLOCK, -1)
-    # only in the block in which a sequence starts its keys are not those that the block's first key is of
+    # a sequence lacks a block's first key only in the block in which it starts
     if tl.max(((first_block >= j0) & (first_block < j0 + fixed.TILE)).to(tl.int32), 0) > 0:
         means_of_last = inputs.means_base + prompt.columns * fixed.D
         of_last = _dots(j, inputs, means_of_last, queries, prompt, fixed, True)
@@ -146,15 +146,15 @@ def _of_own_sequences(products, j0, inputs, queries, prompt, fixed):
 
 @triton.jit
 def _modified(products, j, inputs, queries, fixed, MASKED: tl.constexpr):
-    """Log2 scores of products [J, rows]: as reference.log_scores has them with a soft cap and ALiBi."""
+    """Log2 scores of products [J, rows] with a soft cap and ALiBi, as in reference.log_scores."""
     factor = inputs.scales.inner_scale
     if fixed.SOFT_CAP:
-        # tanh; exact to float32's rounding of 1, as scores relative to the cap need
+        # tanh, exact to float32's rounding of 1: scores relative to the cap need that
         products = 1 - 2 / (tl.exp2(products * factor * (2 * LOG2_E)) + 1)
         factor = inputs.scales.soft_cap
     if fixed.ALIBI:
         nearest, ratio = _distances(j, inputs.slope, queries, fixed, MASKED)
-        # fused by name: whole blocks get the same bits in every tile, masked or not
+        # an explicit fma, so whole blocks get the same bits in every tile, masked or not
         scores = tl.fma(products, factor, tl.fma(nearest, inputs.slope.slope * (-LOG2_E), ratio))
     else:
         scores = products * factor
@@ -163,7 +163,7 @@ def _modified(products, j, inputs, queries, fixed, MASKED: tl.constexpr):
 
 @triton.jit
 def _distances(j, alibi, queries, fixed, MASKED: tl.constexpr):
-    """How far each row is from the nearest key of block j, and log2 of the keys' mean share where that key has 1."""
+    """Each row's distance to the nearest key of block j, and log2 of the keys' mean share where that key has 1."""
     position = queries.position[None, :]
     seen_end = (j + 1) * fixed.BLOCK
     ratio = alibi.whole_ratio
@@ -184,6 +184,6 @@ def _distances(j, alibi, queries, fixed, MASKED: tl.constexpr):
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(-x), where it is small too."""
+    """1 - exp(-x), also for small x."""
     series = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))))
     return tl.where(tl.abs(x) < 0.1, series, 1 - tl.exp2(x * (-LOG2_E)))

@@ -1,4 +1,4 @@
-"""The scoring kernel in Triton: scores the blocks, finds each row's threshold and writes the bits."""
+"""The scoring kernel in Triton. It scores the blocks, finds each row's threshold and writes the bits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Tensors(NamedTuple):
 
 
 class Alphas(NamedTuple):
-    """How far below the best score blocks are kept, and how many blocks at the least."""
+    """How far below the best score a block is still kept, and how many blocks are kept at least."""
 
     log2_alpha: Any
     log2_alphas_ptr: Any  # [HEADS]
@@ -77,7 +77,7 @@ class SearchCall(NamedTuple):
 
 
 class TileTask(NamedTuple):
-    """What the query heads that share a mask have in common at one tile of query blocks."""
+    """What the query heads that share a mask have in common for one tile of query blocks."""
 
     query_base: Any  # of the batch entry
     head: Any  # the first of them in it
@@ -90,7 +90,7 @@ class TileTask(NamedTuple):
     unmasked: Any  # what unmasked_end gives
 
 
-# parameters of which each value would be compiled for
+# without this, each value of these parameters would be compiled for
 NOT_SPECIALIZED = [
     "q_len", "kv_len", "rows", "columns", "width", "tiles", "sink_blocks", "window_blocks",
     "last_full_blocks", "min_blocks", "sequence_stride", "sliding_window",
@@ -106,15 +106,15 @@ def search_kernel(
     TILE: tl.constexpr, D_STEP: tl.constexpr, WORDS: tl.constexpr, MEMBERS: tl.constexpr, FIRST_KEY: tl.constexpr,
     CUT: tl.constexpr, SEQUENCES: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, ALPHAS: tl.constexpr,
 ):  # fmt: skip
-    """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, mask): scores into scratch rows of the program,
-    then the bits.
+    """A persistent grid over (QUERY_BLOCKS neighbouring query blocks, mask).
 
-    MEMBERS query heads share a mask: each has scratch rows of its own, added as they are read. Query blocks go from the
-    last, which see most, to the first.
+    A program writes scores into scratch rows of its own, and then the bits. MEMBERS query heads share a mask. Each has
+    its own scratch rows, and they are added when they are read. Query blocks go from the last to the first, because the
+    last see most.
 
-    CUT: rows see their own sequence (SEQUENCES) in a sliding window. Scores then begin with the tile of the first block
-    that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. ALPHAS: each query head has
-    a threshold of its own.
+    With CUT, rows see their own sequence (SEQUENCES) in a sliding window. Scores then begin with the tile of the first
+    block that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. With ALPHAS each
+    query head has its own threshold.
     """
     program = tl.program_id(0)
     prompt = PromptSizes(q_len, kv_len, kv_len - q_len, rows, columns)
@@ -146,7 +146,7 @@ def search_kernel(
                 FIRST_KEY, CUT, SEQUENCES, SOFT_CAP, ALIBI, ALPHAS,
             ),
         )  # fmt: skip
-        # the next tile overwrites scores that other threads may still read
+        # other threads may still read scores that the next tile overwrites
         tl.debug_barrier()
 
 
@@ -162,28 +162,28 @@ def _search_tile(I0, I, row, batch_head, call, scratch, fixed):
     logs = bounds.I >= 0  # where scores are in log2; here all
     if bounds.most > 0:
         threshold, logs = _score(I0, batch_head, logs, call, queries, bounds, scratch, fixed)
-        # the scores were written by other threads of this program
+        # other threads of this program wrote the scores
         tl.debug_barrier()
     if call.alphas.min_blocks > 0:
-        # a row that has no more than these keeps them all
+        # a row that has no more blocks than these keeps them all
         threshold = tl.minimum(threshold, kth_best(call.alphas.min_blocks, scratch, bounds, fixed))
     _write_words(I0, batch_head, threshold, logs, scratch, bounds, call, fixed)
 
 
 @triton.jit
 def _score(I0, batch_head, logs, call, queries, bounds, scratch, fixed):
-    """Scores the blocks, and returns each query block's threshold and where it and the scores are in log2.
+    """Scores the blocks. Returns each query block's threshold, and where it and the scores are in log2.
 
-    Elsewhere the scores are sums relative to the largest score of one block. Where such a sum could overflow or hide a
-    score that is not finite, the query block is scored again relative to each block's own maximum; with ALiBi, whose
-    distances soon outweigh products, at once.
+    Elsewhere the scores are sums relative to the largest score of one block. Such a sum can overflow, or hide a score
+    that is not finite. The query block is then scored again, relative to each block's own maximum. With ALiBi that is
+    done at once, because its distances soon outweigh products.
     """
     threshold = tl.zeros([fixed.QUERY_BLOCKS], tl.float32)
     own = tl.zeros([fixed.QUERY_BLOCKS * fixed.BLOCK], tl.float32)
     task = _task_of(I0, batch_head, call, queries, bounds, fixed)
     if (fixed.D_STEP == fixed.D_PAD) and not fixed.ALIBI:  # noqa: SIM102
         if (call.alphas.min_blocks == 0) & (task.log2_alpha >= SMALLEST_LOG2_ALPHA):
-            # own goes on into the second pass: zeros anew would cost registers where heads share a mask
+            # the second pass uses own too: new zeros would cost registers where heads share a mask
             best, doubtful, own = _relative_sums(own, task, call, queries, bounds, scratch, fixed)
             logs = tl.max(doubtful.to(tl.int32), 0) != 0
             threshold = tl.max(best, 0) * tl.exp2(task.log2_alpha)
@@ -195,8 +195,10 @@ def _score(I0, batch_head, logs, call, queries, bounds, scratch, fixed):
 
 @triton.jit
 def _relative_sums(own, task, call, queries, bounds, scratch, fixed):
-    """Scores the blocks as sums relative to the largest score of the query block's first block, wherever that is in a
-    tile: a sequence gets the same bits alone and among others. Returns the best sums, and the doubtful ones.
+    """Scores the blocks as sums relative to the largest score of the query block's first block.
+
+    That block may be anywhere in a tile. So a sequence gets the same bits alone and among others. Returns the best
+    sums, the doubtful ones, and own.
     """
     prompt, qk_scale, base = call.prompt, call.scales.qk_scale, bounds.base
     first_tile, second_tile = bounds.first_tile, bounds.first_tile + fixed.TILE
@@ -223,14 +225,14 @@ def _relative_sums(own, task, call, queries, bounds, scratch, fixed):
     if fixed.MEMBERS > 1:
         tl.debug_barrier()
         found = best_of_group(scratch, False, bounds, fixed)
-        tl.debug_barrier()  # scores that are taken again overwrite those that others may still read
+        tl.debug_barrier()  # other threads may still read scores that the second pass overwrites
     best, doubtful = found
     return best, doubtful, own
 
 
 @triton.jit
 def _sums_in_logs(own, logs, task, call, queries, bounds, scratch, fixed):
-    """Scores the blocks in log2, of the query blocks where logs is set, and returns the best scores."""
+    """Scores the blocks in log2 for the query blocks where logs is set. Returns the best scores."""
     prompt, qk_scale = call.prompt, call.scales.qk_scale
     first_tile, second_tile = bounds.first_tile, bounds.first_tile + fixed.TILE
     best, _ = no_sums(fixed)
@@ -274,7 +276,7 @@ def _task_of(I0, batch_head, call, queries, bounds, fixed):
     unmasked = unmasked_end(I0, queries, bounds, prompt, fixed)
     whole_rows = 0.0
     if fixed.D_STEP == fixed.D_PAD:
-        # also for the second pass: loaded once more there, it would cost the hot loop registers
+        # for both passes: to load it again would cost the hot loop registers
         first_base = query_base + head * tensors.stride_h
         whole_rows = load_queries(first_base, tensors.stride_s, tensors.stride_d, queries.row, prompt.q_len, fixed)
     return TileTask(query_base, head, log2_alpha, whole_rows, means_base, own_base, alone, some_alone, unmasked)
@@ -304,7 +306,7 @@ def _scratch_of(member, scratch):
 
 @triton.jit
 def _slope_of(member, head, tensors, fixed):
-    """A query head's Slope; zeros where there is none."""
+    """A query head's Slope. Zeros where there is none."""
     if fixed.ALIBI:
         of_head = tensors.alibi_ptr + head + member
         slope, share = tl.load(of_head), tl.load(of_head + tensors.HEADS)

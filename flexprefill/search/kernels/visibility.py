@@ -1,6 +1,6 @@
-"""What the rows of a tile of query blocks see: the blocks that they score and those that they keep anyway.
+"""What the rows of a tile of query blocks see: the blocks that they score, and those that they keep anyway.
 
-A whole causal prompt needs the first half of this file alone; the second half is for sequences and sliding windows.
+A whole causal prompt needs only the first half of this file. The second half is for sequences and sliding windows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class Fixed(NamedTuple):
-    """What a kernel is compiled for; of search_kernel's arguments those in capitals."""
+    """What a kernel is compiled for: the arguments of search_kernel in capitals."""
 
     D: Any
     D_PAD: Any
@@ -81,10 +81,10 @@ class Bounds(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Where rows are cut: what else is known of each query block, [query blocks] each.
+    """What else is known of each query block where rows are cut, [query blocks] each.
 
-    Blocks before the first row's position are seen by the rows of its sequence alone. In the next two blocks, in which
-    sequences may start and end, what a query block scores and keeps was found row by row.
+    Only rows of the first row's sequence see blocks before the first row's position. In the next two blocks sequences
+    may start and end. What a query block scores and keeps there was found row by row.
     """
 
     low: Any  # the block of the first row's position
@@ -103,14 +103,14 @@ class Edges(NamedTuple):
 
 @triton.jit
 def whole_prompt(I, row, prompt, rule, cuts, fixed):
-    """The Queries and the Bounds of query blocks I and their rows, where every row sees all keys up to its own."""
+    """The Queries and Bounds of query blocks I and their rows, where every row sees all keys up to its own."""
     position = row + prompt.offset
     last = prompt.offset + tl.minimum((I + 1) * fixed.BLOCK, prompt.q_len) - 1
     visible = last // fixed.BLOCK + 1
     all_kept = (I >= prompt.rows - rule.last_full_blocks) | (visible <= rule.sink_blocks)
     window_start = tl.where(all_kept, 0, visible - rule.window_blocks)
     compares = (I < prompt.rows) & (window_start > 0)
-    # blocks that the last row sees, whole if not FIRST_KEY
+    # blocks that the last row sees; if not FIRST_KEY, sees whole
     seen = visible
     if not fixed.FIRST_KEY:
         seen = tl.where(last + 1 == prompt.kv_len, prompt.columns, (last + 1) // fixed.BLOCK)
@@ -122,7 +122,7 @@ def whole_prompt(I, row, prompt, rule, cuts, fixed):
 
 @triton.jit
 def unmasked_end(I0, queries, bounds, prompt, fixed):
-    """The tiles of blocks that every row sees whole end here."""
+    """The end of the tiles of blocks that every row sees whole."""
     unmasked = (prompt.offset + I0 * fixed.BLOCK + 1) // fixed.BLOCK // fixed.TILE * fixed.TILE
     if prompt.q_len < (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK:
         unmasked = 0
@@ -134,7 +134,7 @@ def unmasked_end(I0, queries, bounds, prompt, fixed):
 
 @triton.jit
 def sees_block(j, queries, prompt, fixed):
-    """Whether each row sees the whole of block j (FIRST_KEY: its first key), and gives it a score: [J, rows]."""
+    """Whether each row sees all of block j (FIRST_KEY: its first key) and so gives it a score: [J, rows]."""
     if fixed.CUT:
         start, end = queries.start[None, :], queries.end[None, :]
         sees = _gives_score(j[:, None], queries.position[None, :], start, end, queries.sliding_window, fixed)
@@ -147,7 +147,7 @@ def sees_block(j, queries, prompt, fixed):
 
 @triton.jit
 def is_scored(j, bounds, fixed):
-    """Which blocks j have a score from a query block; j of a tile [J, 1], or of words [1, words, 32]."""
+    """Which blocks j have a score from a query block. j is of a tile [J, 1] or of words [1, words, 32]."""
     scored = j < _beside(bounds.scored, j)
     if fixed.CUT:
         scored = scored & _is_inside(j, bounds.edges, fixed)
@@ -173,7 +173,7 @@ def _beside(values, j):
 
 @triton.jit
 def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
-    """As whole_prompt of the query blocks from I0, where rows see their own sequence in their window."""
+    """As whole_prompt, for query blocks from I0 whose rows see their own sequence in their window."""
     BLOCK: tl.constexpr = fixed.BLOCK
     position = row + prompt.offset
     last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
@@ -182,12 +182,12 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
     start, end = _sequence_of(row < prompt.q_len, position, batch, prompt, cuts, fixed)
     first_start, first_end = _sequence_of(I < prompt.rows, first_row, batch, prompt, cuts, fixed)
     queries = Queries(row, position, start, end, cuts.sliding_window)
-    # blocks before that of the first row: its own sequence's rows alone see them
+    # only rows of the first row's own sequence see blocks before the first row's
     low = first_row // BLOCK
     inside = first_start < first_end
     far_edge = first_row - cuts.sliding_window + 1
     lowest = tl.where(inside, tl.maximum(first_start, far_edge) // BLOCK, low)
-    # the first block that gets a score from the first row
+    # the first block to which the first row gives a score
     base = lowest
     if not fixed.FIRST_KEY:
         base = tl.where(first_start < far_edge, (far_edge + BLOCK - 1) // BLOCK, first_start // BLOCK)
@@ -196,7 +196,7 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
     last_rows = (tl.maximum(first_end - prompt.offset, 0) + BLOCK - 1) // BLOCK
     all_kept = (I >= last_rows - rule.last_full_blocks) | (own_visible <= sinks_end)
     window_start = tl.where(all_kept, 0, own_visible - rule.window_blocks)
-    # that one and the next, row by row
+    # block low and the next one, row by row
     I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
     low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
     here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
@@ -215,7 +215,7 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
 
 @triton.jit
 def _sequence_of(inside, position, batch, prompt, cuts, fixed):
-    """Start and end of the sequences at positions; of none where not inside."""
+    """Start and end of the sequences at positions. Where not inside, those of no sequence."""
     if fixed.SEQUENCES:
         starts, ends = cuts.starts_ptr + batch * cuts.sequence_stride, cuts.ends_ptr + batch * cuts.sequence_stride
         start = tl.load(starts + position, mask=inside, other=prompt.kv_len)
@@ -249,7 +249,7 @@ def _any_row(flags, fixed):
 
 @triton.jit
 def _see_unlike(I0, queries, bounds, prompt, fixed):
-    """Whether rows are of several sequences, or the far edge of a row's window lies behind the first tile."""
+    """Whether there are rows of several sequences, or the far edge of a row's window lies behind the first tile."""
     last = tl.max(queries.start, 0)
     farthest = tl.maximum(last, prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK - queries.sliding_window)
     several = tl.min(queries.start, 0) != last
@@ -258,7 +258,7 @@ def _see_unlike(I0, queries, bounds, prompt, fixed):
 
 @triton.jit
 def _scoring_positions(j, start, end, sliding_window, fixed):
-    """A sequence's first and last key in block j, and the first and the last position that gives a score to it."""
+    """A sequence's first and last key in block j, and the first and last position that give the block a score."""
     own_first = tl.maximum(j * fixed.BLOCK, start)
     own_last = tl.minimum((j + 1) * fixed.BLOCK, end) - 1
     nearest = own_first if fixed.FIRST_KEY else own_last
@@ -268,7 +268,7 @@ def _scoring_positions(j, start, end, sliding_window, fixed):
 
 @triton.jit
 def _gives_score(j, position, start, end, sliding_window, fixed):
-    """Whether a row gives a score to block j: it sees all keys of it that are of its own sequence (FIRST_KEY: one)."""
+    """Whether a row gives block j a score: it sees all keys of its own sequence there (FIRST_KEY: one)."""
     own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, sliding_window, fixed)
     return (own_first <= own_last) & (position >= nearest) & (position <= farthest)
 

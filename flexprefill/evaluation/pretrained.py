@@ -1,0 +1,165 @@
+"""A pretrained model of transformers as the subject of a comparison: its tokens judge which blocks are missed."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from flexprefill.errors import FlexPrefillError, UnsupportedError
+from flexprefill.evaluation.comparison import Answered
+from flexprefill.evaluation.decoder_subject import prompt_generator
+from flexprefill.evaluation.prompts import Corpus, Prompt, make_prompt
+from flexprefill.variant.variant import AttentionVariant
+
+NAME = "flexprefill-eval"  # of the attention, in transformers' registry
+ROWS = 512  # whose logits are held at a time
+
+_attenders: ContextVar[Sequence[Callable[..., Tensor]] | None] = ContextVar("attenders", default=None)
+
+
+@dataclass(frozen=True)
+class PretrainedSubject:
+    """A causal language model, asked by its tokens.
+
+    Attributes:
+        model: as :func:`load_pretrained` gives it.
+        corpus: what prompts are made of.
+        seed: of the prompts.
+        name: of the model, which names it in the file of figures.
+    """
+
+    model: Any
+    corpus: Corpus
+    seed: int
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        config = self.model.config.get_text_config()
+        return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model was made for."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def identity(self) -> dict[str, str]:
+        weight = self.model.get_output_embeddings().weight
+        text = torch.cat([self.corpus.prose, self.corpus.code]).numpy().data
+        return {
+            "model": f"{zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data):08x} {self.name}",
+            "text": f"{zlib.crc32(text):08x}",
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+
+    def prompt(self, length: int, task: str, number: int) -> Prompt:
+        prompt = make_prompt(self.corpus, task, length, prompt_generator(self.seed, length, task, number))
+        return Prompt(prompt.tokens.to(self.device), prompt.answers, prompt.asked)
+
+    def answer(self, prompt: Prompt, attenders: Sequence[Callable[..., Tensor]]) -> Answered:
+        """The loss is the mean over the graded tokens; an answer is exact if each of its tokens is the likeliest."""
+        at = torch.cat([torch.arange(start, stop) for start, stop in prompt.answers])
+        losses, hits = self._grade(prompt.tokens, at.to(self.device), attenders)
+        if not prompt.asked:
+            return Answered(0, 0, losses.mean().item())
+        right = hits.split([stop - start for start, stop in prompt.answers])
+        return Answered(sum(bool(part.all()) for part in right), len(right), losses.mean().item())
+
+    @torch.inference_mode()
+    def _grade(self, tokens: Tensor, at: Tensor, attenders: Sequence[Callable[..., Tensor]]) -> tuple[Tensor, Tensor]:
+        """Of the tokens at these positions the loss in nats, float32, and whether each is the likeliest."""
+        with _attending(attenders):
+            states = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        head = self.model.get_output_embeddings()
+        losses, hits = [], []
+        for rows in at.split(ROWS):
+            logits = head(states[rows - 1]).float()
+            losses.append(cross_entropy(logits, tokens[0, rows], reduction="none"))
+            hits.append(logits.argmax(-1) == tokens[0, rows])
+        return torch.cat(losses), torch.cat(hits)
+
+
+def load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
+    """A causal language model whose attention a comparison chooses, and its tokenizer.
+
+    Args:
+        name: A folder or a name that transformers' from_pretrained takes, or a GGUF file.
+        device: Where the model is put.
+        dtype: Name of its dtype, such as "bfloat16".
+
+    Raises:
+        FlexPrefillError: transformers is not installed, or does not load it.
+        UnsupportedError: the model attends by itself.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+
+        from flexprefill.integrations.model_classes import check_model
+    except ImportError as error:
+        raise FlexPrefillError(
+            f"a pretrained model needs transformers (pip install 'flexprefill[transformers]'): {error}"
+        ) from None
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    where, options = name, {}
+    if name.endswith(".gguf"):
+        where, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise FlexPrefillError(f"transformers cannot load the model {name!r}: {error}") from None
+    check_model(model, NAME)
+    model.set_attn_implementation(NAME)
+    nn.Module.to(model, device)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _attending(attenders: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    token = _attenders.set(attenders)
+    try:
+        yield
+    finally:
+        _attenders.reset(token)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """query [1, Hq, S, D], key and value [1, Hkv, S, D] → ([1, S, Hq, Dv], None), by the attender of the layer."""
+    attenders = _attenders.get()
+    if attenders is None:
+        raise UnsupportedError(f"attn_implementation {NAME!r} is for flexprefill's own evaluation")
+    from flexprefill.integrations.transformers import AskedAttention
+
+    asked = AskedAttention.of(given)
+    window = asked.sliding_window
+    variant = AttentionVariant(
+        sliding_window=window if window is not None and window < key.shape[2] else None,
+        soft_cap=asked.softcap,
+        sinks=None if asked.s_aux is None else asked.s_aux.detach(),
+    )
+    output = attenders[module.layer_idx](query, key, value, asked.scaling, variant)
+    return output.transpose(1, 2), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Prompts are whole and alone: causal attention needs no mask."""
