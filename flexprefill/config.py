@@ -17,7 +17,7 @@ from flexprefill.errors import FlexPrefillError
 CHOICES = {"block_size": (16, 32, 64, 128), "mask_heads": ("query", "kv"), "score_rows": ("whole", "visible")}
 FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
 
-# by name; search/scorers.py puts the scorers in, and register_scorer adds to them
+# by name; search/scorers.py puts the functions in, and register_scorer adds to it
 SCORERS: dict[str, Any] = dict.fromkeys(("flashprefill", "xattention", "exact"))
 
 LAYERS_FORMAT = "flexprefill layers 1"  # of files with a config for each layer

@@ -140,7 +140,7 @@ def _flash_attention_4(case: Case) -> Callable[[], Any]:
 _FLASH_2 = partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)
 _CUDNN = partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION)
 # by the name that --only takes
-_ALL = {
+EVERY = {
     "pooling": Contestant("pooling", PART, _pooling, floors.pooling_work),
     "scoring": Contestant("scoring", PART, _scoring, floors.scoring_work),
     "search": Contestant("search", PART, _search),
@@ -165,6 +165,6 @@ _ON_CPU = ("search", "lists", "lists-buffers", "attention", "prefill-attention",
 
 # by device, then by name
 CONTESTANTS: dict[str, dict[str, Contestant]] = {
-    "cuda": {name: contestant for name, contestant in _ALL.items() if name not in ("attention", "sdpa")},
-    "cpu": {name: _ALL[name] for name in _ON_CPU},
+    "cuda": {name: contestant for name, contestant in EVERY.items() if name not in ("attention", "sdpa")},
+    "cpu": {name: EVERY[name] for name in _ON_CPU},
 }
