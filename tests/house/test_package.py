@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import flexprefill
+from flexprefill.search.scorers import OWN_SCORERS
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import os; from setuptools import build_meta as b; os.mkdir('out'); b.build_sdist('out'); b.build_wheel('out')"
@@ -50,6 +51,11 @@ def test_public_names_are_loaded_when_one_is_asked_for():
         _ = flexprefill.search_block
     with pytest.raises(ImportError, match="cannot import name 'search_block'"):
         exec("from flexprefill import search_block")
+
+
+def test_settings_are_checked_without_the_search():
+    code = "from flexprefill.config import PrefillConfig, SCORERS; PrefillConfig(scorer='exact'); print(list(SCORERS))"
+    assert run_fresh(code) == str(list(OWN_SCORERS))
 
 
 def test_what_keeps_the_library_from_loading_is_said(tmp_path):
