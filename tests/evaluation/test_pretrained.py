@@ -55,9 +55,11 @@ def test_dense_is_the_models_own_loss(folder, subject):
 
 
 FAMILIES = {
-    "scale": hf.GraniteConfig(**{**SIZES, "attention_multiplier": 0.7}),
+    "scale": hf.GraniteConfig(**{**SIZES, "attention_multiplier": 0.7, "logits_scaling": 3.0}),
     "window": hf.MistralConfig(**SIZES, sliding_window=300),
-    "soft cap": hf.Gemma2Config(**SIZES, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, sliding_window=300),
+    "soft cap": hf.Gemma2Config(
+        **SIZES, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=0.1, sliding_window=300
+    ),
     "sinks": hf.GptOssConfig(
         **SIZES, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention", "sliding_attention"]
     ),
