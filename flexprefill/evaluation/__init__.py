@@ -1,4 +1,4 @@
-"""Does sparse attention still find the needle? Tasks, a small model of our own that solves them, and scores."""
+"""Does sparse attention still answer? Questions for pretrained models and for a small one of our own, and scores."""
 
 from flexprefill.evaluation.calibration import calibrate, calibrate_decoder
 from flexprefill.evaluation.model import Decoder, ModelSizes, load_model, save_model
