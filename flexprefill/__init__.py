@@ -24,7 +24,8 @@ def __getattr__(name: str) -> Any:
     except AttributeError as error:  # as of a torch that lacks something: Python would hide it behind this name
         raise ImportError(f"flexprefill cannot be loaded: {error}") from error
     names = globals()
-    names |= {public: getattr(api, public) for public in api.__all__} | {"__all__": api.__all__}
+    for public in ("__all__", *api.__all__):
+        names.setdefault(public, getattr(api, public))  # what a caller put in its place stays
     if name not in names:  # nor a subpackage that is loaded by now
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return names[name]

@@ -166,7 +166,8 @@ class BlockMap:
             ValueError: ``mask_mod`` is a BlockMask that does not fit the map.
             NotEnoughMemoryError: The lists do not fit into the device's memory.
         """
-        return block_mask_under(self, masks_of(mask_mod, self.words, self.geometry), buffers)
+        masks = masks_of(mask_mod, self.words, self.geometry)
+        return block_mask_under(self, masks, buffers, untold=masks)
 
     @property
     def geometry(self) -> Geometry:
@@ -231,7 +232,8 @@ class BlockMap:
         if mask_mod is None:
             raise TypeError("mask_mod must be a function of (b, h, q_idx, kv_idx), got NoneType")
         check_mod("mask_mod", mask_mod, MASK_MOD_ARGUMENTS)
-        return block_mask_under(self, (Mask(mask_mod, classify_blocks(mask_mod, self.words, self.geometry)),))
+        masks = (Mask(mask_mod, classify_blocks(mask_mod, self.words, self.geometry)),)
+        return block_mask_under(self, masks, untold=masks)
 
     def __and__(self, other: Blocks) -> Blocks:
         """Blocks that both maps keep.
@@ -317,10 +319,16 @@ def all_blocks(query: Tensor, key: Tensor, block_size: int) -> BlockMap:
     return BlockMap.causal(query.shape[0], query.shape[1], **sizes, device=query.device)
 
 
-def block_mask_under(block_map: BlockMap, masks: Sequence[Mask], buffers: ListBuffers | None = None) -> BlockMask:
-    """The BlockMask of a map's blocks under masks."""
+def block_mask_under(
+    block_map: BlockMap,
+    masks: Sequence[Mask],
+    buffers: ListBuffers | None = None,
+    *,
+    untold: Sequence[Mask] = (),
+) -> BlockMask:
+    """The BlockMask of a map's blocks under masks. Listeners hear of those that note_attention did not name."""
     words, cut = cut_by(block_map.words, masks)
-    note(replace(block_map, words=words))
+    note(replace(block_map, words=words), tuple(mask.mod for mask in untold))
     return block_mask_of(list_blocks(words, block_map.geometry, cut, buffers), block_map.geometry)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from flexprefill.cli.evaluate import DTYPES, LEAST_SHARE, load_subject
+from flexprefill.cli.evaluate import DTYPES, LEAST_SHARE, check_context, load_subject
 from flexprefill.cli.table import print_table
 from flexprefill.cli.values import add_device, add_options, list_of, parse_positive, parse_share, whole
 from flexprefill.config import PrefillConfig, save_layers
@@ -115,6 +115,7 @@ def _by_loss(arguments: argparse.Namespace) -> list[PrefillConfig]:
     if arguments.length < prompts.MIN_LENGTH:
         arguments.parser.error(f"argument --length: must be at least {prompts.MIN_LENGTH}, got {arguments.length}")
     subject = load_subject(arguments)
+    check_context(subject, [arguments.length])
     plan = Plan([arguments.length], arguments.tasks or prompts.TASKS, [], arguments.texts, arguments.seed)
     tried: list[Tried] = []
     with stage("calibrating", tries(plan)) as advance:
@@ -134,6 +135,11 @@ def _by_loss(arguments: argparse.Namespace) -> list[PrefillConfig]:
     print("milli-nats a token over dense attention, with 95 % intervals over the prompts")
     print_table(["setting", "density", *left], [_row(setting) for setting in (*tried, checked)])
     print(f"taken: {best.name}, {100 * best.density:.1f} % of the blocks")
+    if checked.worst > arguments.loss / 1000:
+        print(
+            f"warning: on unseen prompts it costs {1000 * checked.worst:.1f} milli-nats, more than {arguments.loss:g}: "
+            "take more --texts or a smaller --loss"
+        )
     _save(arguments, list(best.configs.values()), loss=arguments.loss, setting=best.name, tasks=left)
     return list(best.configs.values())
 

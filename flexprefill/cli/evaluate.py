@@ -107,6 +107,8 @@ def execute(arguments: argparse.Namespace) -> int:
             f"argument --lengths: must be at least {prompts.MIN_LENGTH} for a pretrained model, got {short[0]}"
         )
     subject, usual = (_needle_model if own else _pretrained)(arguments)
+    if isinstance(subject, PretrainedSubject):
+        check_context(subject, arguments.lengths or ())
     _check_fit(calibrated, subject)
     arguments.output.mkdir(parents=True, exist_ok=True)
     plan = Plan(
@@ -119,24 +121,27 @@ def execute(arguments: argparse.Namespace) -> int:
     )
     figures, picture = arguments.output / "eval.json", arguments.output / "eval.png"
     beyond: list[Cell] = []
+    refused: list[str] = []
     with stage("asking", len(plan.cells)) as advance:
-        cells = compare(subject, plan, figures, advance, beyond.append)
+        cells = compare(subject, plan, figures, advance, beyond.append, refused.append)
     _print(cells, plan, own)
     for cell in beyond:
         print(f"left out: {cell.task} at {cell.length:,} tokens, of which dense attention answers {cell.share}")
+    for reason in refused:
+        print(f"left out: {reason}")
+    points = accuracy_points(cells) if own else loss_points(cells)
     try:
+        if not points:
+            what = "a task with answers" if own else "the method dense, which losses are compared with"
+            raise FlexPrefillError(f"needs {what}")
         if own:
             label = "% exact answers, mean of the tasks"
             plot_trade_off(
-                accuracy_points(cells),
-                picture,
-                title="Exact answers against kept blocks",
-                value_label=label,
-                limits=(-3, 103),
+                points, picture, title="Exact answers against kept blocks", value_label=label, limits=(-3, 103)
             )
         else:
             label = "loss over dense, nats a token"
-            plot_trade_off(loss_points(cells), picture, title="Loss against kept blocks", value_label=label)
+            plot_trade_off(points, picture, title="Loss against kept blocks", value_label=label)
         drawn = str(picture)
     except FlexPrefillError as error:
         drawn = f"skipped: {error}"
@@ -163,7 +168,7 @@ def _needle_model(arguments: argparse.Namespace) -> tuple[DecoderSubject, Usual]
 
 def _pretrained(arguments: argparse.Namespace) -> tuple[PretrainedSubject, Usual]:
     subject = load_subject(arguments)
-    lengths = [2048]
+    lengths = [min(2048, subject.context)]
     while 2 * lengths[-1] <= min(subject.context, LONGEST):
         lengths.append(2 * lengths[-1])
     return subject, Usual(lengths, prompts.TASKS, 8)
@@ -177,8 +182,16 @@ def load_subject(arguments: argparse.Namespace) -> PretrainedSubject:
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    corpus = prompts.read_corpus(tokenize, tokenizer("").input_ids, arguments.text)
+    # some tokenizers put an end behind every text, too
+    begin = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id][:1]
+    corpus = prompts.read_corpus(tokenize, begin, arguments.text)
     return PretrainedSubject(model, corpus, arguments.seed, arguments.model)
+
+
+def check_context(subject: PretrainedSubject, lengths: Sequence[int]) -> None:
+    """Raises FlexPrefillError for a length that the model was not made for."""
+    if longer := [length for length in lengths if length > subject.context]:
+        raise FlexPrefillError(f"prompts must be of at most the model's {subject.context:,} tokens, got {longer[0]:,}")
 
 
 def _check_fit(calibrated: dict[str, dict[int, PrefillConfig]], subject: Subject) -> None:

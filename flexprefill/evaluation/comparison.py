@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.evaluation.methods import DENSE, Attender, Method
 from flexprefill.evaluation.scoring import Share
 from flexprefill.runtime.files import whole_file, write_at
@@ -133,7 +133,12 @@ class Plan:
 
 
 def compare(
-    subject: Subject, plan: Plan, path: Path, advance: Advance, told: Callable[[Cell], object] = lambda cell: None
+    subject: Subject,
+    plan: Plan,
+    path: Path,
+    advance: Advance,
+    told: Callable[[Cell], object] = lambda cell: None,
+    refused: Callable[[str], object] = lambda reason: None,
 ) -> list[Cell]:
     """Fills the file with the cells that the plan asks for and it does not have yet, and returns all of the plan's.
 
@@ -141,6 +146,7 @@ def compare(
         path: a JSON file, written whole after each cell.
         advance: called with 1 after each cell.
         told: called with each dense cell below the plan's least share, whose task and length have no others.
+        refused: called with the reason for each method that does not know this model's attention.
 
     Raises:
         FlexPrefillError: The file's cells were made with another model, text, seed or number of samples, or with other
@@ -157,13 +163,19 @@ def compare(
     cells, digests_before = _read(path, identity, digests)
     machine = describe_machine(subject.device)
     beyond: set[tuple[int, str]] = set()
+    without: set[str] = set()
     found = []
     for length, task, method in plan.cells:
         advance(1)
-        if (length, task) in beyond:
+        if (length, task) in beyond or method.name in without:
             continue
         if (length, task, method.name) not in cells:
-            cells[length, task, method.name] = measure(subject, plan, length, task, method)
+            try:
+                cells[length, task, method.name] = measure(subject, plan, length, task, method)
+            except UnsupportedError as error:  # of this model's attention: the others go on
+                without.add(method.name)
+                refused(str(error))
+                continue
             record: dict[str, Any] = {"identity": identity, "configs": digests_before | digests}
             record |= {"machine": machine, "versions": versions()}
             record["cells"] = [dataclasses.asdict(cell) for cell in cells.values()]

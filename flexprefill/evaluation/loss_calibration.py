@@ -25,7 +25,7 @@ from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 LOG2_ALPHAS = tuple(-step / 2 for step in range(33))  # 1 to 2^-16
 RECALLS = tuple(1 - 2.0 ** (-step / 2) for step in range(1, 25))  # 0.29 to 0.9998
-ROWS = 64  # of each head, that can lose mass
+ROWS = 64  # of each head, evenly placed among those that may drop blocks
 
 
 @dataclass
@@ -63,7 +63,10 @@ class RecallCurve:
     ) -> Tensor:
         config = replace(self.config, alpha=2.0**log2_alpha)
         block_map = search_blocks(query, key, config, variant=variant, scale=scale)
-        return attention_recall(query, key, block_map, variant=variant, scale=scale, rows=ROWS).mean[0]
+        # the same rows at each alpha: the recall then falls with alpha
+        sparse = max(1, query.shape[2] - config.last_full_blocks * config.block_size)
+        rows = range(0, sparse, max(1, sparse // ROWS))
+        return attention_recall(query, key, block_map, variant=variant, scale=scale, rows=rows).mean[0]
 
     def config_for(self, recall: float) -> PrefillConfig:
         """The largest alpha of each head that keeps the recall, the least of the grid where none does."""

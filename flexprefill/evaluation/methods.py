@@ -71,10 +71,13 @@ class Method:
             first_key=True,
             variant=variant,
         )
-        if self.chosen_by not in (None, RANDOM, EXACT) and variant != PLAIN:
+        unknown = self.chosen_by if self.chosen_by not in (None, RANDOM, EXACT) and variant != PLAIN else None
+        if variant.changes_search:
+            unknown = unknown or ("mean correction" if self.config.mean_correction else None)
+            unknown = unknown or ("the guard" if self.config.guard is not None else None)
+        if unknown:
             raise UnsupportedError(
-                f"methods must be without {self.name} for this model, whose soft caps or sinks {self.chosen_by} does "
-                "not know"
+                f"methods must be without {self.name} for this model, whose soft caps or sinks {unknown} does not know"
             )
         if self.own_rule:
             keep = SELECTIONS[str(self.chosen_by)].keep(query, key, grid)

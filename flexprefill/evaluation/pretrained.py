@@ -6,7 +6,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.evaluation.comparison import Answered
 from flexprefill.evaluation.decoder_subject import prompt_generator
 from flexprefill.evaluation.prompts import Corpus, Prompt, make_prompt
-from flexprefill.variant.variant import AttentionVariant
 
 NAME = "flexprefill-eval"  # of the attention, in transformers' registry
+ROWS = 512  # whose logits are held in float32 at a time
 
 _attenders: ContextVar[Sequence[Callable[..., Tensor]] | None] = ContextVar("attenders", default=None)
 
@@ -89,8 +89,10 @@ class PretrainedSubject:
         """Of the tokens at these positions the loss in nats, float32, and whether each is the likeliest."""
         # by the model itself: some cap or scale their logits
         with _attending(attenders):
-            logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=at - 1).logits[0].float()
-        return cross_entropy(logits, tokens[0, at], reduction="none"), logits.argmax(-1) == tokens[0, at]
+            logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=at - 1).logits[0]
+        pieces = list(zip(logits.split(ROWS), tokens[0, at].split(ROWS), strict=True))
+        losses = [cross_entropy(rows.float(), right, reduction="none") for rows, right in pieces]
+        return torch.cat(losses), torch.cat([rows.argmax(-1) == right for rows, right in pieces])
 
 
 def load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
@@ -109,12 +111,13 @@ def load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[Any, A
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
         from flexprefill.integrations.model_classes import check_model
+        from flexprefill.integrations.transformers_masks import prompt_mask
     except ImportError as error:
         raise FlexPrefillError(
             f"a pretrained model needs transformers (pip install 'flexprefill[transformers]'): {error}"
         ) from None
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, prompt_mask)
     where, options = name, {}
     if name.endswith(".gguf"):
         where, options = str(Path(name).parent), {"gguf_file": Path(name).name}
@@ -139,24 +142,18 @@ def _attending(attenders: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
 ) -> tuple[Tensor, None]:
     """query [1, Hq, S, D], key and value [1, Hkv, S, D] → ([1, S, Hq, Dv], None), by the attender of the layer."""
     attenders = _attenders.get()
     if attenders is None:
         raise UnsupportedError(f"attn_implementation {NAME!r} is for flexprefill's own evaluation")
-    from flexprefill.integrations.transformers import AskedAttention
+    from flexprefill.integrations.transformers import AskedAttention, prompts_of
 
+    # a window or chunks may be in the mask alone
     asked = AskedAttention.of(given)
-    window = asked.sliding_window
-    variant = AttentionVariant(
-        sliding_window=window if window is not None and window < key.shape[2] else None,
-        soft_cap=asked.softcap,
-        sinks=None if asked.s_aux is None else asked.s_aux.detach(),
-    )
+    variant = asked.variant(prompts_of(module, query, key, attention_mask, asked))
+    if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
+        variant = replace(variant, sliding_window=None)
     output = attenders[module.layer_idx](query, key, value, asked.scaling, variant)
     return output.transpose(1, 2), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Prompts are whole and alone: causal attention needs no mask."""

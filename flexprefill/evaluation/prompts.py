@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ def read_corpus(tokenize: Tokenize, begin: Sequence[int], texts: Sequence[Path] 
         FlexPrefillError: a file is no text, or too short.
         OSError: a file cannot be read.
     """
-    prose = [_read(path) for path in texts] or list(pydoc_data.topics.topics.values())
+    prose = [_read(path) for path in texts] or _manual()
     code = (path.read_text("utf-8", errors="replace") for path in source_files(sysconfig.get_path("stdlib")))
     found = [_tokens(tokenize, _join(parts)) for parts in (prose, code)]
     for name, tokens in zip(("--text", "the standard library"), found, strict=True):
@@ -181,6 +180,15 @@ def _join(parts: Iterable[str]) -> str:
         if size >= TEXT_SIZE:
             break
     return "\n\n".join(taken)[:TEXT_SIZE]
+
+
+def _manual() -> list[str]:
+    """Python's own manual, as help() prints it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FlexPrefillError("--text must be given: this Python is without its manual (pydoc_data)") from None
+    return list(topics.values())
 
 
 def _read(path: Path) -> str:

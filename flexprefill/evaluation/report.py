@@ -38,7 +38,7 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 def task_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """The cells of one task and length as a header and a row for each method, each beside dense attention.
 
-    Intervals are of 95 %: Wilson's of exact answers, Student's of differences over the same prompts.
+    Intervals are of 95 %, Student's over the prompts.
     """
     dense = next((cell for cell in cells if cell.method == DENSE), None)
     header = ["method", "density", "mass", "loss", "loss over dense", "exact", "exact over dense", "s"]
@@ -49,13 +49,23 @@ def task_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             _percent(cell.recall),
             ABSENT if cell.loss is None else f"{cell.loss:.3f}",
             _over(cell.losses, dense.losses if dense else (), 1, "+.3f"),
-            "" if cell.share is None else str(cell.share),
+            _exact(cell),
             _over(cell.shares, dense.shares if dense else (), 100, "+.1f"),
             f"{cell.seconds:.2f}",
         ]
         for cell in cells
     ]
     return header, rows
+
+
+def _exact(cell: Cell) -> str:
+    """The share of exact answers. Those of one prompt depend on each other: the interval is over prompts."""
+    if cell.share is None:
+        return ""
+    over_prompts = Difference.of(cell.shares, [0.0] * len(cell.shares)) if cell.shares else None
+    if over_prompts is None or over_prompts.half is None:
+        return str(cell.share)
+    return f"{100 * cell.share.value:.1f} % ± {100 * over_prompts.half:.1f}"
 
 
 def _over(ours: Sequence[float], dense: Sequence[float], factor: int, form: str) -> str:

@@ -56,9 +56,15 @@ def exact_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
 
 
 def xattention_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
-    """The fewest blocks that hold a share of the antidiagonals' mass in their row (arXiv 2503.16428)."""
+    """:func:`first_and_own`, and the fewest others with which they hold a share of their row's antidiagonals.
+
+    (arXiv 2503.16428)
+    """
     shares = _shares_of(antidiagonal_scores(query, key, grid))
-    return _causal(best_that_reach(shares, XATTENTION_SHARE), grid)
+    order = shares.masked_fill(first_and_own(grid, query.device), torch.inf).argsort(-1, descending=True)
+    ordered = shares.gather(-1, order)
+    enough_before = ordered.cumsum(-1) - ordered >= XATTENTION_SHARE
+    return _causal(torch.empty_like(enough_before).scatter_(-1, order, ~enough_before), grid)
 
 
 def prism_bands(query: Tensor, key: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -90,11 +91,10 @@ class Recall:
             raise ValueError(f"count must be at least 1, got {count}")
         missing = max(0, count - self.rows.shape[-1])
         rows = pad(self.rows, (0, missing), value=NO_ROW)
-        shares = pad(self.shares, (0, missing)).masked_fill(rows == NO_ROW, torch.inf)
-        order = shares.argsort(dim=-1, stable=True)[
-            ..., :count
-        ]  # NaN of a broken row comes last, and makes the mean NaN
-        return shares.gather(-1, order).clamp(max=1), rows.gather(-1, order)
+        shares = pad(self.shares, (0, missing)).masked_fill(rows == NO_ROW, 1)
+        # behind the numbers NaN of a broken row, which makes the mean NaN, and behind these what is no row
+        order = shares.nan_to_num(2).masked_fill(rows == NO_ROW, 3).argsort(dim=-1, stable=True)[..., :count]
+        return shares.gather(-1, order), rows.gather(-1, order)
 
     def quantile(self, q: float) -> Tensor:
         """The share below which a fraction ``q`` of a head's measured rows lies: float32 [B, Hq].
@@ -142,7 +142,7 @@ class Recall:
     def __str__(self) -> str:
         """The heads that lose most, the worst first, a line each."""
         batches = self.rows.shape[0]
-        heads = sorted(self.to_dicts(), key=lambda head: head["recall"])
+        heads = sorted(self.to_dicts(), key=lambda head: np.nan_to_num(head["recall"], nan=-1))
         losing = [head for head in heads if head["rows_that_can_lose"]]
         lines = [f"recall of the attention mass: {self.overall:.3f}, the mean of the heads that can lose some"]
         header = [head_column(batches), "mean", "5 %", "median", "least", "at query", "measured/that can lose"]
@@ -254,7 +254,13 @@ def join_recalls(first: Recall, second: Recall, queries: int) -> Recall:
             total = int(recall.can_lose[place])
             chunks.append((recall.rows[place][measured] + shift, recall.shares[place][measured], total))
         sampled = min((own.numel() / total for own, _, total in chunks if total), default=1.0)
-        picks = [_evenly(own.numel(), round(sampled * total)) for own, _, total in chunks]
+        # up or down by chance: rounded to the nearest, many short chunks would count too much or not at all
+        chance = torch.rand((), generator=torch.Generator().manual_seed(queries), device="cpu").item()
+        wanted = (sampled * total for _, _, total in chunks)
+        picks = [
+            _evenly(own.numel(), min(own.numel(), math.floor(share + chance) if share % 1 > 1e-9 else round(share)))
+            for (own, _, _), share in zip(chunks, wanted, strict=True)
+        ]
         rows.append(torch.cat([own[pick] for (own, _, _), pick in zip(chunks, picks, strict=True)]))
         shares.append(torch.cat([own[pick] for (_, own, _), pick in zip(chunks, picks, strict=True)]))
     return Recall(_by_head(shares, shape, torch.nan), _by_head(rows, shape, NO_ROW), first.can_lose + second.can_lose)

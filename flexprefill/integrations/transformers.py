@@ -229,6 +229,16 @@ def _attend_among_gaps(layer: Layer, query: Tensor, key: Tensor, value: Tensor, 
     return output.masked_fill(~prompts.real[:, None, prompts.offset :, None], 0)
 
 
+def prompts_of(module: nn.Module, query: Tensor, key: Tensor, mask: Any, asked: AskedAttention) -> Prompts:
+    """The prompts of a call of causal attention; UnsupportedError for another."""
+    causal = getattr(module, "is_causal", True) if asked.is_causal is None else asked.is_causal
+    if (prompts := _prompts_of(mask, query, key)) is not None:
+        return prompts
+    if not causal:
+        raise UnsupportedError(f"{type(module).__name__} is not causal")
+    return _whole_prompt(mask, query, key, asked)
+
+
 def _prompts_of(attention_mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> Prompts | None:
     """The prompts of the mask function's own mask, once it fits query and key; None for a tensor or no mask."""
     if isinstance(attention_mask, PromptMask):

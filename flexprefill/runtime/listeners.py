@@ -12,8 +12,8 @@ from flexprefill.runtime.tracing import is_tracing
 class Listener(Protocol):
     """It is told in the thread that uses the map."""
 
-    def hear_map(self, block_map: Any) -> None:
-        """A BlockMap is about to be used."""
+    def hear_map(self, block_map: Any, mask_mods: tuple[Any, ...]) -> None:
+        """A BlockMap is about to be used, under these mask_mods of which its attention was not told."""
 
     def hear_attention(self, attention: Any) -> None:
         """Of which attention, a PlainAttention, the next map is."""
@@ -44,10 +44,10 @@ def _listeners() -> tuple[Listener, ...]:
     return tuple(_listening.values()) if _listening and not is_tracing() else ()
 
 
-def note(block_map: Any) -> None:
+def note(block_map: Any, mask_mods: tuple[Any, ...] = ()) -> None:
     """Tells the listeners that a BlockMap is about to be used."""
     for listener in _listeners():
-        listener.hear_map(block_map)
+        listener.hear_map(block_map, mask_mods)
 
 
 def note_attention(attention: Any) -> None:

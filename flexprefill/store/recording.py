@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flexprefill.blockmap.map import BlockMap
+from flexprefill.blockmap.masking import MaskMod
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection.distance import default_edges, distances_of
 from flexprefill.inspection.recall import Recall, join_recalls, recall_of
@@ -163,13 +164,15 @@ class Recording(Mapping[int, BlockMap]):
             with self._lock:
                 self._guards[names[-1]] = report
 
-    def hear_map(self, block_map: BlockMap) -> None:
+    def hear_map(self, block_map: BlockMap, mask_mods: tuple[MaskMod, ...]) -> None:
         names = self._names()
         if not names:
             return
         attention, self._thread.attention = self._thread.attention, None
         if attention is not None and not _fits(attention, block_map):
             attention = None
+        if attention is not None and mask_mods:  # what they hide is no mass that the map lost
+            attention = replace(attention, mask_mods=(*attention.mask_mods, *mask_mods))
         recall = recall_of(attention, block_map) if self._recall and attention is not None else None
         with self._lock:
             name = names[-1]

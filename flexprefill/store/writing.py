@@ -66,8 +66,8 @@ def save_masks(
     """
     check_path(path)
     numbers = _layer_numbers(masks)
-    own = recall_entry(masks.recalls) if isinstance(masks, Recording) else {}
-    metadata = own | dict(metadata or {}) if own else metadata
+    if isinstance(masks, Recording) and (metadata is None or isinstance(metadata, Mapping)):
+        metadata = recall_entry(masks.recalls) | dict(metadata or {})
     description = describe(config, metadata, model, token_ids, tokens, dtype)
     start = _header_room(description, numbers)
     layers: dict[int, dict[str, Any]] = {}

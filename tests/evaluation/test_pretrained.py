@@ -54,12 +54,15 @@ def test_dense_is_the_models_own_loss(folder, subject):
     assert (answered.right, answered.asked) == (sum(bool(part.all()) for part in right), 9)
 
 
+PHIMOE = {**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1}
 FAMILIES = {
     "scale": hf.GraniteConfig(**{**SIZES, "attention_multiplier": 0.7, "logits_scaling": 3.0}),
     "window": hf.MistralConfig(**SIZES, sliding_window=300),
     "soft cap": hf.Gemma2Config(
         **SIZES, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=0.1, sliding_window=300
     ),
+    "a window in the mask alone": hf.PhimoeConfig(**PHIMOE, sliding_window=300),
+    "scaled logits": hf.CohereConfig(**SIZES, logit_scale=0.0625, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "sinks": hf.GptOssConfig(
         **SIZES, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention", "sliding_attention"]
     ),
@@ -115,6 +118,63 @@ def test_a_comparison_pairs_prompts_and_leaves_out_what_dense_cannot_do(subject,
         )
 
 
+@pytest.mark.slow
+def test_methods_that_do_not_know_a_models_attention_are_left_out_and_named(tmp_path, capsys):
+    folder = save_model(tmp_path / "gemma2", FAMILIES["soft cap"])
+    arguments = [
+        "eval",
+        "--model",
+        folder,
+        "--lengths",
+        "1024",
+        "--alphas",
+        "0.9",
+        "--tasks",
+        "prose",
+        "--samples",
+        "1",
+    ]
+    assert cli.main([*map(str, arguments), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for method, unknown in (
+        ("mean-correction", "mean correction"),
+        ("guard", "the guard"),
+        ("xattention", "xattention"),
+    ):
+        assert (
+            f"left out: methods must be without {method} 0.9 for this model, whose soft caps or sinks {unknown}"
+            in printed
+        )
+    cells = json.loads((tmp_path / "out" / "eval.json").read_text())["cells"]
+    assert [cell["method"] for cell in cells] == ["dense", "flashprefill 0.9", "random 0.9", "exact 0.9"]
+
+
+def test_without_dense_there_is_no_picture_and_longer_than_the_context_is_refused(folder, tmp_path, capsys):
+    arguments = [
+        "eval",
+        "--model",
+        str(folder),
+        "--tasks",
+        "prose",
+        "--samples",
+        "1",
+        "--alphas",
+        "0.9",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--output", str(tmp_path / "out"), "--methods", "flashprefill"]
+    assert cli.main([*arguments, "--lengths", "1024"]) == 0
+    assert "picture  skipped: needs the method dense" in capsys.readouterr().out
+    for command in (
+        [*arguments, "--lengths", "8192"],
+        ["calibrate", *arguments[1:5], "--loss", "5", "--length", "8192"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert "prompts must be of at most the model's 4,096 tokens, got 8,192" in capsys.readouterr().err
+
+
 def test_paired_differences_have_students_interval():
     # scipy.stats.t.ppf(0.975, n)
     for freedom, right in ((2, 4.3027), (3, 3.1824), (5, 2.5706), (9, 2.2622), (29, 2.0452)):
@@ -126,12 +186,14 @@ def test_paired_differences_have_students_interval():
 
 def test_a_table_of_one_task():
     dense = Cell(4096, "copy", "dense", 90, 100, 0.5, 1.0, 1.0, 1.0, 0.5, (0.4, 0.5, 0.6), (0.9, 0.9, 0.9))
-    sparse = Cell(4096, "copy", "exact-own", 80, 100, 0.7, 0.3, 0.9, 0.8, 0.25, (0.6, 0.7, 0.8), (0.8, 0.8, 0.8))
+    sparse = Cell(4096, "copy", "exact-own", 80, 100, 0.7, 0.3, 0.9, 0.8, 0.25, (0.6, 0.7, 0.8), (0.7, 0.8, 0.9))
     _, rows = task_table([dense, sparse])
     assert rows == [
-        ["dense", "100.0 %", "100.0 %", "0.500", "", "90.0 % (82.6 – 94.5)", "", "0.50"],
-        ["exact-own", "30.0 %", "90.0 %", "0.700", "+0.200 ± 0.000", "80.0 % (71.1 – 86.7)", "-10.0 ± 0.0", "0.25"],
+        ["dense", "100.0 %", "100.0 %", "0.500", "", "90.0 % ± 0.0", "", "0.50"],
+        ["exact-own", "30.0 %", "90.0 %", "0.700", "+0.200 ± 0.000", "80.0 % ± 24.7", "-10.0 ± 24.7", "0.25"],
     ]
+    _, rows = task_table([Cell(4096, "copy", "dense", 90, 100, 0.5, 1.0, 1.0, 1.0, 0.5, (0.5, 0.5), (0.9, 0.9))])
+    assert rows[0][5] == "90.0 % (82.6 – 94.5)"  # of two prompts: by the answers
 
 
 def test_the_command_on_a_folder(folder, tmp_path, capsys):

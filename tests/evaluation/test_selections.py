@@ -1,6 +1,7 @@
 """Other methods' choices of blocks against their definitions, written out in loops."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -60,6 +61,24 @@ def test_exact_keeps_by_mean_mass(length, seed):
                 mass = block.sum().item() / len(rows)
                 if abs(mass - 0.01) > 1e-5:
                     assert kept[0, head, I, J] == (mass >= 0.01 or (J <= I and J in (0, I)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(40, 300), st.integers(0, 1000))
+def test_xattention_counts_what_it_always_keeps(length, seed):
+    query, key, grid, *_ = problem(length, seed)
+    kept = SELECTIONS["xattention"].keep(query, key, grid)
+    shares = selections._shares_of(SELECTIONS["xattention"].scores(query, key, grid))
+    for head, I in product(range(2), range(grid.rows)):
+        row = shares[0, head, I].tolist()
+        right, held = {0, I}, sum({J: row[J] for J in (0, I)}.values())
+        for J in sorted(set(range(I)) - right, key=row.__getitem__, reverse=True):
+            if held >= 0.9:
+                break
+            right.add(J)
+            held += row[J]
+        if abs(held - 0.9) > 1e-5:
+            assert set(kept[0, head, I].nonzero().flatten().tolist()) == right
 
 
 @settings(max_examples=10, deadline=None)

@@ -46,6 +46,8 @@ def test_public_names_are_loaded_when_one_is_asked_for():
     code = "from flexprefill import *; print(search_blocks.__module__, BlockMap.__module__)"
     assert run_fresh(code) == "flexprefill.search.blocks flexprefill.blockmap.map"
     assert run_fresh("import flexprefill; print(dir(flexprefill) == sorted(flexprefill.__all__))") == "True"
+    replaced = "import flexprefill as f; f.search_blocks = 1; hasattr(f, 'nothing'); dir(f); print(f.search_blocks)"
+    assert run_fresh(replaced) == "1"
     assert run_fresh("import flexprefill; print(flexprefill.config.PUBLISHED['Qwen2.5-7B'])") == "{'alpha': 0.08}"
     with pytest.raises(AttributeError, match="module 'flexprefill' has no attribute 'search_block'"):
         _ = flexprefill.search_block

@@ -264,3 +264,17 @@ def test_chunks_are_joined_so_that_each_row_weighs_the_same():
     nothing = Recall(torch.empty(1, 1, 0), torch.empty(1, 1, 0, dtype=torch.int64), torch.tensor([[0]]))
     assert join_recalls(nothing, recall(3, 3, 0.5), 8).rows.tolist() == [[[8, 9, 10]]]
     assert join_recalls(nothing, nothing, 8).mean.item() == 1
+    # many short chunks weigh neither double nor nothing
+    many = recall(256, 2048, 0.0)
+    for chunk in range(512):
+        many = join_recalls(many, recall(4, 4, 1.0), 2048 + 4 * chunk)
+    assert many.can_lose.item() == 4096 and many.mean.item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_row_that_is_not_finite_is_no_row_that_lost_nothing():
+    shares = torch.tensor([[[torch.nan, torch.nan, torch.nan], [0.5, torch.nan, 0.25]]])
+    rows = torch.tensor([[[7, -1, -1], [1, 2, 3]]])
+    recall = Recall(shares, rows, torch.tensor([[1, 3]]))
+    assert recall.least_row.tolist() == [[7, 3]] and recall.least[0, 0].isnan() and recall.least[0, 1] == 0.25
+    assert recall.least_rows(3)[1].tolist() == [[[7, -1, -1], [3, 1, 2]]]
+    assert str(recall).splitlines()[2].split()[0] == "0"  # the worst first

@@ -538,3 +538,10 @@ def test_tracers_see_one_operator():
     with FakeTensorMode() as mode:
         words = search_blocks(mode.from_tensor(query), mode.from_tensor(key), SPARSE).words
     assert tuple(words.shape) == (*query.shape[:2], 7, 1)
+
+
+def test_the_operator_takes_a_rules_settings_in_their_order():
+    from flexprefill.search.rule import Rule
+
+    names = [argument.name for argument in torch.ops.flexprefill.search_words.default._schema.arguments]
+    assert names[2 : 2 + len(Rule._fields)] == list(Rule._fields)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -315,6 +316,30 @@ def test_a_mask_mods_hidden_keys_hold_nothing_and_an_unknown_attention_has_no_re
     with record_masks(model, recall=True) as masks:
         model(search_blocks(query, key, CONFIG).to_block_mask)
     assert len(masks) == 1 and not masks.recalls
+
+
+@torch.no_grad()
+def test_what_a_mask_hides_is_no_lost_mass_whichever_way_it_is_put_on():
+    query, key, _ = Attention(0).qkv(torch.randn(1, 128, 32))
+    config = replace(CONFIG, alpha=1e-6)
+    document = torch.arange(128) // 32
+
+    def same_document(b, h, q, k):
+        return document[q] == document[k]
+
+    mask = BlockMap.causal(1, 1, q_len=128, kv_len=128, block_size=config.block_size).with_mask(same_document)
+    ways = {
+        "&": lambda: search_blocks(query, key, config) & mask,
+        "to_block_mask of a mask": lambda: search_blocks(query, key, config).to_block_mask(mask),
+        "to_block_mask of a mod": lambda: search_blocks(query, key, config).to_block_mask(same_document),
+        "with_mask": lambda: search_blocks(query, key, config).with_mask(same_document),
+        "create": lambda: create_prefill_block_mask(query, key, config, mask_mod=mask),
+    }
+    for way, call in ways.items():
+        with record_masks(model := Calls(), recall=True) as masks:
+            model(call)
+        # every block of the own document is kept
+        assert masks.recalls[0].mean.allclose(torch.ones(1)), way
 
 
 @pytest.mark.slow
