@@ -125,10 +125,11 @@ def prefill_attention(
         logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=scale, kernel=choice.name)
-    kept, cut = visible_blocks_of(call, kept_blocks(call, choice, means))
+    searched = kept_blocks(call, choice, means)
+    kept, cut = visible_blocks_of(call, searched)
     if not choice.dense and is_recording():
-        note_attention(call.attention)
-        note(kept)
+        note_attention(call.attention, config if block_map is None else None)
+        note(kept, searched)
     output, aux = attend_kept(call, choice, kept, cut, buffers)
     correct = config.mean_correction and not choice.dense
     if correct or variant.sinks is not None:
@@ -221,6 +222,6 @@ def create_prefill_block_mask(
     variant = check_variant(variant, query, key)
     if is_recording():
         scale = resolve_scale(scale, query.shape[3])
-        note_attention(PlainAttention(query, key, scale, variant, plain_mods(mask_mod)))
+        note_attention(PlainAttention(query, key, scale, variant, plain_mods(mask_mod)), config)
     hiding = hiding_masks(variant, kept.words, kept.geometry)
     return block_mask_under(kept, (*hiding, *masks_of(mask_mod, kept.words, kept.geometry)), buffers)

@@ -328,7 +328,7 @@ def block_mask_under(
 ) -> BlockMask:
     """The BlockMask of a map's blocks under masks. Listeners hear of those that note_attention did not name."""
     words, cut = cut_by(block_map.words, masks)
-    note(replace(block_map, words=words), tuple(mask.mod for mask in untold))
+    note(replace(block_map, words=words), block_map, tuple(mask.mod for mask in untold))
     return block_mask_of(list_blocks(words, block_map.geometry, cut, buffers), block_map.geometry)
 
 

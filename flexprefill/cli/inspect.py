@@ -243,7 +243,11 @@ def _print_profile(info: MaskFileInfo, layer: int, summary: HeadSummary) -> None
 
 def _legend(info: MaskFileInfo, layers: Sequence[LayerSummary], overview: bool) -> str:
     """What the columns are; only what the table has."""
-    rule = "by the file's settings" if info.config else "by the default settings: the file has none"
+    rule = (
+        "by the file's settings"
+        if info.config
+        else "by the default sinks and window; the file has no settings, so last rows are not told apart"
+    )
     dense = [summary.dense for layer in layers for summary in layer.heads]
     lines = []
     if any(dense):

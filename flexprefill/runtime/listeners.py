@@ -12,11 +12,17 @@ from flexprefill.runtime.tracing import is_tracing
 class Listener(Protocol):
     """It is told in the thread that uses the map."""
 
-    def hear_map(self, block_map: Any, mask_mods: tuple[Any, ...]) -> None:
-        """A BlockMap is about to be used, under these mask_mods of which its attention was not told."""
+    def hear_map(self, block_map: Any, searched: Any, mask_mods: tuple[Any, ...]) -> None:
+        """A BlockMap is about to be used.
 
-    def hear_attention(self, attention: Any) -> None:
-        """Of which attention, a PlainAttention, the next map is."""
+        Args:
+            block_map: What is kept of it.
+            searched: The same before masks emptied blocks of it.
+            mask_mods: Masks of which its attention was not told.
+        """
+
+    def hear_attention(self, attention: Any, config: Any) -> None:
+        """Of which attention, a PlainAttention, the next map is, and which PrefillConfig chose it, if any did."""
 
     def hear_guard(self, report: Any) -> None:
         """The guard's GuardReport on a map that is about to be used."""
@@ -44,17 +50,16 @@ def _listeners() -> tuple[Listener, ...]:
     return tuple(_listening.values()) if _listening and not is_tracing() else ()
 
 
-def note(block_map: Any, mask_mods: tuple[Any, ...] = ()) -> None:
-    """Tells the listeners that a BlockMap is about to be used."""
+def note(block_map: Any, searched: Any = None, mask_mods: tuple[Any, ...] = ()) -> None:
+    """Tells the listeners that a BlockMap is about to be used; see ``Listener.hear_map``."""
     for listener in _listeners():
-        listener.hear_map(block_map, mask_mods)
+        listener.hear_map(block_map, block_map if searched is None else searched, mask_mods)
 
 
-def note_attention(attention: Any) -> None:
-    """Tells whoever listens of which attention the next map is."""
-    if is_recording():
-        for listener in tuple(_listening.values()):
-            listener.hear_attention(attention)
+def note_attention(attention: Any, config: Any = None) -> None:
+    """Tells the listeners of which attention the next map is, and which settings chose it."""
+    for listener in _listeners():
+        listener.hear_attention(attention, config)
 
 
 def note_guard(report: Any) -> None:

@@ -71,7 +71,7 @@ def search_blocks(
     variant = check_variant(variant, query, key)
     scale = resolve_scale(scale, query.shape[3])
     if is_recording():
-        note_attention(PlainAttention(query, key, scale, variant))
+        note_attention(PlainAttention(query, key, scale, variant), config)
     return search_checked(query, key, config, scale, last_chunk, implementation, means, variant)
 
 

@@ -327,7 +327,7 @@ class CachedPrompt:
                 raise ValueError(f"query must have the prompt's batch size {self.identity.batch}, got {query.shape[0]}")
         rule = Rule.of(config, scale=resolve_scale(scale, query.shape[3]), last_chunk=last_chunk)
         if is_recording():
-            note_attention(PlainAttention(query, key, rule.scale, PLAIN))
+            note_attention(PlainAttention(query, key, rule.scale, PLAIN), config)
         everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
         kind = (layer, everywhere, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)
         place = (*kind, self.identity, q_len, kv_len, last_chunk)

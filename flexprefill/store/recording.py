@@ -14,6 +14,7 @@ from torch import nn
 
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.blockmap.masking import MaskMod
+from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.inspection.distance import default_edges, distances_of
 from flexprefill.inspection.recall import Recall, join_recalls, recall_of
@@ -36,6 +37,7 @@ class Recording(Mapping[int, BlockMap]):
         self._recall, self._inputs = recall, inputs
         self._maps: dict[str, BlockMap] = {}
         self._guards: dict[str, GuardReport] = {}
+        self._configs: dict[str, PrefillConfig] = {}
         self._recalls: dict[str, Recall] = {}
         self._attentions: dict[str, PlainAttention] = {}
         self._thread = threading.local()
@@ -63,6 +65,17 @@ class Recording(Mapping[int, BlockMap]):
     def guards(self) -> dict[int, GuardReport]:
         """What the guard saw and did, by layer, where ``PrefillConfig.guard`` is set; of chunks the last one's."""
         return self._by_layer(self._guards)
+
+    @property
+    def configs(self) -> dict[int, PrefillConfig]:
+        """The settings of each layer's search, by layer, where a search of the library made the map."""
+        return self._by_layer(self._configs)
+
+    @property
+    def config(self) -> PrefillConfig | None:
+        """The settings that all searched layers share, which :func:`save_masks` writes; None if they differ."""
+        different = set(self._configs.values())
+        return different.pop() if len(different) == 1 else None
 
     @property
     def recalls(self) -> dict[int, Recall]:
@@ -142,38 +155,41 @@ class Recording(Mapping[int, BlockMap]):
     def _names(self) -> list[str]:
         """The submodules that are running in this thread, the outermost first."""
         if not hasattr(self._thread, "names"):
-            self._thread.names, self._thread.attention = [], None
+            self._thread.names, self._thread.attention, self._thread.config = [], None, None
         return self._thread.names
 
     def _leave(self) -> None:
         """As a forward hook it gives None: anything else would become the submodule's output."""
         self._names().pop()
-        self._thread.attention = None
+        self._thread.attention = self._thread.config = None
 
-    def hear_attention(self, attention: PlainAttention) -> None:
-        if not self._names() or not (self._recall or self._inputs):
+    def hear_attention(self, attention: PlainAttention, config: PrefillConfig | None) -> None:
+        if not self._names():
             return
         before = self._thread.attention
         if before is not None and before.query is attention.query and before.key is attention.key:
             # a padded batch is searched with its sequences and attended without
             attention = replace(attention, variant=before.variant)
-        self._thread.attention = attention
+            config = config or self._thread.config
+        self._thread.attention, self._thread.config = attention, config
 
     def hear_guard(self, report: GuardReport) -> None:
         if names := self._names():
             with self._lock:
                 self._guards[names[-1]] = report
 
-    def hear_map(self, block_map: BlockMap, mask_mods: tuple[MaskMod, ...]) -> None:
+    def hear_map(self, block_map: BlockMap, searched: BlockMap, mask_mods: tuple[MaskMod, ...]) -> None:
         names = self._names()
         if not names:
             return
         attention, self._thread.attention = self._thread.attention, None
+        config, self._thread.config = self._thread.config, None
         if attention is not None and not _fits(attention, block_map):
-            attention = None
+            attention = config = None
         if attention is not None and mask_mods:  # what they hide is no mass that the map lost
             attention = replace(attention, mask_mods=(*attention.mask_mods, *mask_mods))
-        recall = recall_of(attention, block_map) if self._recall and attention is not None else None
+        # of the map before masks emptied blocks of it: these are nothing that its queries could lose
+        recall = recall_of(attention, searched) if self._recall and attention is not None else None
         with self._lock:
             name = names[-1]
             before = self._maps.get(name)
@@ -189,6 +205,7 @@ class Recording(Mapping[int, BlockMap]):
                     recall = join_recalls(self._recalls[name], recall, before.q_len)
                 block_map = BlockMap.from_chunks([before, block_map])
             self._maps[name] = block_map
+            _put(self._configs, name, config)
             _put(self._recalls, name, recall)
             if self._inputs:
                 _put(self._attentions, name, _kept(attention, self._attentions.get(name) if goes_on else None))

@@ -50,7 +50,8 @@ def save_masks(
     Args:
         path: the file; one that exists is replaced, and its permissions stay.
         masks: layer number to map; maps may differ in lengths, heads and device.
-        config: the settings that made the masks, kept in the file.
+        config: the settings that made the masks, kept in the file. Default: those of a Recording, if its layers share
+            them.
         metadata: the caller's own entries, str to str, kept in the file. A Recording's recall becomes one more. An
             entry ``heads`` with a name for each head of a layer, separated by commas, is what the viewer calls them.
         model: the name of the model whose masks they are, kept in the file.
@@ -66,8 +67,10 @@ def save_masks(
     """
     check_path(path)
     numbers = _layer_numbers(masks)
-    if isinstance(masks, Recording) and (metadata is None or isinstance(metadata, Mapping)):
-        metadata = recall_entry(masks.recalls) | dict(metadata or {})
+    if isinstance(masks, Recording):
+        config = masks.config if config is None else config
+        if metadata is None or isinstance(metadata, Mapping):
+            metadata = recall_entry(masks.recalls) | dict(metadata or {})
     description = describe(config, metadata, model, token_ids, tokens, dtype)
     start = _header_room(description, numbers)
     layers: dict[int, dict[str, Any]] = {}

@@ -335,11 +335,21 @@ def test_what_a_mask_hides_is_no_lost_mass_whichever_way_it_is_put_on():
         "with_mask": lambda: search_blocks(query, key, config).with_mask(same_document),
         "create": lambda: create_prefill_block_mask(query, key, config, mask_mod=mask),
     }
+    recalls = {}
     for way, call in ways.items():
         with record_masks(model := Calls(), recall=True) as masks:
             model(call)
-        # every block of the own document is kept
-        assert masks.recalls[0].mean.allclose(torch.ones(1)), way
+        recalls[way] = masks.recalls[0].mean
+        assert masks.config == config
+    kept = search_blocks(query, key, config).to_dense().repeat_interleave(config.block_size, 2)
+    kept = kept.repeat_interleave(config.block_size, 3)
+    hidden = (document[:, None] != document) | torch.ones(128, 128).triu(1).bool()
+    weights = (query.double() @ key.double().mT * query.shape[3] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    for head in range(2):
+        loses = (~kept[0, head]).tril().any(-1)
+        right = (weights[0, head] * kept[0, head]).sum(-1)[loses].mean() if loses.any() else torch.ones(())
+        for way, recall in recalls.items():
+            assert recall[0, head].item() == pytest.approx(right.item(), abs=1e-4), way
 
 
 @pytest.mark.slow
@@ -360,3 +370,29 @@ def test_what_is_asked_of_a_recording_is_a_bool():
     for name in ("recall", "inputs"):
         with pytest.raises(TypeError, match=f"^{name} must be a bool, got 1"):
             record_masks(Model(), **{name: 1})
+
+
+@torch.no_grad()
+def test_a_recordings_settings_are_kept_in_its_file(tmp_path):
+    query, key, value = Attention(0).qkv(torch.randn(1, 300, 32))
+    other = replace(CONFIG, alpha=0.3)
+    found = search_blocks(query, key, other)
+
+    def record(*calls):
+        model = nn.Sequential(*(Calls() for _ in calls))
+        with record_masks(model) as masks:
+            for layer, call in zip(model, calls, strict=True):
+                layer(call)
+        save_masks(tmp_path / "masks.safetensors", masks)
+        return masks.configs, read_mask_info(tmp_path / "masks.safetensors").config
+
+    def attend():
+        return prefill_attention(query, key, value, CONFIG)
+
+    def given():
+        return prefill_attention(query, key, value, block_map=found)
+
+    assert record(attend, lambda: create_prefill_block_mask(query, key, CONFIG)) == ({0: CONFIG, 1: CONFIG}, CONFIG)
+    assert record(attend, lambda: search_blocks(query, key, other).to_block_mask()) == ({0: CONFIG, 1: other}, None)
+    assert record(attend, given) == ({0: CONFIG}, CONFIG)
+    assert record(given) == ({}, None)
