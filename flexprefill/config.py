@@ -221,7 +221,10 @@ class PrefillConfig:
         name = model.rsplit("/", 1)[-1].lower()
         matches = [known for known in PUBLISHED if f"-{known}-".lower() in f"-{name}-"]
         if not matches:
-            raise ValueError(f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}")
+            raise ValueError(
+                f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}. Others start from "
+                "PrefillConfig()"
+            )
         return cls(**PUBLISHED[max(matches, key=len)])
 
 

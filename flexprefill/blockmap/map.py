@@ -351,7 +351,8 @@ def check_block_map(block_map: BlockMap, query: Tensor, key: Tensor) -> None:
 def check_is_map(name: str, block_map: object) -> None:
     """Raises TypeError unless it is a BlockMap."""
     if not isinstance(block_map, BlockMap):
-        raise TypeError(f"{name} must be a BlockMap, got {type(block_map).__name__}")
+        hint = "; BlockMap.from_block_mask makes one of it" if isinstance(block_map, BlockMask) else ""
+        raise TypeError(f"{name} must be a BlockMap, got {type(block_map).__name__}{hint}")
 
 
 def check_has_bits(name: str, block_map: object) -> None:

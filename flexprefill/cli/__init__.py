@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (FlexPrefillError, OSError) as error:
-        arguments.parser.error(str(error))
+        # without the usage: the arguments were right
+        print(f"{arguments.parser.prog}: error: {_reason(error)}", file=sys.stderr)
+        raise SystemExit(TROUBLE) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -76,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return TROUBLE
     return code
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _prepare_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def execute(arguments: argparse.Namespace) -> int:
     try:
         methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig(), calibrated)
     except ValueError as error:
-        arguments.parser.error(f"argument --methods: {error}")
+        arguments.parser.error(f"argument --methods: {str(error).removeprefix('kinds ')}")
     # what does not fit is said before a model is loaded
     own = arguments.model.endswith(".safetensors")
     known = (*TASKS, TEXT) if own else prompts.TASKS
@@ -122,8 +123,12 @@ def execute(arguments: argparse.Namespace) -> int:
     figures, picture = arguments.output / "eval.json", arguments.output / "eval.png"
     beyond: list[Cell] = []
     refused: list[str] = []
-    with stage("asking", len(plan.cells)) as advance:
-        cells = compare(subject, plan, figures, advance, beyond.append, refused.append)
+    try:
+        with stage("asking", len(plan.cells)) as advance:
+            cells = compare(subject, plan, figures, advance, beyond.append, refused.append)
+    except KeyboardInterrupt:
+        print(f"{figures} has what was measured so far; the same command goes on from there", file=sys.stderr)
+        raise
     _print(cells, plan, own)
     for cell in beyond:
         print(f"left out: {cell.task} at {cell.length:,} tokens, of which dense attention answers {cell.share}")
@@ -208,6 +213,14 @@ def _check_fit(calibrated: dict[str, dict[int, PrefillConfig]], subject: Subject
 
 
 def _print(cells: list[Cell], plan: Plan, own: bool) -> None:
+    _print_tables(cells, plan, own)
+    for length in plan.lengths:
+        densities = [cell.density for cell in cells if cell.length == length and cell.method != DENSE]
+        if densities and min(densities) == 1:
+            print(f"at {length:,} tokens every method keeps every block: ask for longer prompts")
+
+
+def _print_tables(cells: list[Cell], plan: Plan, own: bool) -> None:
     for length in plan.lengths:
         of_length = [cell for cell in cells if cell.length == length]
         if own:

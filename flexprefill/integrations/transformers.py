@@ -296,6 +296,10 @@ def _setting_of(
     module: nn.Module, config: PrefillConfig | None, layers: Mapping[int, PrefillConfig | None]
 ) -> PrefillConfig | None:
     index: Any = getattr(module, "layer_idx", None)
+    model: Any = getattr(module, "config", None)
+    count = getattr(model, "num_hidden_layers", None)
+    if layers and isinstance(count, int) and not model.is_encoder_decoder and max(layers) >= count:
+        raise ValueError(f"layers must be below {count}, the model's number of layers, got {max(layers)}")
     return layers[index] if index in layers else config or PUBLISHED.get(_model_type(module), PrefillConfig())
 
 

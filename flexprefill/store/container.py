@@ -89,7 +89,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Source]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise MaskFileError(f"{path} is no readable mask file: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MaskFileError(f"{path} is no readable mask file: {reason}") from error
     try:
         source = Source(path, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -241,7 +241,7 @@ def test_the_command(model, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--tasks", "guess"], "--tasks: must be of single, .*, text, got 'guess'"),
-        (["--methods", "best"], "--methods: kinds must be of dense"),
+        (["--methods", "best"], "--methods: must be of dense"),
         (["--lengths", "12"], "--lengths: must be at least 256"),
         (["--dtype", "bfloat16"], "--text, --dtype: are for a pretrained model, got a needle model's file"),
         ([], "model .*does not exist|path must be a file"),

@@ -231,6 +231,9 @@ def test_layers_have_settings_of_their_own():
         assert relative_error(logits_alone(model), expected) <= 1e-5
         for cache in (None, hf.DynamicCache(config=model.config)):
             assert relative_error(logits_padded(model, "left", cache), expected) <= 2e-5
+        register(layers={1: None, 2: None}, name="by_layer")
+        with pytest.raises(ValueError, match="layers must be below 2, the model's number of layers, got 2"):
+            model(prompts()[0])
     finally:
         unregister("by_layer")
 
