@@ -140,13 +140,18 @@ def compare(
     told: Callable[[Cell], object] = lambda cell: None,
     refused: Callable[[str], object] = lambda reason: None,
 ) -> list[Cell]:
-    """Fills the file with the cells that the plan asks for and it does not have yet, and returns all of the plan's.
+    """Measures the plan's cells that the file does not hold yet, and adds them to it.
 
     Args:
-        path: a JSON file, written whole after each cell.
-        advance: called with 1 after each cell.
-        told: called with each dense cell below the plan's least share, whose task and length have no others.
-        refused: called with the reason for each method that does not know this model's attention.
+        subject: The model that is asked, with its prompts.
+        plan: What to compare.
+        path: A JSON file, written whole after each cell.
+        advance: Called with 1 after each cell.
+        told: Called with each dense cell below the plan's least share. Its task and length have no other cells.
+        refused: Called with the reason for each method that does not know this model's attention.
+
+    Returns:
+        All cells of the plan.
 
     Raises:
         FlexPrefillError: The file's cells were made with another model, text, seed or number of samples, or with other

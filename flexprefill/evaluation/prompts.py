@@ -87,7 +87,8 @@ def make_prompt(corpus: Corpus, task: str, length: int, generator: Generator) ->
 
     Raises:
         ValueError: the task is none, or the length is too short.
-        FlexPrefillError: what the task states takes too much of the length in this model's tokens.
+        FlexPrefillError: The text is shorter than the prompt, or what the task states takes too much of the length in
+            this model's tokens.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -162,9 +163,11 @@ def _places(first: int, last: int, count: int, generator: Generator) -> list[int
 
 
 def _stretch(tokens: Tensor, length: int, generator: Generator) -> Tensor:
-    """A random stretch; a text that is shorter begins again."""
-    start = int(torch.randint(max(1, tokens.numel() - length + 1), (), generator=generator))
-    return tokens[(start + torch.arange(length)) % tokens.numel()]
+    """A random stretch."""
+    if tokens.numel() < length:  # repeated, it would be a copy of itself
+        raise FlexPrefillError(f"--text must have at least {length:,} tokens for such prompts, got {tokens.numel():,}")
+    start = int(torch.randint(tokens.numel() - length + 1, (), generator=generator))
+    return tokens[start : start + length]
 
 
 def _tokens(tokenize: Tokenize, text: str) -> Tensor:

@@ -84,6 +84,8 @@ def test_texts_that_do_not_do(tmp_path):
 
 def test_a_task_or_length_that_is_none():
     corpus = Corpus(torch.arange(2000), torch.arange(2000), (), tokenize)
+    with pytest.raises(FlexPrefillError, match="--text must have at least 2,048 tokens for such prompts, got 2,000"):
+        make_prompt(corpus, "code", 2048, seeded(0))
     with pytest.raises(ValueError, match=r"task must be one of prose, .*, got 'poem'"):
         make_prompt(corpus, "poem", 2048, seeded(0))
     with pytest.raises(FlexPrefillError, match="lengths must be longer for 'multi-key': of 1024 tokens .* take [78]"):
