@@ -35,7 +35,7 @@ def _command(name: str) -> str:
     parser = argparse.ArgumentParser(prog=f"flexprefill {name}", add_help=False)
     module.add_arguments(parser)
     rows = [f"| {_names(action)} | {_cell(_help(parser, action))} |" for action in parser._actions]
-    usage = parser.format_usage().removeprefix("usage: ")
+    usage = parser.format_usage().replace("\n" + " " * len("usage: "), "\n").removeprefix("usage: ")
     table = "\n".join(["| argument | what it is |", "|---|---|", *rows])
     return f"## {name}\n\n```text\n{usage}```\n\n{_cell(module.DESCRIPTION)}\n\n{table}"
 

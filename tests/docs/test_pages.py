@@ -65,3 +65,8 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors_of(target), link
+
+
+def test_the_page_of_the_commands_lists_each_with_its_line():
+    rows = re.findall(r"^\| `flexprefill (\w+)` \| (.+) \|$", (ROOT / "docs/reference/cli.md").read_text("utf-8"), re.M)
+    assert rows == [(name, summary) for name, (_, summary) in cli.COMMANDS.items()]
