@@ -39,7 +39,7 @@ class SearchLaunch(NamedTuple):
     registers: int | None  # a cap for each thread
 
 
-# Measured on an H200 (docs/explanations/search.md)
+# Measured on an H200 (docs/explanations/search_kernels.md)
 def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
     if plain and hopper_takes(query, rule):
         return SearchLaunch(True, 128, 1, 4, 128)
