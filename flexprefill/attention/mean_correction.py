@@ -31,8 +31,17 @@ def add_dropped_blocks(call: Call, kept: BlockMap, output: Tensor, lse: Tensor) 
     Returns:
         The same two with the means of the dropped blocks.
     """
-    tensors, implementation = (call.query, call.key, call.value), "triton" if call.query.is_cuda else "reference"
-    return merge_means(*tensors, kept.words, output, lse, kept.block_size, call.scale, implementation)
+    return merge_means(
+        call.query,
+        call.key,
+        call.value,
+        kept.words,
+        output,
+        lse,
+        kept.block_size,
+        call.scale,
+        "triton" if call.query.is_cuda else "reference",
+    )
 
 
 @operator("flexprefill::merge_means")
