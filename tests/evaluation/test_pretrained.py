@@ -149,6 +149,7 @@ def test_methods_that_do_not_know_a_models_attention_are_left_out_and_named(tmp_
     assert [cell["method"] for cell in cells] == ["dense", "flashprefill 0.9", "random 0.9", "exact 0.9"]
 
 
+@pytest.mark.slow
 def test_without_dense_there_is_no_picture_and_longer_than_the_context_is_refused(folder, tmp_path, capsys):
     arguments = [
         "eval",

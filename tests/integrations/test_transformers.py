@@ -83,7 +83,7 @@ def logits_padded(model, side, cache):
     return logits[real.bool()]
 
 
-QUICK = ("llama", "gpt_oss")  # layers that are searched and windows; a compiled gemma2 is below
+QUICK = ("llama", "gpt_oss")  # layers that are searched and windows
 EACH_FAMILY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
@@ -112,7 +112,7 @@ def test_logits_in_low_precision(family, dtype):
     assert relative_error(logits_alone(model_of(family, "all_kept", dtype)), exact) <= allowed
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_a_batch_without_padding_shares_its_calls(family):
     tokens = torch.cat([prompt[:, :160] for prompt in prompts()])
     expected = model_of(family, reference_of(family))(tokens).logits
@@ -371,8 +371,8 @@ def with_any_length(*tensors):
     ("family", "padded"),
     [
         pytest.param("llama", False, marks=pytest.mark.slow),
-        pytest.param("llama", True, marks=pytest.mark.slow),
-        ("gemma2", True),
+        ("llama", True),
+        pytest.param("gemma2", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):

@@ -318,6 +318,7 @@ def gemma3_with_images(implementation):
     return model.eval().to(DEVICE)
 
 
+@pytest.mark.slow
 def test_text_alone_in_a_model_of_images():
     tokens, types = tokens_of(1, LENGTH), torch.zeros(1, LENGTH, dtype=torch.int64, device=DEVICE)
     model, own = gemma3_with_images("kept"), gemma3_with_images("sdpa")
