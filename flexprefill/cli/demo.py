@@ -134,7 +134,7 @@ class HeadFigures:
 
     Attributes:
         density: kept share of the causal blocks.
-        recall: share of the exact attention mass in the kept blocks, the mean of the rows that can lose some.
+        recall: share of the exact attention mass in the kept blocks, the mean over rows that can lose some.
         low: the share that one of these rows in twenty does not reach.
         error: norm of (sparse output - dense output) over the norm of the dense output.
     """
@@ -279,7 +279,7 @@ def head_table(figures: Sequence[HeadFigures], heads: dict[str, str]) -> str:
 
 def losses(figures: Sequence[HeadFigures]) -> list[str]:
     """What the recall means, and a sentence on each head that loses much."""
-    lines = ["recall: the share of the exact attention that the kept blocks hold, of the rows that can lose some"]
+    lines = ["recall: the share of the exact attention that the kept blocks hold, over rows that can lose some"]
     for row in figures:
         off = f"Its output is off by {100 * row.error:.0f} %."
         if row.recall < MUCH:
@@ -289,7 +289,7 @@ def losses(figures: Sequence[HeadFigures]) -> list[str]:
                 f"{row.name} loses much in a few rows: one in twenty keeps less than {100 * row.low:.0f} %. {off}"
             )
         elif row.error > OFF:
-            lines.append(f"{row.name} loses little, but of what counts. {off}")
+            lines.append(f"{row.name} loses little, but what it loses matters. {off}")
     if len(lines) > 1:
         lines.append("Such heads need more blocks than this setting keeps: a smaller --alpha keeps more.")
     return lines

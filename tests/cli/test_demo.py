@@ -100,7 +100,7 @@ def test_what_heads_attend_to_is_as_told():
         (0.99, 0.9, 0.01, None),
         (0.61, 0.3, 0.31, "a loses much: its rows keep 61 % on average. Its output is off by 31 %."),
         (0.95, 0.44, 0.3, "a loses much in a few rows: one in twenty keeps less than 44 %. Its output is off by 30 %."),
-        (0.97, 0.9, 0.35, "a loses little, but of what counts. Its output is off by 35 %."),
+        (0.97, 0.9, 0.35, "a loses little, but what it loses matters. Its output is off by 35 %."),
     ],
 )
 def test_a_head_that_loses_much_says_so(recall, low, error, said):
