@@ -17,6 +17,7 @@ from flexprefill.bench.measure import Run, measure_length
 from flexprefill.bench.settings import Settings
 from flexprefill.errors import FlexPrefillError
 from flexprefill.plotting import plot_times
+from flexprefill.runtime.files import write_json
 from flexprefill.runtime.machine import describe_machine, versions
 
 
@@ -58,7 +59,7 @@ def run(settings: Settings, output: Path, command: str) -> None:
         with torch.no_grad(), on_device:
             for length, density in zip(settings.lengths, settings.densities, strict=True):
                 runs.append(measure_length(settings, length, density, rates))
-                report.write_json(output / "bench.json", record, runs)
+                write_json(output / "bench.json", report.with_runs(record, runs))
                 print(report.row(runs[-1]), flush=True)
     finally:
         if runs:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexprefill.bench.contestants import DENSE, WHOLE
 from flexprefill.bench.measure import Measurement, Run
 from flexprefill.bench.settings import Settings
 from flexprefill.plotting import TimeLine, token_label
-from flexprefill.runtime.files import whole_file, write_at
 
 WIDTH = 118
 NAME_WIDTH, CELL_WIDTH = 23, 13
@@ -107,11 +104,9 @@ def time_lines(runs: Sequence[Run], names: Mapping[str, str]) -> list[TimeLine]:
     return lines
 
 
-def write_json(path: Path, record: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """Writes the record and its runs, whole or not at all."""
-    text = json.dumps({**record, "runs": [dataclasses.asdict(run) for run in runs]}, indent=1) + "\n"
-    with whole_file(path) as file:
-        write_at(file, text.encode(), 0)
+def with_runs(record: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """The record and its runs, as they are written."""
+    return {**record, "runs": [dataclasses.asdict(run) for run in runs]}
 
 
 def best_dense(run: Run) -> Measurement | None:

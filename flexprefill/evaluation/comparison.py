@@ -17,7 +17,7 @@ from torch import Tensor
 from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.evaluation.methods import DENSE, Attender, Method
 from flexprefill.evaluation.scoring import Share
-from flexprefill.runtime.files import whole_file, write_at
+from flexprefill.runtime.files import write_json
 from flexprefill.runtime.machine import describe_machine, versions
 from flexprefill.runtime.progress import Advance
 
@@ -184,8 +184,7 @@ def compare(
             record: dict[str, Any] = {"identity": identity, "configs": digests_before | digests}
             record |= {"machine": machine, "versions": versions()}
             record["cells"] = [dataclasses.asdict(cell) for cell in cells.values()]
-            with whole_file(path) as file:
-                write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)
+            write_json(path, record)
         cell = cells[length, task, method.name]
         found.append(cell)
         if method.name == DENSE and cell.share is not None and cell.share.value < plan.least_share:

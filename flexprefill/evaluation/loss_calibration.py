@@ -8,7 +8,7 @@ over dense attention sets that number. One alpha for all heads is tried beside i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation.comparison import Cell, Plan, Subject, measure
-from flexprefill.evaluation.methods import DENSE, Attender, Method
+from flexprefill.evaluation.methods import DENSE, Method, attend_densely
 from flexprefill.evaluation.scoring import Difference
 from flexprefill.inspection import attention_recall
 from flexprefill.runtime.progress import Advance, ignore
@@ -36,13 +36,11 @@ class RecallCurve:
         config: All settings but alpha.
         shares: float32 [len(LOG2_ALPHAS), Hq], the kept share of the mass, the least over the texts seen.
         group: Query heads that share a key head.
-        dense: Computes the attention.
     """
 
     config: PrefillConfig
     shares: Tensor | None = None
     group: int = 1
-    dense: Attender = field(default_factory=lambda: Attender(Method(DENSE, None)))
 
     def __call__(
         self,
@@ -56,7 +54,7 @@ class RecallCurve:
             self.group = query.shape[1] // key.shape[1]
             found = torch.stack([self._recall(query, key, scale, variant, alpha) for alpha in LOG2_ALPHAS])
             self.shares = found if self.shares is None else torch.minimum(self.shares, found)
-        return self.dense(query, key, value, scale, variant)
+        return attend_densely(query, key, value, scale, variant)
 
     def _recall(
         self, query: Tensor, key: Tensor, scale: float | None, variant: AttentionVariant, log2_alpha: float

@@ -17,13 +17,13 @@ from flexprefill.errors import UnsupportedError
 from flexprefill.evaluation.model import causal_sdpa
 from flexprefill.evaluation.selections import SELECTIONS
 from flexprefill.inspection import attention_recall
+from flexprefill.integrations.exact import attend_exactly
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.grid import Grid
 from flexprefill.search.reference import always_kept
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import find_scorer
 from flexprefill.variant.inputs import resolve_scale
-from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 RANDOM = "random"
@@ -86,6 +86,15 @@ class Method:
         return block_map if self.chosen_by is None else as_many(query, key, block_map, grid, self)
 
 
+def attend_densely(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """Attention over all keys that the variant shows: by SDPA where it is plain."""
+    if variant == PLAIN:
+        return causal_sdpa(query, key, value, scale)
+    return attend_exactly(query, key, value, resolve_scale(scale, query.shape[3]), variant)
+
+
 @dataclass
 class Attender:
     """One layer's attention by a method, and what it kept in the watched calls.
@@ -115,10 +124,7 @@ class Attender:
         variant: AttentionVariant = PLAIN,
     ) -> Tensor:
         if self.method.config is None or variant.sliding_window is not None:
-            if variant == PLAIN:
-                return causal_sdpa(query, key, value, scale)
-            exact = PlainAttention(query, key, resolve_scale(scale, query.shape[3]), variant)
-            return exact.attend(value)[0].to(query.dtype)
+            return attend_densely(query, key, value, scale, variant)
         block_map = self.method.choose(query, key, scale, variant)
         if self.watch:
             length = query.shape[2]

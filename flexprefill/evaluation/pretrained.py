@@ -6,7 +6,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,6 @@ def _attend(
 
     # a window or chunks may be in the mask alone
     asked = AskedAttention.of(given)
-    variant = asked.variant(prompts_of(module, query, key, attention_mask, asked))
-    if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
-        variant = replace(variant, sliding_window=None)
+    variant = asked.variant(prompts_of(module, query, key, attention_mask, asked)).over(key.shape[2])
     output = attenders[module.layer_idx](query, key, value, asked.scaling, variant)
     return output.transpose(1, 2), None

@@ -43,9 +43,13 @@ class Selection:
     source: str
 
 
-def best_that_reach(shares: Tensor, share: float) -> Tensor:
-    """The smallest number of the largest shares whose sum reaches ``share``: [..., N] to bool [..., N]."""
-    ordered, order = shares.sort(-1, descending=True)
+def best_that_reach(shares: Tensor, share: float, first: Tensor | None = None) -> Tensor:
+    """The smallest number of the largest shares whose sum reaches ``share``: [..., N] to bool [..., N].
+
+    What is set in ``first``, bool of a shape that expands to that of the shares, is counted before the others.
+    """
+    order = (shares if first is None else shares.masked_fill(first, torch.inf)).argsort(-1, descending=True)
+    ordered = shares.gather(-1, order)
     enough_before = ordered.cumsum(-1) - ordered >= share
     return torch.empty_like(enough_before).scatter_(-1, order, ~enough_before)
 
@@ -61,10 +65,7 @@ def xattention_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     (arXiv 2503.16428)
     """
     shares = _shares_of(antidiagonal_scores(query, key, grid))
-    order = shares.masked_fill(first_and_own(grid, query.device), torch.inf).argsort(-1, descending=True)
-    ordered = shares.gather(-1, order)
-    enough_before = ordered.cumsum(-1) - ordered >= XATTENTION_SHARE
-    return _causal(torch.empty_like(enough_before).scatter_(-1, order, ~enough_before), grid)
+    return _causal(best_that_reach(shares, XATTENTION_SHARE, first_and_own(grid, query.device)), grid)
 
 
 def prism_bands(query: Tensor, key: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -103,9 +104,9 @@ def prism_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     return _causal(fast | slow, grid)
 
 
-def vertical_slash_scores(query: Tensor, key: Tensor, grid: Grid, rows: int = VOTING_ROWS) -> Tensor:
+def vertical_slash_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     """What the last rows give to a block's columns and to its diagonals: the mass of MInference's two patterns."""
-    columns, distances = _last_rows_mass(query, key, grid, rows)
+    columns, distances = _last_rows_mass(query, key, grid, VOTING_ROWS)
     return _on_lines(_block_sums(columns, grid), _block_sums(distances, grid), grid)
 
 
@@ -127,14 +128,16 @@ def minference_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
 def flexprefill_scores(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     """Pooled attention where a head's last block resembles it, else what the last block gives to lines."""
     pooled = _pooled_shares(query, key, grid)
-    lines = vertical_slash_scores(query, key, grid, grid.block_size)
-    return torch.where(_is_query_aware(query, key, grid)[..., None, None], pooled, lines)
+    columns, distances = (_block_sums(mass, grid) for mass in _last_rows_mass(query, key, grid, grid.block_size))
+    aware = _is_query_aware(columns, pooled[:, :, -1])
+    return torch.where(aware[..., None, None], pooled, _on_lines(columns, distances, grid))
 
 
 def flexprefill_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     """FlexPrefill's vertical-slash or query-aware pattern for each head (ByteDance, arXiv 2502.20766)."""
+    pooled = _pooled_shares(query, key, grid)
     columns, distances = _last_rows_mass(query, key, grid, grid.block_size)
-    aware = _is_query_aware(query, key, grid)
+    aware = _is_query_aware(_block_sums(columns, grid), pooled[:, :, -1])
     least = math.ceil(LEAST_TOKENS / grid.block_size)
     lines = []
     for mass in (columns, distances):
@@ -144,7 +147,6 @@ def flexprefill_keep(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
         sums[..., 0] = torch.inf  # the first column and the diagonal
         lines.append(sums.argsort(-1, descending=True).argsort(-1) < blocks[..., None])
     keep = _on_lines(lines[0].float(), lines[1].float(), grid) > 0
-    pooled = _pooled_shares(query, key, grid)
     of_map = best_that_reach(pooled.flatten(2) / grid.rows, GAMMA).unflatten(2, (grid.rows, grid.columns))
     return _causal(keep | (of_map & aware[..., None, None]), grid)
 
@@ -177,10 +179,8 @@ def _pooled_shares(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
     return logits.masked_fill(~causal_blocks(grid.geometry, query.device), -torch.inf).softmax(-1)
 
 
-def _is_query_aware(query: Tensor, key: Tensor, grid: Grid) -> Tensor:
-    """Whether the last block's pooled attention resembles its exact one: bool [B, Hq]."""
-    exact = _block_sums(_last_rows_mass(query, key, grid, grid.block_size)[0], grid)
-    pooled = _pooled_shares(query, key, grid)[:, :, -1]
+def _is_query_aware(exact: Tensor, pooled: Tensor) -> Tensor:
+    """Whether the last block's pooled attention resembles its exact one: [B, Hq, M] twice to bool [B, Hq]."""
     middle = (exact + pooled) / 2
     # 0 · log 0 is 0
     divergence = sum(torch.special.xlogy(part, part / middle).nan_to_num(0).sum(-1) / 2 for part in (exact, pooled))

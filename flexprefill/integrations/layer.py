@@ -63,9 +63,7 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
     Raises:
         TypeError, ValueError: As prefill_attention.
     """
-    config, variant, scale = layer.config or PrefillConfig(), layer.variant, layer.scale
-    if variant.sliding_window is not None and variant.sliding_window >= key.shape[2]:
-        variant = replace(variant, sliding_window=None)
+    config, variant, scale = layer.config or PrefillConfig(), layer.variant.over(key.shape[2]), layer.scale
     searches = variant.sliding_window is None and layer.config is not None
     dims = operator.index(query.shape[3]), operator.index(value.shape[3])
     has_kernels = query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in dims)

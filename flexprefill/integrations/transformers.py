@@ -179,8 +179,7 @@ def _attention_function(
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
         query, key, value = of_one_dtype(query, key, value)
         prompts = _prompts_of(attention_mask, query, key)
-        causal = getattr(module, "is_causal", True) if asked.is_causal is None else asked.is_causal
-        if query.shape[2] == 1 or (prompts is None and not causal):
+        if query.shape[2] == 1 or (prompts is None and not _is_causal(module, asked)):
             mask = attention_mask if isinstance(attention_mask, Tensor) else None
             return _attend_all(module, query, key, value, mask, asked), None
         if prompts is None:
@@ -229,12 +228,15 @@ def _attend_among_gaps(layer: Layer, query: Tensor, key: Tensor, value: Tensor, 
     return output.masked_fill(~prompts.real[:, None, prompts.offset :, None], 0)
 
 
+def _is_causal(module: nn.Module, asked: AskedAttention) -> bool:
+    return getattr(module, "is_causal", True) if asked.is_causal is None else asked.is_causal
+
+
 def prompts_of(module: nn.Module, query: Tensor, key: Tensor, mask: Any, asked: AskedAttention) -> Prompts:
     """The prompts of a call of causal attention; UnsupportedError for another."""
-    causal = getattr(module, "is_causal", True) if asked.is_causal is None else asked.is_causal
     if (prompts := _prompts_of(mask, query, key)) is not None:
         return prompts
-    if not causal:
+    if not _is_causal(module, asked):
         raise UnsupportedError(f"{type(module).__name__} is not causal")
     return _whole_prompt(mask, query, key, asked)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -52,6 +54,12 @@ def write_at(descriptor: int, data: bytes | bytearray | memoryview, position: in
     while rest:
         count = os.pwrite(descriptor, rest, position)
         position, rest = position + count, rest[count:]
+
+
+def write_json(path: str | os.PathLike[str], record: Any) -> None:
+    """Writes a record as JSON, whole or not at all."""
+    with whole_file(path) as file:
+        write_at(file, (json.dumps(record, indent=1) + "\n").encode(), 0)
 
 
 def read_at(descriptor: int, position: int, length: int) -> bytes:

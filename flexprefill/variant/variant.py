@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -94,6 +94,12 @@ class AttentionVariant:
         for name, tensor in (("alibi_slopes", self.alibi_slopes), ("sinks", self.sinks)):
             if tensor is not None:
                 check_per_head(name, tensor, query)
+
+    def over(self, kv_len: int) -> AttentionVariant:
+        """The same over so many keys: without a sliding window that hides none of them."""
+        if self.sliding_window is None or self.sliding_window < kv_len:
+            return self
+        return replace(self, sliding_window=None)
 
     def _all(self) -> tuple[object, ...]:
         return self.sequences, self.sliding_window, self.soft_cap, self.alibi_slopes, self.sinks

@@ -140,10 +140,11 @@ def test_flexprefill_asks_the_last_block_which_pattern_a_head_has():
     key[0, 0] = torch.randn(length // B, 32).repeat_interleave(B, 0)
     query[0, 0] = key[0, 0] * 2
     query[0, 1] = torch.randn(length, 32) * 8
-    aware = selections._is_query_aware(query, key, grid)
+    columns, distances = (selections._block_sums(m, grid) for m in selections._last_rows_mass(query, key, grid, B))
+    aware = selections._is_query_aware(columns, selections._pooled_shares(query, key, grid)[:, :, -1])
     assert aware.tolist() == [[True, False]]
     scores = SELECTIONS["byte-flexprefill"].scores(query, key, grid)
-    assert torch.equal(scores[0, 1], selections.vertical_slash_scores(query, key, grid, B)[0, 1])
+    assert torch.equal(scores[0, 1], selections._on_lines(columns, distances, grid)[0, 1])
     torch.testing.assert_close(scores[0, 0].sum(-1), torch.ones(grid.rows))
     kept = SELECTIONS["byte-flexprefill"].keep(query, key, grid)
     # beside the lines, the second keeps nothing that is not on one
