@@ -40,6 +40,7 @@ class Recording(Mapping[int, BlockMap]):
         self._configs: dict[str, PrefillConfig] = {}
         self._recalls: dict[str, Recall] = {}
         self._attentions: dict[str, PlainAttention] = {}
+        self._searched: dict[str, BlockMap] = {}  # the maps of these, before masks emptied blocks of them
         self._thread = threading.local()
         self._lock = threading.Lock()
 
@@ -140,7 +141,8 @@ class Recording(Mapping[int, BlockMap]):
                 if (attention := attentions.get(layer)) is not None:
                     figures.append(distances_of(attention, edges=edges, rows=rows, seed=seed).to_dicts())
                     if layer not in recalls:
-                        recalls[layer] = recall_of(attention, block_map, rows=rows, seed=seed)
+                        searched = self._searched[self.modules[layer]]
+                        recalls[layer] = recall_of(attention, searched, rows=rows, seed=seed)
                 if layer in recalls:
                     figures.append(recalls[layer].to_dicts())
                 for of_heads in figures:
@@ -209,6 +211,7 @@ class Recording(Mapping[int, BlockMap]):
             _put(self._recalls, name, recall)
             if self._inputs:
                 _put(self._attentions, name, _kept(attention, self._attentions.get(name) if goes_on else None))
+                self._searched[name] = BlockMap.from_chunks([self._searched[name], searched]) if goes_on else searched
 
 
 def _put(parts: dict[str, Any], name: str, part: Any) -> None:

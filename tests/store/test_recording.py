@@ -341,6 +341,10 @@ def test_what_a_mask_hides_is_no_lost_mass_whichever_way_it_is_put_on():
             model(call)
         recalls[way] = masks.recalls[0].mean
         assert masks.config == config
+        with record_masks(model, inputs=True) as masks:
+            model(call)
+        later = torch.tensor([[head["recall"] for head in masks.table()]])
+        torch.testing.assert_close(later, recalls[way])
     kept = search_blocks(query, key, config).to_dense().repeat_interleave(config.block_size, 2)
     kept = kept.repeat_interleave(config.block_size, 3)
     hidden = (document[:, None] != document) | torch.ones(128, 128).triu(1).bool()
