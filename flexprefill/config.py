@@ -14,7 +14,13 @@ from typing import Any
 
 from flexprefill.errors import FlexPrefillError
 
-CHOICES = {"block_size": (16, 32, 64, 128), "mask_heads": ("query", "kv"), "score_rows": ("whole", "visible")}
+CHOICES = {
+    "block_size": (16, 32, 64, 128),
+    "mask_heads": ("query", "kv"),
+    "score_rows": ("whole", "visible"),
+    "probe_rows": (0, 1, 2, 4, 8, 16),
+    "outlier_keys": (0, 1, 2),
+}
 FIRST_SETTINGS = ("alpha", "block_size", "sink_blocks", "window_blocks", "last_full_blocks", "min_blocks")
 
 # by name; search/scorers.py puts the functions in, and register_scorer adds to it
@@ -69,10 +75,12 @@ class PrefillConfig:
 
     A block (I, J) is query block I against key block J. A causally visible block is kept if it is a sink, in the
     window, in one of the last query blocks, among the ``min_blocks`` best of its row, or if its score is high enough.
+    Probes and outliers, where they are asked for, keep more (docs/explanations/two_sided.md).
 
     Args:
         alpha: The least score that keeps a block, as a share of the best score of query block I. In (0, 1]. Smaller
             keeps more. A tuple has one number for each query head. Heads that share a mask must have the same number.
+            None scores no means: probes or outliers then decide alone.
         block_size: Edge of a block in tokens: 16, 32, 64 or 128.
         sink_blocks: Every query block keeps the first ``sink_blocks`` key blocks.
         window_blocks: Every query block keeps its nearest ``window_blocks`` key blocks. They are counted back from the
@@ -95,14 +103,20 @@ class PrefillConfig:
             (FlashPrefill-V2; docs/explanations/mean_correction.md). It does not change what a search keeps.
         guard: The least share of the attention mass that the kept blocks of each head must hold, in (0, 1). It is
             measured on sampled rows. A head that holds less keeps all blocks (docs/explanations/guard.md). None turns
-            it off.
+            it off. With ``probe_rows`` it is measured on the probes.
+        probe_rows: So many rows of each query block attend exactly to all keys: 0, 1, 2, 4, 8 or 16. Half of them are
+            spread evenly, half are the rows farthest from the block's mean. Rows of blocks that see more than 64 key
+            blocks have fewer probes.
+        probe_share: The least mean share of its probes' attention for which a query block keeps a key block, in (0, 1].
+        outlier_keys: So many keys of each key block, the farthest from its mean, are scored by themselves: 0, 1 or 2.
+        outlier_share: The least estimated share of one row's attention for which an outlier keeps its block, in (0, 1].
 
     Raises:
         TypeError: A setting has the wrong type.
         ValueError: A setting is out of range.
     """
 
-    alpha: float | tuple[float, ...] = 0.1
+    alpha: float | tuple[float, ...] | None = 0.1
     block_size: int = 128
     sink_blocks: int = 2
     window_blocks: int = 4
@@ -114,6 +128,10 @@ class PrefillConfig:
     scorer: str = "flashprefill"
     mean_correction: bool = False
     guard: float | None = None
+    probe_rows: int = 0
+    probe_share: float = 0.01
+    outlier_keys: int = 0
+    outlier_share: float = 0.3
 
     def __post_init__(self) -> None:
         for name, setting in vars(self).items():
@@ -123,14 +141,16 @@ class PrefillConfig:
             object.__setattr__(self, "alpha", tuple(map(plain_number, self.alpha)))
         if self.alpha == ():
             raise ValueError("alpha must be a number in (0, 1], or one for each query head, got ()")
-        for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-            check_number("alpha", alpha, "a number in (0, 1], or one for each query head")
+        for alpha in self._alphas:
+            check_number("alpha", alpha, "a number in (0, 1], or one for each query head, or None")
             if not 0 < alpha <= 1:  # false for NaN as well
                 raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
         for name in FIRST_SETTINGS[1:]:
             check_whole(name, getattr(self, name), 0)
         if self.dense_below is not None:
             check_whole("dense_below", self.dense_below, 0)
+        for name in ("probe_rows", "outlier_keys"):
+            check_whole(name, getattr(self, name), 0)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -145,11 +165,48 @@ class PrefillConfig:
             check_number("guard", self.guard, "a number in (0, 1) or None")
             if not 0 < self.guard < 1:
                 raise ValueError(f"guard must be in (0, 1), got {self.guard!r}")
+        for name in ("probe_share", "outlier_share"):
+            check_number(name, getattr(self, name), "a number in (0, 1]")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises ValueError where settings do not go together."""
+        if self.alpha is None and not self.two_sided:
+            raise ValueError("alpha must be a number where probe_rows and outlier_keys are 0, got None")
+        if self.alpha is None and self.min_blocks:
+            raise ValueError(
+                f"min_blocks must be 0 where alpha is None, because no scores are compared, got {self.min_blocks}"
+            )
+        if self.two_sided and self.scorer != "flashprefill":
+            raise ValueError(
+                "probe_rows and outlier_keys go with the scorer 'flashprefill', "
+                f"got {self.probe_rows} and {self.outlier_keys} with {self.scorer!r}"
+            )
+        if self.probe_rows > self.block_size:
+            raise ValueError(
+                f"probe_rows must be at most block_size, got {self.probe_rows} with block_size={self.block_size}"
+            )
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether probes or outliers look for blocks too."""
+        return bool(self.probe_rows or self.outlier_keys)
 
     @property
     def log2_alphas(self) -> tuple[float, ...]:
-        """The distance from a row's best score to its threshold, in log2: one for all query heads, or one for each."""
-        return tuple(math.log2(alpha) for alpha in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)))
+        """The distance from a row's best score to its threshold, in log2: one for all query heads, or one for each.
+
+        Infinity where no means are scored.
+        """
+        return tuple(map(math.log2, self._alphas)) or (math.inf,)
+
+    @property
+    def _alphas(self) -> tuple[float, ...]:
+        if self.alpha is None:
+            return ()
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a plain dictionary, ready for JSON. Those from ``dense_below`` on are left out at default."""
@@ -200,6 +257,24 @@ class PrefillConfig:
             return {layer: cls.from_dict(settings) for layer, settings in enumerate(layers)}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FlexPrefillError(f"{path} is no file of {LAYERS_FORMAT!r}: {error}") from None
+
+    @classmethod
+    def recommended(cls) -> PrefillConfig:
+        """The setting that loses least of a pretrained model's tokens (docs/explanations/two_sided.md).
+
+        Blocks are found by eight probes of each query block and by one outlier of each key block. Means are not scored.
+        It finds what a single key holds, which FlashPrefill's score does not. Its search takes longer.
+        """
+        return cls(
+            alpha=None,
+            sink_blocks=1,
+            window_blocks=2,
+            last_full_blocks=0,
+            probe_rows=8,
+            probe_share=0.01,
+            outlier_keys=1,
+            outlier_share=0.5,
+        )
 
     @classmethod
     def published(cls, model: str) -> PrefillConfig:

@@ -16,7 +16,7 @@ from flexprefill.errors import FlexPrefillError
 from flexprefill.evaluation import TASKS, load_model, prompts, read_text
 from flexprefill.evaluation.comparison import Cell, Plan, Subject, compare
 from flexprefill.evaluation.decoder_subject import TEXT, DecoderSubject
-from flexprefill.evaluation.methods import DENSE, KINDS, OWN_KINDS, USUAL, make_methods
+from flexprefill.evaluation.methods import DENSE, KINDS, OWN_KINDS, TWO_SIDED, USUAL, make_methods
 from flexprefill.evaluation.pretrained import PretrainedSubject, load_pretrained
 from flexprefill.evaluation.report import accuracy_points, loss_points, table, task_table
 from flexprefill.plotting import plot_trade_off
@@ -49,7 +49,7 @@ class Usual:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    methods = f"methods to compare, of {', '.join((DENSE, *KINDS, *OWN_KINDS))}"
+    methods = f"methods to compare, of {', '.join((DENSE, TWO_SIDED, *KINDS, *OWN_KINDS))}"
     lengths = f"2048, 4096 and so on up to the context or {LONGEST:,}; for a needle model 4096,8192,16384,32768"
     tasks = f"all of {', '.join(prompts.TASKS)}; for a needle model of {', '.join((*TASKS, TEXT))}"
     parser.add_argument(
@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         parser,
         ("--alphas", list_of(parse_share), "SHARES", "0.05,0.1,0.2,0.5", "alphas of the search"),
+        ("--shares", list_of(parse_share), "SHARES", "0.01", "probe shares of the two-sided search"),
         ("--methods", list_of(str), "NAMES", ",".join(USUAL), methods),
         ("--seed", whole(0), "N", "0", "seed of the prompts"),
         ("--output", Path, "DIR", "./flexprefill-eval", "folder for eval.json and eval.png, made if missing"),
@@ -93,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     calibrated = _load_configs(arguments.config)
     try:
-        methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig(), calibrated)
+        methods = make_methods(arguments.alphas, arguments.methods, PrefillConfig(), calibrated, arguments.shares)
     except ValueError as error:
         arguments.parser.error(f"argument --methods: {str(error).removeprefix('kinds ')}")
     # what does not fit is said before a model is loaded

@@ -155,7 +155,7 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
         lines.append(text if len(about) == 1 else f"layer {', '.join(layers)}: {text}")
     if info.config is not None:
         alpha = info.config.alpha
-        text = f"{min(alpha):g} to {max(alpha):g} by head" if isinstance(alpha, tuple) else f"{alpha:g}"
+        text = "none" if alpha is None else f"{alpha:g}" if not isinstance(alpha, tuple) else _range(alpha)
         settings = info.config.to_dict() | {"alpha": text}
         lines.append(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
     told = {"model": info.model, "dtype": info.dtype, "token ids": info.token_ids_hash, "scoring": info.scoring}
@@ -163,6 +163,10 @@ def _heading(path: Path, info: MaskFileInfo, numbers: Sequence[int]) -> str:
     lines += [f"{name}: {entry}" for name, entry in told.items() if entry]
     lines += [f"{name}: {entry}" for name, entry in _users_metadata(info).items()]
     return "\n".join(map(printable, lines))  # a file's own words are anybody's
+
+
+def _range(alpha: tuple[float, ...]) -> str:
+    return f"{min(alpha):g} to {max(alpha):g} by head"
 
 
 def _users_metadata(info: MaskFileInfo) -> dict[str, str]:

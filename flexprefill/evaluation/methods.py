@@ -73,6 +73,7 @@ class Method:
         )
         unknown = self.chosen_by if self.chosen_by not in (None, RANDOM, EXACT) and variant != PLAIN else None
         if variant.changes_search:
+            unknown = unknown or ("the two-sided search" if self.config.two_sided else None)
             unknown = unknown or ("mean correction" if self.config.mean_correction else None)
             unknown = unknown or ("the guard" if self.config.guard is not None else None)
         if unknown:
@@ -149,8 +150,9 @@ KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 OWN = "-own"  # behind a selection's name: by its own rule
 OWN_KINDS = {name + OWN: name for name in SELECTIONS}
+TWO_SIDED = "two-sided"  # at each probe share
 # what is compared unless other methods are named
-USUAL = (DENSE, "flashprefill", "mean-correction", "guard", "xattention", RANDOM, EXACT)
+USUAL = (DENSE, TWO_SIDED, "flashprefill", "mean-correction", "guard", "xattention", RANDOM, EXACT)
 
 
 def make_methods(
@@ -158,6 +160,7 @@ def make_methods(
     kinds: Sequence[str] = USUAL,
     config: PrefillConfig = PrefillConfig(),
     calibrated: Mapping[str, Mapping[int, PrefillConfig]] | None = None,
+    shares: Sequence[float] = (PrefillConfig.recommended().probe_share,),
 ) -> list[Method]:
     """Dense attention, each selection by its own rule, and each kind of method at each alpha.
 
@@ -165,18 +168,22 @@ def make_methods(
 
     Args:
         alphas: The alphas of the search.
-        kinds: "dense", names in KINDS, or names in OWN_KINDS.
+        kinds: "dense", "two-sided", names in KINDS, or names in OWN_KINDS.
         config: All settings but alpha, mean_correction and guard.
         calibrated: Configs by layer, as PrefillConfig.load_layers gives them, by name.
+        shares: The probe shares of "two-sided", which is PrefillConfig.recommended() otherwise.
 
     Raises:
         ValueError: A kind is unknown.
     """
-    known = (DENSE, *KINDS, *OWN_KINDS)
+    known = (DENSE, TWO_SIDED, *KINDS, *OWN_KINDS)
     if unknown := [kind for kind in kinds if kind not in known]:
         raise ValueError(f"kinds must be of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     found = [Method(DENSE, None)] if DENSE in kinds else []
     found += [Method(kind, config, OWN_KINDS[kind], own_rule=True) for kind in OWN_KINDS if kind in kinds]
+    if TWO_SIDED in kinds:
+        recommended = PrefillConfig.recommended()
+        found += [Method(f"{TWO_SIDED} {share:g}", replace(recommended, probe_share=share)) for share in shares]
     for alpha in alphas:
         for kind, (chosen_by, changes) in KINDS.items():
             if kind in kinds:

@@ -187,6 +187,11 @@ def context_parallel_search(
             "shard prompts of one sequence"
         )
     variant = check_variant(variant, query, key)
+    if config.two_sided:
+        raise ValueError(
+            "config must be without probe_rows and outlier_keys, because probes need all keys and only block means are "
+            f"gathered, got {config.probe_rows} and {config.outlier_keys}"
+        )
     implementation = resolve_implementation("auto", query.device, config.scorer)
     means = _gather_means(key, layout, config.block_size, implementation)
     maps = []

@@ -11,7 +11,7 @@ from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig, check_alphas, check_config
 from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search import operator
-from flexprefill.search.guard import guard_checked
+from flexprefill.search.guard import guard_checked, guard_measured
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
@@ -99,9 +99,19 @@ def search_checked(
             f"config.guard cannot be combined with {', '.join(changes)}: it samples plain causal attention; pass a "
             "config with guard=None"
         )
+    if rule.sides is not None and changes:
+        raise ValueError(
+            f"config.probe_rows and config.outlier_keys cannot be combined with {', '.join(changes)}: probes and "
+            "outliers attend plainly and causally; pass a config without them, such as PrefillConfig()"
+        )
     implementation = resolve_implementation(implementation, query.device, rule.scorer)
+    if rule.probe_rows and config.guard is not None:
+        return _guarded_by_probes(query, key, config, rule, implementation, means)
     if means is None:
         words = operator.search_words(query, key, *rule, implementation, *variant.parts)
+    elif rule.sides is not None:
+        sketch = means.extend(key, rule, implementation)
+        words = operator.two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
     else:
         if rule.scorer != MEANS_SCORER:
             raise ValueError(
@@ -110,7 +120,8 @@ def search_checked(
             )
         if variant.sequences is not None:
             raise ValueError("means is of whole blocks, not of sequences in them: pass None with sequences")
-        pooled = means.extend(key, config.block_size, implementation)
+        pooled = means.extend(key, rule, implementation).means
+        assert pooled is not None
         words = operator.score_words(query, pooled, key.shape[2], rule, implementation, variant)
     block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
     if config.guard is None:
@@ -119,13 +130,26 @@ def search_checked(
     return guard_checked(query, key, block_map, config, scale, last_chunk, own)[0]
 
 
+def _guarded_by_probes(
+    query: Tensor, key: Tensor, config: PrefillConfig, rule: Rule, implementation: str, means: KeyMeans | None
+) -> BlockMap:
+    """The search's map, guarded by what its probes saw."""
+    if means is None:
+        words, held = operator.measured_words(query, key, *rule, implementation)
+    else:
+        sketch = means.extend(key, rule, implementation)
+        words, held = operator.two_sided_words(query, key, sketch, rule, implementation, measured=True)
+    block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
+    return guard_measured(block_map, held, config, rule.last_full_blocks, key.shape[1])[0]
+
+
 def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
     """The means of all blocks of a checked key, for `search_checked`. None for a scorer that takes no means."""
     implementation = resolve_implementation(implementation, key.device, config.scorer)
     if config.scorer != MEANS_SCORER:
         return None
     means = KeyMeans()
-    means.extend(key, config.block_size, implementation)
+    means.extend(key, Rule.of(config, scale=1.0, last_chunk=True), implementation)
     return means
 
 

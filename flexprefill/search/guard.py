@@ -112,6 +112,27 @@ def guard_checked(
     return replace(block_map, words=words), report
 
 
+def guard_measured(
+    block_map: BlockMap, held: Tensor, config: PrefillConfig, full_blocks: int, kv_heads: int
+) -> tuple[BlockMap, GuardReport]:
+    """As `guard_blocks`, by shares that are known already.
+
+    Args:
+        block_map: [B, Hq, M, N].
+        held: The share of its attention that each query block keeps, by rows of a sample, float32 [B, Hq, M].
+        config: ``guard`` is the recall to keep.
+        full_blocks: Query blocks at the end that keep everything. They are not counted.
+        kv_heads: Hkv.
+    """
+    assert config.guard is not None
+    counted = held[:, :, : max(held.shape[2] - full_blocks, 1)]
+    group = held.shape[1] // kv_heads if config.mask_heads == "kv" else 1
+    words, recall, lowest, widened = _widen(counted, block_map.words, block_map.geometry, config.guard, MARGIN, group)
+    report = GuardReport(recall, lowest, widened, config.guard)
+    note_guard(report)
+    return replace(block_map, words=words), report
+
+
 @operator("flexprefill::guard_words")
 def guard_words(
     query: Tensor, key: Tensor, words: Tensor, block_size: int, full_blocks: int, kv_masks: bool, guard: float,
@@ -165,11 +186,21 @@ def _guard_words(
             logits = attention.logits(slice(b, b + 1), own, rows, slice(0, kv_len))[0]  # [g, samples, S_kv]
             kept = unpack_bits(words[b, own][:, rows // block_size], geometry.columns)
             shares[b, own] = (logits.softmax(-1) * kept.repeat_interleave(block_size, -1)[..., :kv_len]).sum(-1)
+    return _widen(shares, words, geometry, sampling.guard, sampling.margin, group if sampling.kv_masks else 1)
+
+
+def _widen(
+    shares: Tensor, words: Tensor, geometry: Geometry, guard: float, margin: float, together: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The guarded words, recall, lowest and widened, from shares of samples [B, Hq, samples].
+
+    So many neighbouring heads are widened together.
+    """
     recall = shares.mean(-1)
-    error = ((shares - recall[..., None]).square().mean(-1) / sampling.samples).sqrt()
-    widened = ~(recall - sampling.margin * error >= sampling.guard)  # also where a share is NaN
-    if sampling.kv_masks:
-        widened = widened.unflatten(1, (-1, group)).any(2).repeat_interleave(group, 1)
-    causal = pack_bits(causal_blocks(geometry, device))
+    error = ((shares - recall[..., None]).square().mean(-1) / shares.shape[2]).sqrt()
+    widened = ~(recall - margin * error >= guard)  # also where a share is NaN
+    if together > 1:
+        widened = widened.unflatten(1, (-1, together)).any(2).repeat_interleave(together, 1)
+    causal = pack_bits(causal_blocks(geometry, words.device))
     guarded = torch.where(widened[..., None, None], causal, words)
     return guarded, recall, shares.amin(-1), widened

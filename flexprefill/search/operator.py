@@ -6,6 +6,7 @@ torch.compile does not look inside the operator, so one graph serves every lengt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
 from flexprefill.runtime.tracing import one_if_known
-from flexprefill.search import reference
+from flexprefill.search import reference, two_sided
 from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
@@ -29,7 +30,8 @@ BYTES_A_PAIR = 8  # the reference takes at least so much for each pair of blocks
 def search_words(
     query: Tensor, key: Tensor, scale: float, log2_alpha: float, block_size: int, sink_blocks: int,
     window_blocks: int, last_full_blocks: int, min_blocks: int, kv_masks: bool, first_key: bool, scorer: str,
-    log2_alphas: Sequence[float], implementation: str, starts: Tensor | None = None, ends: Tensor | None = None,
+    log2_alphas: Sequence[float], probe_rows: int, probe_share: float, outlier_keys: int, outlier_share: float,
+    implementation: str, starts: Tensor | None = None, ends: Tensor | None = None,
     sliding_window: int | None = None, soft_cap: float | None = None, alibi_slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] to a BlockMap's words, int32 [B, Hq, M, ceil(N / 32)].
@@ -37,8 +39,14 @@ def search_words(
     An operator takes a Rule and a variant's parts one by one.
     """
     blocks = sink_blocks, window_blocks, last_full_blocks, min_blocks
-    rule = Rule(scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, tuple(log2_alphas))
+    rule = Rule(
+        scale, log2_alpha, block_size, *blocks, kv_masks, first_key, scorer, tuple(log2_alphas),
+        probe_rows, probe_share, outlier_keys, outlier_share,
+    )  # fmt: skip
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
+    if rule.sides is not None:
+        sketch = sketch_keys(key, rule, implementation)
+        return two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
     if scorer != MEANS_SCORER:
         pooled = find_scorer(scorer).pool(key, block_size)
         if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
@@ -55,6 +63,105 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     # torch.export compares a size with 1, and cannot do so with an expression that is always 1
     width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
     return query.new_empty(*query.shape[:2], geometry.rows, width, dtype=torch.int32)
+
+
+class Sketch(NamedTuple):
+    """What a search takes of the keys of each block.
+
+    Attributes:
+        means: [B, Hkv, N, D], as `pool_keys` gives them. None if no means are scored.
+        outliers: [B, Hkv, N, outlier_keys, D], as two_sided.outlier_keys gives them. None without outliers.
+    """
+
+    means: Tensor | None
+    outliers: Tensor | None
+
+
+def sketch_keys(key: Tensor, rule: Rule, implementation: str) -> Sketch:
+    """A rule's sketch of all key blocks."""
+    means = pool_keys(key, rule.block_size, implementation) if rule.scores_means else None
+    outliers = pick_outliers(key, rule, implementation) if rule.outlier_keys else None
+    return Sketch(means, outliers)
+
+
+def pick_outliers(key: Tensor, rule: Rule, implementation: str) -> Tensor:
+    """The keys farthest from their blocks' means: [B, Hkv, S_kv, D] to [B, Hkv, N, outlier_keys, D]."""
+    if implementation == "reference":
+        return two_sided.outlier_keys(key, rule.block_size, rule.outlier_keys)
+    from flexprefill.search.kernels.farthest import farthest  # imports triton
+
+    with torch.cuda.device_of(key):
+        return farthest(key, rule.block_size, rule.outlier_keys, vectors=True)
+
+
+def two_sided_words(
+    query: Tensor, key: Tensor, sketch: Sketch, rule: Rule, implementation: str, measured: bool
+) -> tuple[Tensor, Tensor]:
+    """A BlockMap's words by a rule with probes or outliers, and what the probes saw of them.
+
+    Args:
+        query: [B, Hq, S_q, D].
+        key: [B, Hkv, S_kv, D].
+        sketch: Of all key blocks.
+        rule: The settings of the call.
+        implementation: "reference" or "triton".
+        measured: Whether the share of the probes' attention is wanted.
+
+    Returns:
+        int32 [B, Hq, M, ceil(N / 32)], and float32 [B, Hq, M]: the share of its evenly placed probes' attention that
+        each query block keeps. That tensor is empty if it is not measured.
+    """
+    words = None
+    if sketch.means is not None:
+        words = score_words(query, sketch.means, key.shape[2], rule, implementation)
+    if implementation == "reference":
+        needed = BYTES_A_PAIR * query.shape[0] * query.shape[1] * query.shape[2] * max(rule.probe_rows, 1)
+        with room_for("the search by the reference", needed, query.device, IN_CHUNKS):
+            words, held = two_sided.keep_more(query, key, sketch.outliers, words, rule, measured)
+    else:
+        from flexprefill.search.kernels import two_sided as kernels  # imports triton
+
+        with torch.cuda.device_of(query):
+            words, held = kernels.keep_more(query, key, sketch.outliers, words, rule, measured)
+    if rule.kv_masks:
+        words = union_of_groups(words, query.shape[1] // key.shape[1])
+    return words, query.new_empty(0, dtype=torch.float32) if held is None else held
+
+
+def union_of_groups(words: Tensor, group: int) -> Tensor:
+    """Gives the query heads of each key head what any of them keeps: int32 [B, Hq, M, W]."""
+    of_groups = words.unflatten(1, (-1, group))
+    union = of_groups[:, :, 0]
+    for member in range(1, group):
+        union = union | of_groups[:, :, member]
+    return union.repeat_interleave(group, 1)
+
+
+@operator("flexprefill::measured_words")
+def measured_words(
+    query: Tensor, key: Tensor, scale: float, log2_alpha: float, block_size: int, sink_blocks: int,
+    window_blocks: int, last_full_blocks: int, min_blocks: int, kv_masks: bool, first_key: bool, scorer: str,
+    log2_alphas: Sequence[float], probe_rows: int, probe_share: float, outlier_keys: int, outlier_share: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `search_words` for a rule with probes, and the share of their attention that each query block keeps.
+
+    Returns:
+        int32 [B, Hq, M, ceil(N / 32)] and float32 [B, Hq, M].
+    """
+    rule = Rule(
+        scale, log2_alpha, block_size, sink_blocks, window_blocks, last_full_blocks, min_blocks, kv_masks, first_key,
+        scorer, tuple(log2_alphas), probe_rows, probe_share, outlier_keys, outlier_share,
+    )  # fmt: skip
+    return two_sided_words(query, key, sketch_keys(key, rule, implementation), rule, implementation, measured=True)
+
+
+@torch.library.register_fake("flexprefill::measured_words")
+def _(query, key, scale, log2_alpha, block_size, *rest):
+    geometry = Geometry(query.shape[2], key.shape[2], block_size)
+    width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
+    words = query.new_empty(*query.shape[:2], geometry.rows, width, dtype=torch.int32)
+    return words, query.new_empty(*query.shape[:2], geometry.rows, dtype=torch.float32)
 
 
 def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequences | None = None) -> Tensor:

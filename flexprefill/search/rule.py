@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor
 
 from flexprefill.config import PrefillConfig
 from flexprefill.runtime.state import remembered
+
+
+class Sides(NamedTuple):
+    """What the probes and the outliers of a PrefillConfig are asked for."""
+
+    probe_rows: int
+    probe_share: float
+    outlier_keys: int
+    outlier_share: float
 
 
 class Rule(NamedTuple):
@@ -25,6 +35,21 @@ class Rule(NamedTuple):
     first_key: bool  # a row scores every block whose first key it sees, not only those that it sees whole
     scorer: str
     log2_alphas: tuple[float, ...] = ()  # one for each query head; empty if all have log2_alpha
+    probe_rows: int = 0
+    probe_share: float = 0.0
+    outlier_keys: int = 0
+    outlier_share: float = 0.0
+
+    @property
+    def sides(self) -> Sides | None:
+        """What probes and outliers are asked for. None where there are none."""
+        sides = Sides(self.probe_rows, self.probe_share, self.outlier_keys, self.outlier_share)
+        return sides if self.probe_rows or self.outlier_keys else None
+
+    @property
+    def scores_means(self) -> bool:
+        """Whether blocks are scored by their means."""
+        return self.log2_alpha < math.inf
 
     @classmethod
     def of(cls, config: PrefillConfig, *, scale: float, last_chunk: bool) -> Rule:
@@ -40,6 +65,10 @@ class Rule(NamedTuple):
             config.score_rows == "visible",
             config.scorer,
             config.log2_alphas if isinstance(config.alpha, tuple) else (),
+            config.probe_rows,
+            config.probe_share,
+            config.outlier_keys,
+            config.outlier_share,
         )
 
 

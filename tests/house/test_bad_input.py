@@ -363,7 +363,7 @@ def test_a_compiled_callers_rows_are_marked_too():
 
 
 BAD_SETTINGS = {
-    "alpha": (["0.1", None, True, 1j, {0.1}, torch.tensor(0.1)], [0, -1, 1.1, math.nan, math.inf, ()]),
+    "alpha": (["0.1", True, 1j, {0.1}, torch.tensor(0.1)], [None, 0, -1, 1.1, math.nan, math.inf, ()]),
     "block_size": (["16", None, True, 16.0, [16], np.bool_(True)], [0, -16, 1, 8, 48, 256, 2**40]),
     **dict.fromkeys(
         ("sink_blocks", "window_blocks", "last_full_blocks", "min_blocks"),
@@ -375,6 +375,9 @@ BAD_SETTINGS = {
     "scorer": ([None, 1, "", "a\nb", ["exact"]], []),
     "mean_correction": ([None, 1, "True"], []),
     "guard": (["0.9", True, [0.9], 1j], [0, 1, -0.5, 2, math.nan, math.inf]),
+    "probe_rows": (["8", None, True, 8.0, [8]], [-1, 3, 32, 2**40]),
+    "outlier_keys": (["1", None, True, 1.0], [-1, 3, 2**40]),
+    **dict.fromkeys(("probe_share", "outlier_share"), (["0.1", None, True, 1j], [0, -1, 1.1, math.nan, math.inf])),
 }
 
 

@@ -27,8 +27,10 @@ from flexprefill import (
 )
 from flexprefill.search import operator as op
 from flexprefill.search import reference
+from flexprefill.search.rule import Rule
 
 CONFIG = PrefillConfig(block_size=16, alpha=0.9, window_blocks=1, dense_below=0)
+RULE = Rule.of(CONFIG, scale=1.0, last_chunk=True)
 THREADS = 8
 
 
@@ -144,7 +146,7 @@ def test_means_that_threads_share_are_of_one_of_them():
             end = 100 * number + 100
             assert found is None or found == search_blocks(query[:, :, :end], key[:, :, :end], CONFIG)
         blocks = means.kv_len // 16
-        assert torch.equal(means.extend(key, 16, implementation)[:, :, :blocks], whole[:, :, :blocks])
+        assert torch.equal(means.extend(key, RULE, implementation).means[:, :, :blocks], whole[:, :, :blocks])
 
 
 def test_one_of_many_threads_registers_a_name():

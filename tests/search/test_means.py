@@ -7,8 +7,10 @@ from support.oracle import relative_error
 
 from flexprefill import BlockMap, KeyMeans, PrefillConfig, create_prefill_block_mask, prefill_attention, search_blocks
 from flexprefill.search import operator as op
+from flexprefill.search.rule import Rule
 
 LEAN = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+RULE = Rule.of(LEAN, scale=1.0, last_chunk=True)
 
 
 def ends_of(chunks, length):
@@ -79,7 +81,7 @@ def test_the_kernels_pool_a_range_of_blocks_to_the_same_bits(dtype, chunks):
     query, key, _ = make_qkv(300, heads=2, dtype=dtype, device=DEVICE)
     means = KeyMeans()
     for end in ends_of(chunks, 300):
-        held = means.extend(key[:, :, :end], 16, "triton")
+        held = means.extend(key[:, :, :end], RULE, "triton").means
         assert torch.equal(held, op.pool_keys(key[:, :, :end], 16, "triton"))
         assert held.is_contiguous() and means.kv_len == end and means.nbytes == held.nbytes
     chunked = search_in_chunks(query, key, LEAN, ends_of(chunks, 300), means=KeyMeans(), implementation="triton")
@@ -113,7 +115,7 @@ def test_it_holds_one_value_for_each_block_of_keys():
     assert means.kv_len == means.nbytes == 0
     _, key, _ = make_qkv(1, 512, kv_heads=2, heads=2, dtype=torch.bfloat16)
     for end in range(16, 513, 16):
-        means.extend(key[:, :, :end], 16, "reference")
+        means.extend(key[:, :, :end], RULE, "reference")
     assert means.nbytes == 2 * (512 // 16) * 64 * 2
 
 
@@ -151,13 +153,13 @@ def test_create_prefill_block_mask_takes_it():
 def test_keys_of_something_else_are_refused(change, message):
     _, key, _ = make_qkv(100, heads=2, kv_heads=2)
     means = KeyMeans()
-    means.extend(key, 16, "reference")
+    means.extend(key, RULE, "reference")
     with pytest.raises(ValueError, match=message):
-        means.extend(change(key), 16, "reference")
+        means.extend(change(key), RULE, "reference")
     assert means.kv_len == 100
     for block_size, implementation, named in ((32, "reference", "block_size 16"), (16, "triton", "implementation")):
         with pytest.raises(ValueError, match=f"means is of keys with {named}"):
-            means.extend(key, block_size, implementation)
+            means.extend(key, RULE._replace(block_size=block_size), implementation)
 
 
 def test_means_that_are_none_are_refused():

@@ -214,12 +214,13 @@ def test_views_are_read_by_their_strides():
     assert both_implementations(query, expanded, SPARSE) == both_implementations(query, expanded.contiguous(), SPARSE)
 
 
+@pytest.mark.parametrize("sides", [(0, 0.01, 0, 0.5), (2, 0.01, 1, 0.5)])
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_the_operator_passes_opcheck(implementation):
+def test_the_operator_passes_opcheck(implementation, sides):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
     torch.library.opcheck(
         op.search_words,
-        (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], implementation),
+        (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], *sides, implementation),
     )
 
 

@@ -1,0 +1,99 @@
+"""What the two-sided search costs, beside FlashPrefill's search and the attention over what is kept.
+
+    python examples/benchmarks/two_sided.py
+
+Times all calls of a length in turns by the device's clock; prints medians and spreads. The attention is timed over
+random maps of some densities. --output keeps every repeat.
+"""
+
+import argparse
+import json
+import statistics
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
+from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.runtime.machine import describe_machine, versions
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32_768, 131_072, 262_144], help="tokens")
+parser.add_argument(
+    "--densities", type=float, nargs="+", default=[0.025, 0.1, 0.3, 0.5], help="of the maps (default: %(default)s)"
+)
+parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
+parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
+parser.add_argument("--repeats", type=int, default=15, help="(default: %(default)s)")
+parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
+settings = parser.parse_args()
+device = torch.device(settings.device)
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+RECOMMENDED = PrefillConfig.recommended()
+
+
+def random(generator, heads, length):
+    return torch.randn(1, heads, length, 128, generator=generator, device=device, dtype=dtype)
+
+
+def random_map(generator, length, density):
+    """Causal blocks by chance, and the diagonal."""
+    causal = BlockMap.causal(1, settings.heads, q_len=length, kv_len=length, block_size=128, device=device)
+    blocks = causal.shape[2]
+    chosen = torch.rand(1, settings.heads, blocks, blocks, generator=generator, device=device) < density
+    chosen |= torch.eye(blocks, dtype=torch.bool, device=device)
+    return causal & BlockMap.from_dense(chosen, q_len=length, kv_len=length, block_size=128)
+
+
+def measure(length):
+    generator = torch.Generator(device).manual_seed(0)
+    heads = settings.heads, settings.kv_heads, settings.kv_heads
+    query, key, value = (random(generator, count, length) for count in heads)
+    maps = {density: random_map(generator, length, density) for density in settings.densities}
+
+    def attend(density):
+        return prefill_attention(query, key, value, RECOMMENDED, block_map=maps[density])
+
+    calls = {
+        "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
+        "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
+    }
+    for density in settings.densities:
+        calls[f"attention at {density:g}"] = lambda density=density: attend(density)
+    least = min(settings.densities)
+    calls[f"two-sided search and attention at {least:g}"] = lambda: (
+        search_blocks(query, key, RECOMMENDED),
+        attend(least),
+    )
+    for call in calls.values():
+        call()
+    watches = {name: make_watch(call, device, graph=True) for name, call in calls.items()}
+    times = {name: [] for name in watches}
+    for turn in range(WARM_UPS + settings.repeats):
+        for name, watch in watches.items():
+            took = watch.measure()
+            if turn >= WARM_UPS:
+                times[name].append(took)
+    print(f"{length:,} tokens")
+    for name, repeats in times.items():
+        median = statistics.median(repeats)
+        print(f"    {name:<44} {median:8.3f} ms  ({min(repeats):.3f} – {max(repeats):.3f})", flush=True)
+    densities = {density: block_map.density().mean().item() for density, block_map in maps.items()}
+    return {"densities": densities, "times_ms": times}
+
+
+record = {
+    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    "machine": describe_machine(device),
+    "versions": versions(),
+    "settings": {name: getattr(settings, name) for name in ("lengths", "densities", "heads", "kv_heads", "repeats")},
+    "by_length": {},
+}
+for length in settings.lengths:
+    record["by_length"][length] = measure(length)
+    if settings.output:
+        settings.output.write_text(json.dumps(record, indent=1) + "\n")
+if settings.output:
+    print(f"written to {settings.output}")

@@ -1,0 +1,393 @@
+"""Probes and outliers: the two-sided search against its definition, and with everything that it meets."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.inputs import DEVICE, make_qkv
+
+from flexprefill import (
+    AttentionVariant,
+    BlockMap,
+    KeyMeans,
+    MaskCache,
+    PrefillConfig,
+    Sequences,
+    guard_blocks,
+    prefill_attention,
+    search_blocks,
+)
+from flexprefill.search import two_sided
+
+BOTH = PrefillConfig(
+    alpha=None, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=0,
+    probe_rows=4, probe_share=0.05, outlier_keys=1, outlier_share=0.3,
+)  # fmt: skip
+IMPLEMENTATIONS = ("reference", "triton")
+CLOSE = 1e-4  # shares nearer to a threshold may fall on either side
+
+
+def farthest_of(vectors, count):
+    mean = vectors.mean(0)
+    order = sorted(range(len(vectors)), key=lambda i: (-float((vectors[i] - mean).square().sum()), i))
+    return [order[i % len(order)] for i in range(count)]
+
+
+def oracle(query, key, config, scale):
+    """The definition, block by block in float64: which blocks are kept, and which may as well not be."""
+    query, key = query.double().cpu(), key.double().cpu()
+    (batch, heads, q_len, _), kv_len, b = query.shape, key.shape[2], config.block_size
+    group, offset = heads // key.shape[1], kv_len - q_len
+    rows, columns = -(-q_len // b), -(-kv_len // b)
+    keep = torch.zeros(batch, heads, rows, columns, dtype=torch.bool)
+    doubt = torch.zeros_like(keep)
+    share = torch.zeros(batch, heads, rows, columns, dtype=torch.float64)
+    for e in range(batch):
+        for h in range(heads):
+            keys = key[e, h // group]
+            outliers = [
+                [j * b + i for i in farthest_of(keys[j * b : j * b + b], config.outlier_keys)] for j in range(columns)
+            ]
+            for I in range(rows):
+                own = query[e, h, I * b : (I + 1) * b]
+                size, last = len(own), offset + min((I + 1) * b, q_len) - 1
+                visible = last // b + 1
+                probes, reach = config.probe_rows, 64
+                while visible > reach and probes > 1:
+                    probes, reach = probes // 2, reach * 2
+                even = -(-probes // 2)
+                chosen = [(2 * (i * group + h % group) + 1) * size // (2 * group * even) for i in range(even)]
+                chosen += farthest_of(own, probes - even)
+                for row in chosen:
+                    seen = keys[: offset + I * b + row + 1]
+                    weights = (scale * seen @ own[row]).softmax(0)
+                    for j in range(visible):
+                        share[e, h, I, j] += weights[j * b : j * b + b].sum() / probes
+                for j in range(visible):
+                    keep[e, h, I, j] |= j < config.sink_blocks or j >= visible - config.window_blocks
+                if not config.outlier_keys:
+                    continue
+                for row in range(size):
+                    position = offset + I * b + row
+                    near = (scale * keys[position // b * b : position + 1] @ own[row]).logsumexp(0)
+                    strongest = torch.tensor(-math.inf, dtype=torch.float64)
+                    for first in range(0, position // b, 64):
+                        some = range(first, min(first + 64, position // b))
+                        logits = {j: [scale * keys[k] @ own[row] for k in outliers[j]] for j in some}
+                        strongest = max(strongest, *(x for part in logits.values() for x in part))
+                        for j in some:
+                            for x in logits[j]:
+                                estimate = (x - torch.logaddexp(near, strongest)).exp()
+                                keep[e, h, I, j] |= estimate >= config.outlier_share
+                                doubt[e, h, I, j] |= abs(estimate - config.outlier_share) < CLOSE
+    if config.probe_rows:
+        best = share.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)
+        causal = torch.tensor(
+            [[j * b <= min(offset + (I + 1) * b, kv_len) - 1 for j in range(columns)] for I in range(rows)]
+        )
+        keep |= ((share >= config.probe_share) | (0.4 * best >= config.probe_share)) & causal
+        doubt |= ((share - config.probe_share).abs() < CLOSE) | ((0.4 * best - config.probe_share).abs() < CLOSE)
+    return keep, doubt
+
+
+@st.composite
+def cases(draw):
+    group, kv_heads = draw(st.sampled_from([1, 2, 3])), draw(st.integers(1, 2))
+    kv_len = draw(st.integers(1, 150))
+    q_len = draw(st.integers(1, kv_len))
+    config = PrefillConfig(
+        alpha=None,
+        block_size=draw(st.sampled_from([16, 32])),
+        sink_blocks=draw(st.integers(0, 1)),
+        window_blocks=draw(st.integers(0, 2)),
+        last_full_blocks=0,
+        probe_rows=draw(st.sampled_from([0, 1, 2, 8])),
+        probe_share=draw(st.sampled_from([0.02, 0.1, 0.3])),
+        outlier_keys=draw(st.integers(1, 2)),
+        outlier_share=draw(st.sampled_from([0.1, 0.5])),
+    )
+    return draw(st.integers(0, 2**20)), group, kv_heads, q_len, kv_len, draw(st.sampled_from([16, 24])), config
+
+
+def check_against_the_oracle(case):
+    seed, group, kv_heads, q_len, kv_len, head_dim, config = case
+    generator = torch.Generator().manual_seed(seed)
+    query = 2 * torch.randn(1, group * kv_heads, q_len, head_dim, generator=generator)
+    key = 2 * torch.randn(1, kv_heads, kv_len, head_dim, generator=generator)
+    keep, doubt = oracle(query, key, config, head_dim**-0.5)
+    # the two vectors of a block of two lie equally far from its mean
+    doubt[:, :, -1] |= q_len % config.block_size == 2
+    doubt[..., -1] |= kv_len % config.block_size == 2
+    for implementation in IMPLEMENTATIONS:
+        found = search_blocks(query.to(DEVICE), key.to(DEVICE), config, implementation=implementation)
+        wrong = (found.to_dense().cpu() != keep) & ~doubt
+        assert not wrong.any(), (implementation, wrong.nonzero()[:3].tolist())
+
+
+@settings(max_examples=12, deadline=None)
+@given(cases())
+def test_random_searches_follow_the_definition(case):
+    check_against_the_oracle(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_many_random_searches_follow_the_definition(case):
+    check_against_the_oracle(case)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_have_fewer_probes(implementation, dtype, monkeypatch):
+    assert [two_sided.probes_of(visible, 8) for visible in (1, 64, 65, 128, 129, 256, 257, 10**6)] == [
+        8, 8, 4, 4, 2, 2, 1, 1,
+    ]  # fmt: skip
+    assert two_sided.probes_of(10**6, 0) == 0
+    query, key, _ = make_qkv(100, 1200, heads=4, kv_heads=2, head_dim=16, dtype=dtype, device=DEVICE)
+    keep, doubt = oracle(query, key, BOTH, 0.25)
+    found = search_blocks(query, key, BOTH, implementation=implementation).to_dense().cpu()
+    assert not ((found != keep) & ~doubt).any()
+    assert keep.any(1).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_single_key_that_a_single_row_looks_for_is_found(implementation):
+    query, key, _ = make_qkv(512, heads=2, head_dim=64, device=DEVICE)
+    query, key = query / 8, key / 8
+    for row, place in ((300, 70), (444, 37), (501, 200)):
+        key[:, :, place] = 4 * torch.nn.functional.one_hot(torch.tensor(row % 64), 64).to(key)
+        query[:, :, row] = 16 * torch.nn.functional.one_hot(torch.tensor(row % 64), 64).to(query)
+        of_means = search_blocks(query, key, PrefillConfig(alpha=0.9, block_size=32, last_full_blocks=0))
+        config = dataclasses.replace(BOTH, block_size=32, probe_rows=0, outlier_share=0.5)
+        found = search_blocks(query, key, config, implementation=implementation)
+        assert found.to_dense()[:, :, row // 32, place // 32].all()
+    assert found.density().mean() < of_means.density().mean()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_means_probes_and_outliers_together_keep_what_one_of_them_keeps(implementation):
+    query, key, _ = make_qkv(200, 333, heads=4, kv_heads=2, device=DEVICE)
+
+    def kept(**changes):
+        return search_blocks(query, key, dataclasses.replace(BOTH, **changes), implementation=implementation)
+
+    means, none = kept(alpha=0.7, probe_rows=0, outlier_keys=0), {"probe_rows": 0}
+    probes, outliers = kept(outlier_keys=0), kept(**none)
+    assert kept(alpha=0.7) == means | probes | outliers
+    assert kept() == probes | outliers and kept(alpha=0.7, **none) == means | outliers
+    assert probes != outliers and means != probes
+    every_head = dataclasses.replace(BOTH, mask_heads="kv")
+    shared = search_blocks(query, key, every_head, implementation=implementation).to_dense()
+    assert torch.equal(shared, kept().to_dense().unflatten(1, (2, 2)).any(2).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_chunks_give_the_map_of_one_go(implementation, alpha):
+    config = dataclasses.replace(BOTH, alpha=alpha)
+    query, key, _ = make_qkv(300, heads=4, kv_heads=2, device=DEVICE)
+    whole = search_blocks(query, key, config, implementation=implementation)
+    means, maps, start = KeyMeans(), [], 0
+    for end in (64, 96, 224, 300):
+        maps.append(
+            search_blocks(
+                query[:, :, start:end], key[:, :, :end], config,
+                last_chunk=end == 300, means=means, implementation=implementation,
+            )
+        )  # fmt: skip
+        start = end
+    assert BlockMap.from_chunks(maps) == whole
+    assert means.nbytes == (2 if alpha else 1) * key[:, :, :19].nbytes
+    with pytest.raises(ValueError, match="means is of keys with outlier_keys 1, got 0"):
+        search_blocks(query, key, PrefillConfig(block_size=16), means=means, implementation=implementation)
+
+
+def test_a_chunk_may_begin_inside_a_block():
+    query, key, _ = make_qkv(250, 333, heads=4, kv_heads=2, device=DEVICE)
+    for start in (0, 7, 200):
+        reference, triton = (
+            search_blocks(query[:, :, start:], key, BOTH, implementation=implementation)
+            for implementation in IMPLEMENTATIONS
+        )
+        assert reference == triton
+
+
+def test_a_cached_prompt_is_extended():
+    query, key, _ = make_qkv(320, heads=2, device=DEVICE)
+    tokens = torch.arange(320)
+    cache = MaskCache()
+    part = query[:, :, :160], key[:, :, :160]
+    cache.prompt(tokens[:160]).search_blocks(0, *part, BOTH)
+    found = cache.prompt(tokens).search_blocks(0, query, key, BOTH)
+    assert found == search_blocks(query, key, BOTH) and cache.stats().extensions == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_not_a_number_is_kept(implementation):
+    query, key, _ = make_qkv(200, heads=2, kv_heads=2, device=DEVICE)
+    clean = search_blocks(query, key, BOTH, implementation=implementation).to_dense()
+    key[:, 1, 50] = math.nan
+    found = search_blocks(query, key, BOTH, implementation=implementation).to_dense()
+    assert torch.equal(found[:, 0], clean[:, 0])
+    causal = BlockMap.causal(1, 2, q_len=200, kv_len=200, block_size=16).to_dense()
+    assert torch.equal(found[:, 1, 4:].cpu(), causal[:, 1, 4:].cpu())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_any_scale_is_followed(implementation, scale):
+    query, key, _ = make_qkv(100, 130, heads=2, head_dim=16, device=DEVICE)
+    keep, doubt = oracle(query, key, BOTH, scale)
+    found = search_blocks(query, key, BOTH, scale=scale, implementation=implementation).to_dense().cpu()
+    assert not ((found != keep) & ~doubt).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_guard_takes_what_the_probes_saw(implementation):
+    from flexprefill.runtime import listeners
+
+    query, key, _ = make_qkv(200, 300, heads=4, kv_heads=2, device=DEVICE)
+    query[:, 0] *= 4
+    config = dataclasses.replace(BOTH, probe_share=0.2, outlier_keys=0)
+    loose = search_blocks(query, key, config, implementation=implementation)
+    guarded = search_blocks(query, key, dataclasses.replace(config, guard=0.6), implementation=implementation)
+    causal = BlockMap.causal(1, 4, q_len=200, kv_len=300, block_size=16).to_dense()
+    widened = [not torch.equal(guarded.to_dense()[0, h], loose.to_dense()[0, h]) for h in range(4)]
+    assert any(widened) and not all(widened)
+    for head in range(4):
+        expected = causal if widened[head] else loose.to_dense().cpu()
+        assert torch.equal(guarded.to_dense().cpu()[0, head], expected[0, head])
+    _, report = guard_blocks(query, key, loose, dataclasses.replace(config, guard=0.6))
+    assert report.recall[0, widened].max() < report.recall[0, [not wide for wide in widened]].min()
+    means = search_blocks(
+        query, key, dataclasses.replace(config, guard=0.6), means=KeyMeans(), implementation=implementation
+    )
+    assert means == guarded and listeners is not None
+
+
+def test_it_traces_into_one_graph():
+    compiled = torch.compile(lambda q, k, c: search_blocks(q, k, c), fullgraph=True, backend="eager")
+    for config in (BOTH, dataclasses.replace(BOTH, guard=0.9), dataclasses.replace(BOTH, alpha=0.5)):
+        query, key, _ = make_qkv(200, heads=2, device=DEVICE)
+        assert compiled(query, key, config) == search_blocks(query, key, config)
+
+
+def test_the_recommended_setting_runs_through_the_attention():
+    config = PrefillConfig.recommended()
+    assert config.two_sided and PrefillConfig.from_dict(config.to_dict()) == config
+    query, key, value = make_qkv(400, heads=2, device=DEVICE)
+    output = prefill_attention(query, key, value, dataclasses.replace(config, dense_below=0))
+    block_map = search_blocks(query, key, config)
+    assert torch.equal(output, prefill_attention(query, key, value, config, block_map=block_map))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": None}, "alpha must be a number where probe_rows and outlier_keys are 0, got None"),
+        ({"alpha": None, "probe_rows": 2, "min_blocks": 1}, "min_blocks must be 0 where alpha is None"),
+        ({"probe_rows": 3}, r"probe_rows must be one of \(0, 1, 2, 4, 8, 16\), got 3"),
+        ({"outlier_keys": 5}, r"outlier_keys must be one of \(0, 1, 2\), got 5"),
+        ({"probe_share": 0}, r"probe_share must be in \(0, 1\], got 0"),
+        ({"outlier_share": math.nan}, r"outlier_share must be in \(0, 1\], got nan"),
+        ({"probe_rows": 2, "scorer": "exact"}, "go with the scorer 'flashprefill', got 2 and 0 with 'exact'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PrefillConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        AttentionVariant(sliding_window=32),
+        AttentionVariant(soft_cap=20.0),
+        AttentionVariant(sequences=Sequences.from_lengths(torch.tensor([60]), 100)),
+        AttentionVariant(alibi_slopes=torch.tensor([0.5, 0.25])),
+    ],
+    ids=["window", "soft cap", "sequences", "alibi"],
+)
+def test_what_is_not_plain_attention_is_refused_by_name(variant):
+    query, key, value = make_qkv(100, heads=2)
+    with pytest.raises(ValueError, match="config.probe_rows and config.outlier_keys cannot be combined with"):
+        search_blocks(query, key, BOTH, variant=variant)
+    with pytest.raises(ValueError, match="cannot be combined with"):
+        prefill_attention(query, key, value, dataclasses.replace(BOTH, dense_below=0), variant=variant)
+
+
+def lengthy(length, heads, kv_heads, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(length)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    return 1.5 * normal(1, heads, length, 128), 1.5 * normal(1, kv_heads, length, 128)
+
+
+LONG = dataclasses.replace(PrefillConfig.recommended(), probe_share=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("length, heads, kv_heads", [(2048, 8, 2), (10_000, 6, 2), (3000, 20, 1), (17_000, 4, 4)])
+def test_the_gpu_finds_what_the_reference_finds(dtype, length, heads, kv_heads):
+    query, key = lengthy(length, heads, kv_heads, dtype)
+    found = search_blocks(query, key, LONG).to_dense()
+    plain = search_blocks(query, key, LONG, implementation="reference").to_dense()
+    assert (found != plain).sum() <= 1e-4 * plain.sum() + 1
+    assert 0.05 < plain.float().mean() < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "q_len, kv_len, heads, kv_heads, head_dim, changes",
+    [
+        (2048, 2048, 8, 2, 128, {}),
+        (300, 1000, 6, 2, 64, {"probe_rows": 4, "guard": 0.5}),
+        (20_000, 40_001, 8, 2, 128, {"probe_rows": 16, "alpha": 0.3}),
+        (130, 700, 4, 4, 64, {"probe_rows": 1, "outlier_keys": 2}),
+        (1, 5000, 32, 8, 128, {"outlier_keys": 2}),
+    ],
+)
+def test_kernels_for_hopper_keep_what_the_portable_ones_keep(
+    q_len, kv_len, heads, kv_heads, head_dim, changes, monkeypatch
+):
+    from flexprefill.search.kernels import two_sided as kernels
+
+    generator = torch.Generator("cuda").manual_seed(kv_len)
+    query = torch.randn(2, heads, q_len, head_dim, generator=generator, device="cuda").half() * 1.5
+    key = torch.randn(2, kv_heads, kv_len, head_dim, generator=generator, device="cuda").half() * 1.5
+    config = dataclasses.replace(LONG, **changes)
+    found = search_blocks(query, key, config)
+    monkeypatch.setattr(kernels, "_on_hopper", lambda tensor: False)
+    portable = search_blocks(query, key, config)
+    assert (found.to_dense() != portable.to_dense()).sum() <= 2e-5 * portable.counts().sum() + 1
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_searches_anew():
+    query, key = lengthy(9000, 8, 2)
+    search_blocks(query, key, LONG)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = search_blocks(query, key, LONG)
+    query.copy_(query.flip(2))
+    graph.replay()
+    assert found == search_blocks(query, key, LONG)
+
+
+@pytest.mark.gpu
+def test_long_chunks_give_the_bits_of_one_go():
+    query, key = lengthy(40_000, 8, 2)
+    means, maps = KeyMeans(), []
+    for start in range(0, 40_000, 8192):
+        end = min(start + 8192, 40_000)
+        maps.append(search_blocks(query[:, :, start:end], key[:, :, :end], LONG, last_chunk=end == 40_000, means=means))
+    assert BlockMap.from_chunks(maps) == search_blocks(query, key, LONG)
