@@ -14,7 +14,7 @@ from flexprefill.attention.not_finite import mark_rows_not_finite, may_not_be_fi
 from flexprefill.attention.steps import attend_kept, choose
 from flexprefill.blockmap.block_mask import UNCUT, ListedBlocks, offsets_at
 from flexprefill.blockmap.geometry import ceil_div
-from flexprefill.blockmap.index_lists import ListBuffers, make_lists
+from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, all_blocks
 from flexprefill.blockmap.places import lists_in_places
 from flexprefill.runtime.listeners import is_recording, note, note_attention
@@ -113,7 +113,7 @@ def _attend_in_place(
     pages = paged.in_a_row()
     assert pages is not None  # choose_paged asked
     places = paged.places(kept.block_size)
-    lists = lists_in_places(make_lists(kept.words, kept.geometry, buffers), kept.geometry, places)
+    lists = lists_in_places(kept.words, kept.geometry, places, buffers)
     listed = ListedBlocks(lists, offsets_at(kept.words, kept.offset), (), places.starts)
     asked = call.aux_request(dense=choice.dense)
     settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, places.size)

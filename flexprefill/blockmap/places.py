@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexprefill.blockmap.geometry import Geometry, ceil_div
-from flexprefill.blockmap.index_lists import Lists
-from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.blockmap.index_lists import ListBuffers, Lists, make_lists
 
 ABSENT = 2**30  # behind every query; the sum with a key's place in its piece is an int32 too
 
@@ -46,43 +45,20 @@ def find_places(block_table: Tensor, kv_len: int, page_size: int, pages: int, si
     return Places(size, of_pieces.to(torch.int32), starts)
 
 
-def lists_in_places(lists: Lists, geometry: Geometry, places: Places) -> Lists:
-    """Index lists of key blocks as lists of the places of their pieces.
-
-    Args:
-        lists: Of a map: partial counts, partial indices, full counts, full indices. Both lists ascend.
-        geometry: The map's sizes.
-        places: Of the keys. A block is one piece or several.
-
-    Returns:
-        The lists in the same order, [B, H, M, width]. The width is that of all pieces of the keys. On the CPU it is
-        that of all places, because FlexAttention's kernel asks for it. Anything stands behind the last entry.
-    """
-    partial_counts, partial, full_counts, full = lists
+def names_of(places: Places, geometry: Geometry) -> Tensor:
+    """What index lists call the pieces of blocks: their places, int32 [B, N · pieces]; -1 for a piece without keys."""
     a_block = geometry.block_size // places.size
-    count, columns = places.of_pieces.shape[1], geometry.columns
-    padded = torch.nn.functional.pad(places.of_pieces, (0, columns * a_block - count))
-    by_block = padded.unflatten(1, (columns, a_block))
-    width = columns * a_block
-    if not partial.is_cuda:
-        width = max(width, places.starts.shape[1])
-    needed = 2 * math.prod(partial_counts.shape) * width * partial.itemsize
-    with room_for("the index lists of pages", needed, partial.device, IN_CHUNKS):
-        renamed = [_renamed(indices, by_block, width) for indices in (partial, full)]
-    last = partial.gather(3, (partial_counts.long()[..., None] - 1).clamp(min=0))[..., 0]
-    # the last block may have fewer pieces; it is never whole, and the last of the partial list
-    missing = columns * a_block - count
-    short = (partial_counts > 0) & (last == columns - 1)
-    return partial_counts * a_block - short.int() * missing, renamed[0], full_counts * a_block, renamed[1]
+    missing = geometry.columns * a_block - places.of_pieces.shape[1]
+    return pad(places.of_pieces, (0, missing), value=-1)
 
 
-def _renamed(indices: Tensor, by_block: Tensor, width: int) -> Tensor:
-    """[B, H, M, N] blocks as the places [B, N, pieces] of their pieces: int32 [B, H, M, width]."""
-    batch, heads, rows, columns = indices.shape
-    output = indices.new_zeros(batch, heads, rows, width)
-    used = output[..., : columns * by_block.shape[2]].unflatten(3, (columns, by_block.shape[2]))
-    for entry in range(batch):
-        # by index_select, which takes int32
-        own = by_block[entry].index_select(0, indices[entry].flatten())
-        used[entry] = own.view(heads, rows, columns, -1)
-    return output
+def lists_in_places(words: Tensor, geometry: Geometry, places: Places, buffers: ListBuffers | None = None) -> Lists:
+    """A map's blocks as lists of the places of their pieces; see index_lists.
+
+    On the CPU they are as wide as there are places, because FlexAttention's kernel asks for it.
+    """
+    partial_counts, partial, full_counts, full = make_lists(words, geometry, buffers, names=names_of(places, geometry))
+    missing = places.starts.shape[1] - partial.shape[3]
+    if words.is_cuda or missing <= 0:
+        return partial_counts, partial, full_counts, full
+    return partial_counts, pad(partial, (0, missing)), full_counts, pad(full, (0, missing))

@@ -26,7 +26,6 @@ from flexprefill import (
 )
 from flexprefill.attention import paged as over_pages
 from flexprefill.blockmap.block_mask import causal_mask_in_places, offsets_at
-from flexprefill.blockmap.index_lists import make_lists
 from flexprefill.blockmap.places import ABSENT, lists_in_places
 from flexprefill.runtime.listeners import listen
 
@@ -179,7 +178,7 @@ def test_the_mask_alone_is_causal_and_shows_no_other_page():
         assert torch.equal(seen, position[:, None] <= torch.arange(200, 333)[:, None])
 
         every = BlockMap.causal(2, 3, q_len=133, kv_len=333, block_size=block_size)
-        lists = lists_in_places(make_lists(every.words, every.geometry), every.geometry, places)
+        lists = lists_in_places(every.words, every.geometry, places)
         for counts, indices in (lists[:2], lists[2:]):
             assert indices.is_contiguous() and indices.shape[3] * places.size >= len(slots)
             for b, h, row in itertools.product(range(2), range(3), range(counts.shape[2])):

@@ -51,7 +51,11 @@ def pool_pages_kernel(
     s = J * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D_PAD)
     inside = (s < kv_len) & wanted
-    page = tl.load(table_ptr + entry * table_stride + s // PAGE, mask=inside, other=0).to(tl.int64)
+    row_table = table_ptr + entry * table_stride
+    if PAGE % BLOCK == 0:  # one page, so rows are a stride apart
+        page = tl.load(row_table + J * BLOCK // PAGE).to(tl.int64)
+    else:
+        page = tl.load(row_table + s // PAGE, mask=inside, other=0).to(tl.int64)
     rows = key_ptr + (head % HEADS) * stride_h + page * stride_p + (s % PAGE).to(tl.int64) * stride_s
     keys = tl.load(rows[:, None] + d[None, :] * stride_d, mask=inside[:, None] & (d[None, :] < D), other=0.0)
     # as pool_kernel, so that both give the same bits
