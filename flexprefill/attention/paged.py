@@ -41,7 +41,7 @@ def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
     choice = choose(call)
     if choice.name in DENSE_KERNELS:
         return replace(choice, gathers="dense attention takes keys in a row")
-    against = paged.why_gathered(call.block_size)
+    against = paged.why_gathered(call.block_size) or _against_long_lists(call, paged)
     if against is not None:
         return replace(choice, gathers=against)
     if choice.name == "cpp":
@@ -53,6 +53,23 @@ def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
         return replace(choice, kernel_options=options, tail_parts=1)
     against = f"{FLASH_GATHERS}: name it to gather them for it"
     return BackendChoice("triton", "reads pages where they lie", choice.dense, options, (("flash", against),))
+
+
+def _against_long_lists(call: Call, paged: PagedKV) -> str | None:
+    """Why blocks of several pieces are not listed piece by piece; None if they can be."""
+    piece = paged.piece(call.block_size)
+    if piece == call.block_size:
+        return None
+    batch, heads, q_len, head_dim = call.query.shape
+    _, kv_heads, kv_len, value_dim = call.value.shape
+    listed = 8 * batch * heads * ceil_div(q_len, call.block_size) * ceil_div(kv_len, piece)  # two lists of int32
+    copied = batch * kv_heads * kv_len * (head_dim + value_dim) * call.value.element_size()
+    if listed <= copied:
+        return None
+    return (
+        f"lists of pieces of {piece} keys would take {listed:,} bytes, and copies of the keys and values {copied:,}: "
+        f"pages of {call.block_size} keys need no pieces"
+    )
 
 
 def _options_in_place(call: Call, paged: PagedKV) -> Options:

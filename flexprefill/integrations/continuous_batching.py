@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from flexprefill.runtime.tracing import is_tracing
 
 KEPT = "_flexprefill_batch"  # the attribute of a batch's own tensor in which its plan is kept
 
-AttendPrompt = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttendPrompt = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 AttendSteps = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
@@ -30,6 +30,7 @@ class Prompt(NamedTuple):
 
     rows: slice
     keys: slice
+    last: bool  # whether they end the prompt
 
 
 class Steps(NamedTuple):
@@ -54,53 +55,60 @@ class Batch:
     Attributes:
         queries: Where the queries of each request begin, and the end of the last one's.
         keys: The same for keys, by the kind of layer.
+        sampled: The queries behind which a token is generated. None: that is not known.
         layers: The layers that were attended.
         plans: Made so far, by kind of layer and window.
     """
 
     queries: list[int]
     keys: dict[str | None, list[int]]
+    sampled: frozenset[int] | None = None
     layers: set[int] = field(default_factory=set)
     plans: dict[tuple[str | None, int | None], Plan] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, queries: Tensor, keys: Tensor | Mapping[str, Tensor]) -> Batch:
-        """From cu_seq_lens_q and cu_seq_lens_k. Waits for the device, once."""
+    def read(cls, queries: Tensor, keys: Tensor | Mapping[str, Tensor], sampled: Tensor | None = None) -> Batch:
+        """From cu_seq_lens_q, cu_seq_lens_k and logits_indices. Waits for the device, once."""
         by_kind: dict[str | None, Tensor] = {None: keys} if isinstance(keys, Tensor) else dict(keys.items())
-        rows = torch.stack([queries, *by_kind.values()]).tolist()
-        return cls(rows[0], dict(zip(by_kind, rows[1:], strict=True)))
+        given = [queries, *by_kind.values(), *([] if sampled is None else [sampled])]
+        on_host = iter(torch.cat(given).tolist())
+        parts = [list(islice(on_host, len(part))) for part in given]
+        known = None if sampled is None else frozenset(parts.pop())
+        return cls(parts[0], dict(zip(by_kind, parts[1:], strict=True)), known)
 
     def plan(self, kind: str, window: int | None, device: torch.device) -> Plan:
         """The plan for layers of a kind, in which a query sees so many keys."""
         kept = kind if kind in self.keys else None
         if (kept, window) not in self.plans:
-            self.plans[kept, window] = make_plan(self.queries, self.keys[kept], window, device)
+            self.plans[kept, window] = make_plan(self, self.keys[kept], window, device)
         return self.plans[kept, window]
 
 
-def batch_of(layer: int, queries: Tensor, keys: Tensor | Mapping[str, Tensor]) -> Batch:
+def batch_of(layer: int, given: Mapping[str, Any]) -> Batch:
     """The batch of a call. It is kept on the tensor cu_seq_lens_q, which all layers of a forward pass are given.
 
     A layer that comes a second time shows that the tensor was filled anew.
     """
+    queries = given["cu_seq_lens_q"]
     held: Batch | None = getattr(queries, KEPT, None)
     if held is None or layer in held.layers:
-        held = Batch.read(queries, keys)
+        held = Batch.read(queries, given["cu_seq_lens_k"], given.get("logits_indices"))
         setattr(queries, KEPT, held)
     held.layers.add(layer)
     return held
 
 
-def make_plan(queries: list[int], keys: list[int], window: int | None, device: torch.device) -> Plan:
+def make_plan(batch: Batch, keys: list[int], window: int | None, device: torch.device) -> Plan:
     """Prompts one by one; steps together whose lengths have the same number of binary digits.
 
     So no step is padded to twice its own length.
     """
     prompts: list[Prompt] = []
     by_digits: dict[int, list[tuple[int, int, int]]] = {}  # the row, the first key and the end
-    for rows, own in zip(pairwise(queries), pairwise(keys), strict=True):
+    for rows, own in zip(pairwise(batch.queries), pairwise(keys), strict=True):
         if rows[1] - rows[0] > 1:
-            prompts.append(Prompt(slice(*rows), slice(*own)))
+            last = batch.sampled is None or rows[1] - 1 in batch.sampled
+            prompts.append(Prompt(slice(*rows), slice(*own), last))
         elif rows[1] > rows[0]:
             first = own[0] if window is None else max(own[0], own[1] - window)
             by_digits.setdefault((own[1] - first).bit_length(), []).append((rows[0], first, own[1]))
@@ -162,7 +170,7 @@ class Paged(NamedTuple):
         layer: Any = module.layer_idx
         cached = paged_window(cache, layer)
         own = window if cached is None else cached if window is None else min(window, cached)
-        batch = batch_of(layer, given["cu_seq_lens_q"], given["cu_seq_lens_k"])
+        batch = batch_of(layer, given)
         indices = {name: given[name] for name in ("read_index", "write_index")}
         return cls(cache, batch, paged_kind(cache, layer), own, {"layer_idx": layer, **indices})
 
@@ -173,8 +181,8 @@ class Paged(NamedTuple):
             query: [1, Hq, tokens, D], of all requests in a row.
             key: [1, Hkv, tokens, D], the new keys. They are written to the cache.
             value: [1, Hkv, tokens, Dv].
-            prompt: Takes query [1, Hq, s_q, D], key [1, Hkv, s_kv, D] and value of a request, and gives
-                [1, Hq, s_q, Dv].
+            prompt: Takes query [1, Hq, s_q, D], key [1, Hkv, s_kv, D] and value of a request, and whether its queries
+                end the prompt. Gives [1, Hq, s_q, Dv].
             steps: Takes query [n, Hq, 1, D], key [n, Hkv, most, D], value and which keys are seen, bool
                 [n, 1, 1, most] or None for all. Gives [n, 1, Hq, Dv].
 
@@ -185,8 +193,8 @@ class Paged(NamedTuple):
         plan = self.batch.plan(self.kind, self.window, query.device)
         output = query.new_zeros(query.shape[2], query.shape[1], values.shape[2])
         queries = query[0].transpose(0, 1)
-        for rows, own in plan.prompts:
-            attended = prompt(_alone(queries[rows]), _alone(keys[own]), _alone(values[own]))
+        for rows, own, last in plan.prompts:
+            attended = prompt(_alone(queries[rows]), _alone(keys[own]), _alone(values[own]), last)
             output[rows] = attended[0].transpose(0, 1)
         for step_rows, step_keys, seen in plan.steps:
             attended = steps(

@@ -229,10 +229,13 @@ def _paged_attention_function(
         kind = f"{type(module).__name__} of {_model_type(module)}"
         layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), variant, kind)
 
+        def attend_prompt(query: Tensor, key: Tensor, value: Tensor, last: bool) -> Tensor:
+            return attend_layer(layer, query, key, value, last_chunk=last)
+
         def attend_steps(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
             return _attend_all(module, query, key, value, seen, asked)
 
-        return paged.attend(query, key, value, functools.partial(attend_layer, layer), attend_steps), None
+        return paged.attend(query, key, value, attend_prompt, attend_steps), None
 
     return flexprefill_paged_attention
 

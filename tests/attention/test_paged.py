@@ -146,6 +146,15 @@ def test_pages_head_by_head_are_gathered_and_that_is_said():
     assert alone.in_a_row() is not None and alone.why_gathered(16) is None
 
 
+def test_lists_of_pieces_that_take_more_than_a_copy_are_not_made():
+    query, key, value = make_qkv(4096, heads=16, kv_heads=1, head_dim=16, dtype=torch.float16)
+    config = PrefillConfig(block_size=32)
+    said = "lists of pieces of 16 keys would take 4,194,304 bytes, and copies of the keys and values 262,144"
+    assert said in explain_backend(query, in_pages(key, value, 16), config=config).gathers
+    assert explain_backend(query, in_pages(key, value, 32), config=config).gathers is None
+    assert explain_backend(query[:, :, :160], in_pages(key, value, 16), config=config).gathers is None
+
+
 def test_dense_calls_gather_and_say_so():
     query, key, value = make_qkv(131, 333, heads=4, kv_heads=2)
     paged, means = in_pages(key, value, 48), PageMeans()

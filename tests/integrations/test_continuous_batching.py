@@ -1,5 +1,6 @@
 """transformers' continuous batching with flexprefill as the attention, held against its own implementations."""
 
+import dataclasses
 import functools
 from itertools import pairwise
 
@@ -116,11 +117,12 @@ def test_maps_are_those_of_each_request_alone(searches, batch_tokens):
         queries, keys, whole_map = expected[place]
         start, end = block_map.offset, block_map.kv_len
         if errors[place] > 1e-5:
-            # each chunk keeps its last blocks whole, so later layers are not those of the prompt in one go
+            # chunks begin inside blocks, so later layers are not those of the prompt in one go
             assert batch_tokens == 96
             continue
         assert relative_error(query, queries[:, :, start:end]) < 1e-5
-        assert block_map == search_blocks(queries[:, :, start:end], keys[:, :, :end], FEW_KEPT)
+        last = end == keys.shape[2]
+        assert block_map == search_blocks(queries[:, :, start:end], keys[:, :, :end], FEW_KEPT, last_chunk=last)
         assert (start, end) != (0, keys.shape[2]) or block_map == whole_map
         seen.add((place, start, end))
     assert len(seen) == len(searches) or (batch_tokens == 96 and len(seen) >= len(searches) / 2)
@@ -134,8 +136,8 @@ def test_maps_are_those_of_each_request_alone(searches, batch_tokens):
 def test_lengths_are_read_once_a_batch_and_steps_go_together(monkeypatch):
     reads, forwards, attended = [], [], []
 
-    def read(queries, keys, own=batching.Batch.read):
-        reads.append(own(queries, keys))
+    def read(*given, own=batching.Batch.read):
+        reads.append(own(*given))
         return reads[-1]
 
     def forward(module, query, *others, own=integration.sdpa_attention_forward, **settings):
@@ -157,23 +159,29 @@ def test_lengths_are_read_once_a_batch_and_steps_go_together(monkeypatch):
     assert len(attended) < SIZES["num_hidden_layers"] * sum(single) and max(attended) == 2
     # a tensor that is filled anew is read anew
     bounds = torch.tensor([0, 2, 3])
-    first = batching.batch_of(0, bounds, bounds)
-    assert batching.batch_of(1, bounds, bounds) is first
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": {"full_attention": bounds, "sliding_attention": bounds + 0}}
+    first = batching.batch_of(0, given)
+    assert batching.batch_of(1, given) is first and first.sampled is None
     bounds[1] = 1
-    second = batching.batch_of(0, bounds, bounds)
-    assert second is not first and second.queries == [0, 1, 3]
+    second = batching.batch_of(0, given | {"logits_indices": torch.tensor([2, 0])})
+    assert second is not first and second.queries == [0, 1, 3] and second.sampled == {0, 2}
+    assert second.keys == {"full_attention": [0, 1, 3], "sliding_attention": [0, 2, 3]}
 
 
 def test_a_plan_takes_every_token_once_and_no_other_requests_keys():
     queries, keys = [0, 1, 101, 102, 103, 103, 104], [0, 7, 207, 213, 313, 313, 314]
-    plan = batching.make_plan(queries, keys, None, torch.device("cpu"))
-    assert plan.prompts == (batching.Prompt(slice(1, 101), slice(7, 207)),)
+    batch = batching.Batch(queries, {None: keys})
+    plan = batching.make_plan(batch, keys, None, torch.device("cpu"))
+    assert plan.prompts == (batching.Prompt(slice(1, 101), slice(7, 207), True),)
+    for sampled in ({100}, {0, 101}):
+        later = batching.make_plan(dataclasses.replace(batch, sampled=sampled), keys, None, torch.device("cpu"))
+        assert later.prompts[0].last == (100 in sampled)
     assert [step.rows.tolist() for step in plan.steps] == [[103], [0, 101], [102]]
     alone, together, long = plan.steps
     assert alone.keys.tolist() == [[313]] and alone.seen is None and long.keys.tolist() == [list(range(213, 313))]
     assert together.keys.tolist() == [list(range(7)), [207, 208, 209, 210, 211, 212, 212]]
     assert together.seen[:, 0, 0].tolist() == [[True] * 7, [True] * 6 + [False]]
-    windowed = batching.make_plan(queries, keys, 4, torch.device("cpu"))
+    windowed = batching.make_plan(batch, keys, 4, torch.device("cpu"))
     assert windowed.prompts == plan.prompts
     assert [step.keys.tolist() for step in windowed.steps] == [
         [[313]],
@@ -184,7 +192,7 @@ def test_a_plan_takes_every_token_once_and_no_other_requests_keys():
 def test_a_key_that_is_not_finite_reaches_no_other_request():
     keys, lengths = torch.randn(40, 2, 16), [0, 9, 17, 33, 40]
     keys[12] = torch.nan
-    plan = batching.make_plan(list(range(5)), lengths, None, torch.device("cpu"))
+    plan = batching.make_plan(batching.Batch(list(range(5)), {}), lengths, None, torch.device("cpu"))
     query = torch.randn(1, 4, 4, 16)
 
     class Cache:
