@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.nn.attention.flex_attention import AuxOutput
 
-from flexprefill.attention.backends import BackendChoice, Options, triton_options
+from flexprefill.attention.backends import MAX_ELEMENTS, BackendChoice, Options, triton_options
 from flexprefill.attention.call import Call
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
@@ -46,6 +46,8 @@ def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
         return replace(choice, gathers=against)
     if choice.name == "cpp":
         return choice
+    if paged.reach >= MAX_ELEMENTS:
+        return replace(choice, gathers=f"the pages span {paged.reach:,} elements, more than 32-bit offsets reach")
     if choice.name == "flash" and call.backend == "flash":
         return replace(choice, gathers=FLASH_GATHERS)
     options = _options_in_place(call, paged)

@@ -323,6 +323,12 @@ def test_which_kernel_reads_pages_on_a_gpu(machine, monkeypatch):
     assert choice.gathers is None
     assert dict(choice.kernel_options) == {"BACKEND": "TRITON", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
     assert explain_backend(query, in_pages(key, value, 24), config=config).gathers is not None
+    # keys and values in turns, as engines keep them: offsets grow twice as fast as the number of elements
+    both = torch.zeros(4, 128, 4, 2, 64)
+    pages = both[..., 0, :].transpose(1, 2), both[..., 1, :].transpose(1, 2)
+    assert PagedKV(*pages, torch.tensor([[0]]), 128).reach == both.numel() - 64
+    monkeypatch.setattr(over_pages, "MAX_ELEMENTS", 100_000)
+    assert "the pages span 327,680 elements" in explain_backend(query, whole, config=config).gathers
 
 
 @pytest.mark.gpu
