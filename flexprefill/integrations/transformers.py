@@ -8,7 +8,7 @@
 Prompts go through the search. Steps of decoding are dense. Layers that the search cannot do are attended exactly: those
 with a sliding window shorter than the prompt, and those that are not causal, such as an image encoder's. A soft cap and
 sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps
-the same blocks as alone.
+the same blocks as alone. "paged|flexprefill" does the same in continuous batching.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def register(
     """Makes ``attn_implementation=name`` known to transformers, until ``unregister``.
 
     Models take it in ``from_pretrained``, ``from_config`` and ``set_attn_implementation``. Registering a name again
-    replaces its settings.
+    replaces its settings. The name ``"paged|" + name`` is the same for continuous batching (``generate_batch``).
 
     Args:
         config: The settings of every layer. Default: those published for the model's type
@@ -99,7 +99,7 @@ def register(
 
 
 def unregister(name: str = "flexprefill") -> None:
-    """Takes back ``register``. Models that still use the name raise KeyError.
+    """Takes back ``register``, the name for continuous batching too. Models that still use a name raise KeyError.
 
     Args:
         name: A name that was registered.

@@ -32,3 +32,10 @@ def in_pages(key, value, page_size, *, more=3, seed=0):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(key.device, torch.int32)
     table = order[: batch * used].view(batch, used)
     return PagedKV(*laid_in((count, page_size), key, value, table), table, length)
+
+
+def interleaved(paged):
+    """The same with keys and values as views of one memory, [pages, page size, H, D + Dv], as vLLM keeps them."""
+    both = torch.cat([paged.pages_of_keys, paged.pages_of_values], 3).transpose(1, 2).contiguous().transpose(1, 2)
+    dim = paged.pages_of_keys.shape[3]
+    return PagedKV(both[..., :dim], both[..., dim:], paged.block_table, paged.kv_len)
