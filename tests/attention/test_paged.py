@@ -334,8 +334,13 @@ def test_which_kernel_reads_pages_on_a_gpu(machine, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 64, 128, 256, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("page_size", "dtype"),
+    [
+        *((size, torch.bfloat16) for size in (16, 64, 128, 256, 100)),
+        *((128, dtype) for dtype in (torch.float16, torch.float32)),
+    ],
+)
 def test_pages_on_a_gpu(page_size, dtype):
     shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": dtype, "device": "cuda"}
     config = PrefillConfig(alpha=0.5, dense_below=0)
@@ -345,15 +350,18 @@ def test_pages_on_a_gpu(page_size, dtype):
         paged = in_pages(key, value, page_size, more=200 - -(-kv_len // page_size) if means is not None else 3)
         if means is not None:
             means.forget()
-        assert search_blocks(query, paged, config, means=means) == search_blocks(query, key, config)
+        found = search_blocks(query, key, config)
+        assert search_blocks(query, paged, config, means=means) == found and found.density().mean() < 0.8
+        assert (explain_backend(query, paged, config=config).gathers is None) == (page_size != 100)
         expected = prefill_attention(query, key, value, config, backend="triton")
         for pages in (paged, interleaved(paged)):
             output = prefill_attention(query, pages, config=config, means=means)
             assert relative_error(output, expected) <= 5e-3
-        asked = {"config": config, "backend": "triton", "return_aux": AuxRequest(lse=True)}
-        _, aux = prefill_attention(query, paged, **asked)
-        _, wanted = prefill_attention(query, key, value, **asked)
-        assert (aux.lse - wanted.lse).abs().max() <= 1e-2
+        if (page_size, dtype) == (128, torch.bfloat16):
+            asked = {"config": config, "backend": "triton", "return_aux": AuxRequest(lse=True)}
+            _, aux = prefill_attention(query, paged, **asked)
+            _, wanted = prefill_attention(query, key, value, **asked)
+            assert (aux.lse - wanted.lse).abs().max() <= 1e-2
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def spoilt(paged, pages):
     return PagedKV(keys, paged.pages_of_values, paged.block_table, paged.kv_len)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_cached_prefix_is_not_pooled_again(implementation):
     query, key, value = make_qkv(64, 200, heads=4, kv_heads=2, device=DEVICE)
     other_query, other_key, other_value = make_qkv(72, 200, heads=4, kv_heads=2, device=DEVICE, seed=1)
