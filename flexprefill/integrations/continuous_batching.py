@@ -152,7 +152,8 @@ class Paged(NamedTuple):
                 f"attn_implementation {name!r} must be called by continuous batching (generate_batch), which gives a "
                 f"paged cache: take {name.partition('|')[2]!r} for other calls"
             )
-        if is_tracing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        bounds = given["cu_seq_lens_q"]
+        if is_tracing() or (bounds.is_cuda and torch.cuda.is_current_stream_capturing()):
             raise UnsupportedError(
                 f"attn_implementation {name!r} cannot be compiled or captured whole, because each batch has its own "
                 "lengths: leave use_cuda_graph, the compile configs and the padding intervals of "

@@ -245,7 +245,8 @@ def test_other_calls_are_refused_by_name():
     layer = model.model.layers[0].self_attn
     function = AttentionInterface._global_mapping["paged|all_dense"]
     query = torch.zeros(1, 4, 3, 16)
-    given = {"cache": object(), "read_index": [], "write_index": []}
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 3]), "cu_seq_lens_k": torch.tensor([0, 3])}
+    given = {"cache": object(), "read_index": [], "write_index": [], **bounds}
 
     def call(mask=None, **more):
         function(layer, query, query[:, :2], query[:, :2], mask, **given, **more)
@@ -257,13 +258,12 @@ def test_other_calls_are_refused_by_name():
     with pytest.raises(FlexPrefillError, match="dropout must be 0"):
         call(dropout=0.1)
     given["cache"] = type("Cache", (), {"sliding_windows": {0: 1}})()
-    bounds = {"cu_seq_lens_q": torch.tensor([0, 3]), "cu_seq_lens_k": torch.tensor([0, 3])}
     with pytest.raises(FlexPrefillError, match="attention_mask must be None and the layer causal .*got Tensor"):
-        call(torch.zeros(1, 1, 3, 3), **bounds)
+        call(torch.zeros(1, 1, 3, 3))
     with pytest.raises(FlexPrefillError, match="attention_mask must be None and the layer causal"):
-        call(is_causal=False, **bounds)
+        call(is_causal=False)
     with pytest.raises(Exception, match="cannot be compiled or captured whole"):
-        torch.compile(lambda: call(**bounds), backend="eager", fullgraph=True)()
+        torch.compile(call, backend="eager", fullgraph=True)()
 
 
 @pytest.mark.gpu
