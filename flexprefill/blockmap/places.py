@@ -1,4 +1,8 @@
-"""Where the keys of requests lie in the pages of a cache, and index lists that name these places."""
+"""Where the keys of requests lie in the pages of a cache, and index lists that name these places.
+
+Pages are those of PagedAttention (arXiv 2309.06180). attention-gym's PagedAttention showed that FlexAttention reads
+them through its lists of blocks.
+"""
 
 from __future__ import annotations
 
