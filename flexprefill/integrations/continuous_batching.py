@@ -206,9 +206,11 @@ class Paged(NamedTuple):
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A copy of a request's [tokens, heads, D] as [1, heads, tokens, D].
+    """A request's [tokens, heads, D] as [1, heads, tokens, D], copied unless it stands alone in its memory.
 
-    Attention is compiled anew for another layout and for views of other tensors, so all requests get one layout. A copy
-    takes little next to attention.
+    Attention is compiled anew for other layouts, for tensors that begin inside of their memory, and for views by what
+    they are views of. So all requests get one kind.
     """
-    return tensor.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2)
+    if tensor.storage_offset() or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor[None].transpose(1, 2).data

@@ -198,4 +198,5 @@ def _in_a_row(pages: Tensor) -> Tensor | None:
         return None
     shape, strides = (1, heads, count * size, dim), (0, head_stride, token_stride, 1)
     # a stride of 0 would be a layout of its own
-    return pages.as_strided(shape, (max(1, count * size * token_stride), *strides[1:]))
+    in_a_row = pages.as_strided(shape, (max(1, count * size * token_stride), *strides[1:]))
+    return in_a_row.data  # no view of another tensor, whose sizes torch.compile would guard on too
