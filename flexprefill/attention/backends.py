@@ -53,6 +53,8 @@ class BackendChoice:
         passed_over: Pairs of name and reason: why a better kernel was not chosen.
         tail_parts: The last query blocks keep all keys. Their keys are split into this many parts; 1 means that these
             blocks are computed with the others.
+        gathers: Why the pages of a `PagedKV` are first gathered into tensors of their own. None: they are read where
+            they lie, or the call has none.
     """
 
     name: str
@@ -61,6 +63,7 @@ class BackendChoice:
     kernel_options: Options = ()
     passed_over: tuple[tuple[str, str], ...] = ()
     tail_parts: int = 1
+    gathers: str | None = None
 
 
 class Request(NamedTuple):

@@ -11,10 +11,12 @@ from flexprefill.attention.backends import Request
 from flexprefill.blockmap.map import BlockMap, check_block_map
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
 from flexprefill.config import PrefillConfig, check_config
+from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.search.scorers import find_scorer
 from flexprefill.variant.inputs import SCORE_MOD_ARGUMENTS, check_attention_inputs, check_last_chunk, resolve_scale
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import ScoreMod, changing_mods
+from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
 
@@ -89,6 +91,19 @@ def plain_mods(mask_mod: MaskMod | BlockMask | None) -> tuple[MaskMod, ...]:
     """What a PlainAttention takes for a mask_mod or a BlockMask."""
     own = mask_mod.mask_mod if isinstance(mask_mod, BlockMask) else mask_mod
     return () if own is None else (own,)
+
+
+def tensors_of(query: Tensor, key: Tensor | PagedKV, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of one dtype, as autocast casts them; a PagedKV's stand-ins for key and value.
+
+    Raises:
+        ValueError: There is a value besides a PagedKV.
+    """
+    if isinstance(key, PagedKV):
+        if value is not None:
+            raise ValueError(f"value must be None with a PagedKV, which holds the values, got {type(value).__name__}")
+        return query, *key.stand_ins()
+    return of_one_dtype(query, key, value)  # type: ignore[arg-type]  # a value that is None is refused by name later
 
 
 def check_tensors(

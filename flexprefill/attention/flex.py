@@ -35,6 +35,7 @@ class FlexSettings(NamedTuple):
     scale: float
     kernel_options: Options
     return_aux: AuxRequest | None = None
+    piece: int | None = None  # keys of a listed piece, if the keys lie in pages; see blockmap.places
 
 
 def flex_over(
@@ -70,7 +71,7 @@ def flex_over(
             (_layout(query), _layout(key), _layout(value)),
             (query.shape[1], key.shape[1]),
             (query.shape[3], value.shape[3]),
-            listed.offset is not None,
+            (listed.offset is not None, listed.starts is not None),
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
             what_graphs_guard(),  # a thread's state that changes must not use up one kind's recompiles
         )
@@ -155,20 +156,20 @@ def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
 
 
 def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
-    """flex_attention of (query, key, value, lists, offset, mask_mods, score_mods)."""
+    """flex_attention of (query, key, value, lists, offset, mask_mods, starts, score_mods)."""
     if not is_tracing():
         # torch.compile is off, by its environment variable or a stance: eager flex is dense
         raise RanEagerlyError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "
             "switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)"
         )
-    query, key, value, lists, offset, mask_mods, score_mods = inputs
+    query, key, value, lists, offset, mask_mods, starts, score_mods = inputs
     # made in here: a BlockMask from outside costs a guard for each of its attributes, in every call
-    listed = ListedBlocks(lists, offset, mask_mods)
+    listed = ListedBlocks(lists, offset, mask_mods, starts)
     geometry = Geometry(query.shape[2], key.shape[2], settings.block_size)
     arguments: dict[str, Any] = {
         "score_mod": _chained(score_mods),
-        "block_mask": block_mask_of(listed, geometry),
+        "block_mask": block_mask_of(listed, geometry, settings.piece),
         "scale": settings.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": dict(settings.kernel_options),

@@ -33,7 +33,7 @@ def mark_rows_not_finite(attention: PlainAttention, block_map: BlockMap, output:
     mods = bool(attention.mask_mods or attention.score_mods)
     query, key, scale = attention.query, attention.key, attention.scale
     if mods and not is_tracing():
-        if _may_not_be_finite(query, key, scale):
+        if may_not_be_finite(query, key, scale):
             _mark(output, log_sum_exp_over(attention, block_map))
         return
     _marked(query, key, block_map.words, output, block_map.block_size, scale, *attention.variant.parts, mods)
@@ -45,7 +45,7 @@ def _marked(
     starts: Tensor | None = None, ends: Tensor | None = None, sliding_window: int | None = None,
     soft_cap: float | None = None, alibi_slopes: Tensor | None = None, mods: bool = False,
 ) -> None:  # fmt: skip
-    if not _may_not_be_finite(query, key, scale):
+    if not may_not_be_finite(query, key, scale):
         return
     if mods:
         raise ValueError(
@@ -61,7 +61,8 @@ def _(query, key, words, output, *_):
     return None
 
 
-def _may_not_be_finite(query: Tensor, key: Tensor, scale: float) -> bool:
+def may_not_be_finite(query: Tensor, key: Tensor, scale: float) -> bool:
+    """Whether the largest magnitudes of a query and keys [..., D] leave room for a logit that is NaN or infinite."""
     # NaN makes the comparison false too
     return not abs(scale) * query.shape[3] * _largest(query) * _largest(key) < LARGEST
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from flexprefill.attention.backends import BackendChoice
-from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods
+from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods, tensors_of
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.log_sum_exp import log_sum_exp_over
 from flexprefill.attention.mean_correction import add_dropped_blocks
+from flexprefill.attention.paged import attend_paged, choose_paged
 from flexprefill.attention.steps import attend_kept, choose, kept_blocks, visible_blocks_of
 from flexprefill.blockmap.block_mask import masks_of
 from flexprefill.blockmap.index_lists import ListBuffers
@@ -20,13 +21,14 @@ from flexprefill.blockmap.map import BlockMap, block_mask_under
 from flexprefill.blockmap.masking import MaskMod
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.runtime.listeners import is_recording, note, note_attention
-from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.key_means import KeyMeans, check_means
+from flexprefill.search.page_means import PageMeans
 from flexprefill.variant.inputs import resolve_scale
 from flexprefill.variant.logits import PlainAttention, add_sinks
 from flexprefill.variant.mods import ScoreMod, hiding_masks
+from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
 logger = logging.getLogger("flexprefill")
@@ -34,24 +36,24 @@ logger = logging.getLogger("flexprefill")
 
 @overload
 def prefill_attention(
-    query: Tensor, key: Tensor, value: Tensor, config: PrefillConfig = ..., *,
+    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig = ..., *,
     variant: AttentionVariant | None = ..., block_map: BlockMap | None = ...,
     mask_mod: MaskMod | BlockMask | None = ..., score_mod: ScoreMod | None = ...,
     scale: float | None = ..., last_chunk: bool = ..., backend: str = ...,
-    return_aux: None = ..., means: KeyMeans | None = ..., buffers: ListBuffers | None = ...,
+    return_aux: None = ..., means: KeyMeans | PageMeans | None = ..., buffers: ListBuffers | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def prefill_attention(
-    query: Tensor, key: Tensor, value: Tensor, config: PrefillConfig = ..., *,
+    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig = ..., *,
     variant: AttentionVariant | None = ..., block_map: BlockMap | None = ...,
     mask_mod: MaskMod | BlockMask | None = ..., score_mod: ScoreMod | None = ...,
     scale: float | None = ..., last_chunk: bool = ..., backend: str = ...,
-    return_aux: AuxRequest, means: KeyMeans | None = ..., buffers: ListBuffers | None = ...,
+    return_aux: AuxRequest, means: KeyMeans | PageMeans | None = ..., buffers: ListBuffers | None = ...,
 ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
 def prefill_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | PagedKV,
+    value: Tensor | None = None,
     config: PrefillConfig = PrefillConfig(),
     *,
     variant: AttentionVariant | None = None,
@@ -62,7 +64,7 @@ def prefill_attention(
     last_chunk: bool = True,
     backend: str = "auto",
     return_aux: AuxRequest | None = None,
-    means: KeyMeans | None = None,
+    means: KeyMeans | PageMeans | None = None,
     buffers: ListBuffers | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """Causal attention of a prompt over the blocks that matter. The softmax over the kept blocks is exact.
@@ -81,8 +83,9 @@ def prefill_attention(
 
     Args:
         query: [B, Hq, S_q, D], float16, bfloat16 or float32. The queries are the last S_q of the S_kv positions.
-        key: [B, Hkv, S_kv, D]. Hq is a multiple of Hkv. Autocast casts tensors of several dtypes to its own.
-        value: [B, Hkv, S_kv, Dv]. D and Dv are multiples of 8 from 16 to 256.
+        key: [B, Hkv, S_kv, D]. Hq is a multiple of Hkv. Autocast casts tensors of several dtypes to its own. Or a
+            `PagedKV` of keys and values, with query's dtype. It takes no variant, mod or mean correction.
+        value: [B, Hkv, S_kv, Dv]. D and Dv are multiples of 8 from 16 to 256. None with a `PagedKV`.
         config: The settings of the search. With a ``block_map`` only ``mean_correction`` is used: dropped blocks that
             are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). It cannot
             be combined with mods or ``max_scores``.
@@ -101,6 +104,7 @@ def prefill_attention(
         return_aux: As in flex_attention. Not supported on the CPU. FlashAttention-4's log-sum-exp is checked at its
             first use, which waits for the device, and corrected where torch scales it wrongly.
         means: Block means kept from chunk to chunk, as in ``search_blocks``. A call without a search does not use them.
+            For a `PagedKV` it is a `PageMeans`.
         buffers: Memory for the index lists, shared by calls that follow each other on one stream. Not inside
             torch.compile.
 
@@ -114,17 +118,24 @@ def prefill_attention(
             and be dense. Or FlashAttention-4 gives a wrong log-sum-exp.
         NotEnoughMemoryError: The search or its index lists do not fit into the device's memory.
     """
-    query, key, value = of_one_dtype(query, key, value)
-    scale, variant = check_tensors(query, key, value, scale, variant)
+    paged = key if isinstance(key, PagedKV) else None
+    tensors = tensors_of(query, key, value)
+    scale, variant = check_tensors(*tensors, scale, variant)
     call = check_call(
-        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    check_means(means)
-    choice = choose(call)
+    check_means(means, key)
+    choice = choose(call) if paged is None else choose_paged(call, paged)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
-        logger.debug("prefill_attention of %s over %s: %s", list(query.shape), list(key.shape), choice)
+        logger.debug("prefill_attention of %s over %s: %s", list(call.query.shape), list(call.key.shape), choice)
+    if paged is not None:
+        assert not isinstance(means, KeyMeans)  # checked
+        output, aux = attend_paged(call, paged, choice, means, buffers)
+        return output if return_aux is None else (output, aux)
+    query, key, value = call.query, call.key, call.value
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=scale, kernel=choice.name)
+    assert not isinstance(means, PageMeans)  # checked
     searched = kept_blocks(call, choice, means)
     kept, cut = visible_blocks_of(call, searched)
     if not choice.dense and is_recording():
@@ -146,8 +157,8 @@ def prefill_attention(
 
 def explain_backend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | PagedKV,
+    value: Tensor | None = None,
     config: PrefillConfig = PrefillConfig(),
     *,
     variant: AttentionVariant | None = None,
@@ -169,12 +180,12 @@ def explain_backend(
     Raises:
         TypeError, ValueError, FlexPrefillError: As ``prefill_attention``, where that would not run.
     """
-    query, key, value = of_one_dtype(query, key, value)
-    scale, variant = check_tensors(query, key, value, scale, variant)
+    tensors = tensors_of(query, key, value)
+    scale, variant = check_tensors(*tensors, scale, variant)
     call = check_call(
-        Call(query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
-    return choose(call)
+    return choose_paged(call, key) if isinstance(key, PagedKV) else choose(call)
 
 
 def create_prefill_block_mask(
@@ -213,6 +224,11 @@ def create_prefill_block_mask(
         TypeError, ValueError: As ``search_blocks``, or ``config.mean_correction`` is set.
     """
     check_config(config)
+    if isinstance(key, PagedKV):
+        raise TypeError(
+            "key must be a tensor [B, H, S, D], got a PagedKV: a BlockMask names key blocks in a row, so pass the keys "
+            "of PagedKV.gather(), or call prefill_attention, which reads pages"
+        )
     if config.mean_correction:
         raise ValueError(
             "config.mean_correction is more than a BlockMask can say: call prefill_attention, or pass a config with "

@@ -34,6 +34,21 @@ def causal_mask_at(offset: Tensor) -> MaskMod:
     return causal_mask_at_offset
 
 
+def causal_mask_in_places(offset: Tensor, starts: Tensor, size: int) -> MaskMod:
+    """mask_mod of queries over keys in the pages of a cache: a query sees the keys of its own batch entry up to itself.
+
+    Args:
+        offset: As in `causal_mask_at`.
+        starts: The position of the first key of each piece of a page, int32 [B, pieces].
+        size: Keys of a piece.
+    """
+
+    def causal_mask_in_pages(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx + offset[b] >= starts[b, kv_idx // size] + kv_idx % size
+
+    return causal_mask_in_pages
+
+
 def offsets_at(words: Tensor, position: int) -> Tensor:
     """The ``offset`` of `causal_mask_at` for queries of a map's batch that start at a position."""
     # filled on the device, because a copy from the host would wait and cannot be captured
@@ -63,6 +78,7 @@ class ListedBlocks(NamedTuple):
     lists: Lists
     offset: Tensor | None  # of causal_mask_at; None for a whole prompt, because causal_mask needs none
     mask_mods: tuple[MaskMod, ...] = ()  # besides the causal one
+    starts: Tensor | None = None  # of causal_mask_in_places, if the keys lie in pages; the lists then name places
 
 
 def masks_of(mask_mod: MaskMod | BlockMask | None, words: Tensor, geometry: Geometry) -> tuple[Mask, ...]:
@@ -98,13 +114,22 @@ def list_blocks(
     return ListedBlocks(lists, offset, cut.mask_mods)
 
 
-def block_mask_of(listed: ListedBlocks, geometry: Geometry) -> BlockMask:
-    """The BlockMask of listed blocks, causal for each element."""
-    lists, offset, mask_mods = listed
+def block_mask_of(listed: ListedBlocks, geometry: Geometry, piece: int | None = None) -> BlockMask:
+    """The BlockMask of listed blocks, causal for each element.
+
+    Args:
+        listed: The blocks.
+        geometry: The map's sizes. For keys in pages ``kv_len`` is that of all pages.
+        piece: Keys of a piece, if the keys lie in pages.
+    """
+    lists, offset, mask_mods, starts = listed
+    size = geometry.block_size
     causal = causal_mask if offset is None else causal_mask_at(offset)
+    if offset is not None and starts is not None and piece is not None:
+        causal = causal_mask_in_places(offset, starts, piece)
     return BlockMask.from_kv_blocks(
         *lists,
-        BLOCK_SIZE=geometry.block_size,
+        BLOCK_SIZE=size if piece is None else (size, piece),
         mask_mod=and_masks(causal, *mask_mods) if mask_mods else causal,
         seq_lengths=(geometry.q_len, geometry.kv_len),
         compute_q_blocks=False,

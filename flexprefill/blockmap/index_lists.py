@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class ListBuffers:
         return sum(tensor.nbytes for lists in tuple(self._held.values()) for tensor in lists)
 
     def lists_of(self, words: Tensor, columns: int) -> Lists:
-        """This thread's and stream's lists for words [B, H, M, W] and N columns."""
+        """This thread's and stream's lists for words [B, H, M, W] and so many entries of a row."""
         stream = torch.cuda.current_stream(words.device).cuda_stream if words.is_cuda else None
         place = threading.get_ident(), stream
         held = self._held.get(place)
@@ -64,23 +65,25 @@ def make_lists(
     *,
     all_partial: bool = False,
     uncut: Tensor | None = None,
+    names: Tensor | None = None,
 ) -> Lists:
     """As `index_lists`, in the memory of buffers if there are any."""
     if buffers is None:
-        return index_lists(words, *geometry, all_partial, uncut)
+        return index_lists(words, *geometry, all_partial, uncut, names)
     if not isinstance(buffers, ListBuffers):
         raise TypeError(f"buffers must be a ListBuffers, got {type(buffers).__name__}")
     if is_tracing():
         raise ValueError("buffers cannot be used inside torch.compile, which plans memory itself: pass None there")
-    lists = buffers.lists_of(words, geometry.columns)
-    _fill(lists, words, geometry, all_partial, uncut, reused=True)
+    lists = buffers.lists_of(words, geometry.columns if names is None else names.shape[1])
+    _fill(lists, words, geometry, Listing(all_partial, uncut, names), reused=True)
     return lists
 
 
 @operator("flexprefill::index_lists")
 def index_lists(
-    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, uncut: Tensor | None = None
-) -> Lists:
+    words: Tensor, q_len: int, kv_len: int, block_size: int, all_partial: bool, uncut: Tensor | None = None,
+    names: Tensor | None = None,
+) -> Lists:  # fmt: skip
     """The ascending lists of partial and of full blocks. Zeros stand behind the last entry.
 
     Args:
@@ -89,13 +92,17 @@ def index_lists(
         all_partial: Puts every block into the partial list, not only those that the causal edge crosses.
         uncut: Only blocks whose bit is set here can be full. int32 of a shape that expands to that of words. None: any
             block can be.
+        names: What stands in the lists in place of blocks: int32 [B, N · pieces], contiguous, so many names for each
+            block. A piece of the last block that holds no key has a negative name, and is not listed. None: the blocks'
+            own indices.
 
     Returns:
-        Partial counts [B, H, M], partial indices [B, H, M, N], full counts, full indices. All int32 and contiguous.
+        Partial counts [B, H, M], partial indices [B, H, M, N or N · pieces], full counts, full indices. All int32 and
+        contiguous.
     """
     geometry = Geometry(q_len, kv_len, block_size)
-    lists = _allocate(words.new_empty, words, geometry.columns)
-    _fill(lists, words, geometry, all_partial, uncut, reused=False)
+    lists = _allocate(words.new_empty, words, geometry.columns if names is None else names.shape[1])
+    _fill(lists, words, geometry, Listing(all_partial, uncut, names), reused=False)
     return lists
 
 
@@ -108,16 +115,23 @@ def _allocate(new: Callable[..., Tensor], words: Tensor, columns: int) -> Lists:
         return new(counts), new(indices), new(counts), new(indices)
 
 
-def _fill(
-    lists: Lists, words: Tensor, geometry: Geometry, all_partial: bool, uncut: Tensor | None, *, reused: bool
-) -> None:
+class Listing(NamedTuple):
+    """What is listed of a map's blocks, and how; see index_lists."""
+
+    all_partial: bool
+    uncut: Tensor | None
+    names: Tensor | None
+
+
+def _fill(lists: Lists, words: Tensor, geometry: Geometry, listing: Listing, *, reused: bool) -> None:
     if words.is_cuda:
         from flexprefill.blockmap import index_lists_kernel  # imports triton
 
         # Triton launches on the current device, and the words may be on another
         with torch.cuda.device_of(words):
-            index_lists_kernel.fill_lists(lists, words, geometry, all_partial, uncut, reused=reused)
+            index_lists_kernel.fill_lists(lists, words, geometry, *listing, reused=reused)
         return
+    all_partial, uncut, names = listing
     columns = geometry.columns
     # a map's words have no bits in the causal future; if other words do, these are left out
     kept = unpack_bits(words, columns) & causal_blocks(geometry, words.device)
@@ -127,19 +141,30 @@ def _fill(
         whole = torch.zeros_like(whole)
     if uncut is not None:
         whole = whole & unpack_bits(uncut, columns)
-    filled = *_to_list(kept & ~whole, J), *_to_list(kept & whole, J)
+    if names is not None:
+        pieces = names.shape[1] // columns
+        kept = kept.repeat_interleave(pieces, -1) & (names >= 0)[:, None, None]
+        whole = whole.repeat_interleave(pieces, -1)
+    filled = *_to_list(kept & ~whole, names), *_to_list(kept & whole, names)
     for target, tensor in zip(lists, filled, strict=True):
         target.copy_(tensor)
 
 
-def _to_list(selected: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
+def _to_list(selected: Tensor, names: Tensor | None) -> tuple[Tensor, Tensor]:
     counts = selected.sum(-1, dtype=torch.int32)
-    past_the_end = J.shape[0]
+    past_the_end = selected.shape[-1]
+    J = torch.arange(past_the_end, device=selected.device, dtype=torch.int32)
     indices = torch.where(selected, J, past_the_end).sort(-1).values
-    return counts, indices.masked_fill_(indices == past_the_end, 0)
+    behind = indices == past_the_end
+    indices = indices.masked_fill_(behind, 0)
+    if names is not None:
+        renamed = names[:, None, None].expand(*indices.shape[:3], -1).gather(-1, indices.long())
+        indices = renamed.masked_fill_(behind, 0)
+    return counts, indices
 
 
 @torch.library.register_fake("flexprefill::index_lists")
-def _(words, q_len, kv_len, block_size, *_):
-    counts, indices = words.shape[:3], (*words.shape[:3], ceil_div(kv_len, block_size))
+def _(words, q_len, kv_len, block_size, all_partial, uncut=None, names=None):
+    width = ceil_div(kv_len, block_size) if names is None else names.shape[1]
+    counts, indices = words.shape[:3], (*words.shape[:3], width)
     return tuple(map(words.new_empty, (counts, indices, counts, indices)))

@@ -47,7 +47,15 @@ class Layer:
     kind: str = "layer"
 
 
-def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+def attend_layer(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    last_chunk: bool = True,
+) -> Tensor:
     """Causal attention of the last S_q of S_kv positions.
 
     Args:
@@ -56,6 +64,7 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
         value: [B, Hkv, S_kv, Dv].
         lengths: int32 [B], how many of the positions hold tokens. The others stand behind them, are padding and have to
             be finite. None: all positions hold tokens.
+        last_chunk: Whether these queries end the prompt, as far as that is known.
 
     Returns:
         [B, Hq, S_q, Dv]. Rows of padding may hold anything.
@@ -80,8 +89,10 @@ def attend_layer(layer: Layer, query: Tensor, key: Tensor, value: Tensor, length
     elif lengths is not None:
         # padding is behind all tokens, so no query sees it: only the search needs to know
         padded = replace(variant, sequences=Sequences.from_lengths(lengths, key.shape[2]))
-        block_map = search_blocks(query, key, config, variant=padded, scale=scale)
-    return prefill_attention(query, key, value, config, variant=variant, block_map=block_map, scale=scale)
+        block_map = search_blocks(query, key, config, variant=padded, scale=scale, last_chunk=last_chunk)
+    return prefill_attention(
+        query, key, value, config, variant=variant, block_map=block_map, scale=scale, last_chunk=last_chunk
+    )
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

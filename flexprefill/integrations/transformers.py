@@ -8,13 +8,14 @@
 Prompts go through the search. Steps of decoding are dense. Layers that the search cannot do are attended exactly: those
 with a sliding window shorter than the prompt, and those that are not causal, such as an image encoder's. A soft cap and
 sinks are part of the attention over the kept blocks. Padding is cut away before the search: a padded prompt keeps
-the same blocks as alone.
+the same blocks as alone. "paged|flexprefill" does the same in continuous batching.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.errors import UnsupportedError
+from flexprefill.integrations.continuous_batching import Paged
 from flexprefill.integrations.exact import attend_exactly
 from flexprefill.integrations.layer import Layer, attend_layer
 from flexprefill.integrations.model_classes import check_model
 from flexprefill.integrations.prompt_mask import PromptMask
 from flexprefill.integrations.prompts import Prompts, attend_each
 from flexprefill.integrations.transformers_internals import (
+    PAGED,
     RESERVED,
     AttentionInterface,
     AttentionMaskInterface,
@@ -66,7 +69,7 @@ def register(
     """Makes ``attn_implementation=name`` known to transformers, until ``unregister``.
 
     Models take it in ``from_pretrained``, ``from_config`` and ``set_attn_implementation``. Registering a name again
-    replaces its settings.
+    replaces its settings. The name ``"paged|" + name`` is the same for continuous batching (``generate_batch``).
 
     Args:
         config: The settings of every layer. Default: those published for the model's type
@@ -85,16 +88,18 @@ def register(
         check_config(config)
     _check_name(name)
     layers = _checked_layers(layers)
-    if name not in _registered and is_taken(name):
+    if name not in _registered and (is_taken(name) or is_taken(PAGED + name)):
         raise ValueError(f"name {name!r} is an attention implementation of transformers' or another library's")
     AttentionInterface.register(name, _attention_function(config, layers))
     AttentionMaskInterface.register(name, prompt_mask)
+    # without a mask function: continuous batching has no padding and makes no masks
+    AttentionInterface.register(PAGED + name, _paged_attention_function(config, layers, PAGED + name))
     _registered.add(name)
     watch_models(_check_model)
 
 
 def unregister(name: str = "flexprefill") -> None:
-    """Takes back ``register``. Models that still use the name raise KeyError.
+    """Takes back ``register``, the name for continuous batching too. Models that still use a name raise KeyError.
 
     Args:
         name: A name that was registered.
@@ -108,14 +113,15 @@ def unregister(name: str = "flexprefill") -> None:
     if name not in _registered:
         raise ValueError(f"name {name!r} is not registered; registered are {sorted(_registered)}")
     forget_name(name)
+    forget_name(PAGED + name)
     _registered.remove(name)
     if not _registered:
         watch_models(None)
 
 
 def _check_model(model: nn.Module, implementation: object) -> None:
-    if implementation in _registered:
-        check_model(model, str(implementation))
+    if isinstance(implementation, str) and implementation.removeprefix(PAGED) in _registered:
+        check_model(model, implementation)
 
 
 class AskedAttention(NamedTuple):
@@ -195,6 +201,43 @@ def _attention_function(
         return output.transpose(1, 2).contiguous(), None
 
     return flexprefill_attention
+
+
+def _paged_attention_function(
+    config: PrefillConfig | None, layers: dict[int, PrefillConfig | None], name: str
+) -> Callable[..., tuple[Tensor, None]]:
+    """The attention function for continuous batching, with these settings."""
+
+    def flexprefill_paged_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: BlockMask | Tensor | None,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
+        """Takes query [1, Hq, tokens, D], key and value [1, Hkv, tokens, D]. Gives ([1, tokens, Hq, Dv], None)."""
+        asked = AskedAttention.of(given)
+        paged = Paged.of(module, name, asked.sliding_window, given)
+        if attention_mask is not None or not _is_causal(module, asked):
+            raise UnsupportedError(
+                f"attention_mask must be None and the layer causal for {name!r}, got "
+                f"{type(attention_mask).__name__} in {type(module).__name__}"
+            )
+        setting = _setting_of(module, config, layers)
+        variant = replace(asked.variant(), sliding_window=paged.window)
+        kind = f"{type(module).__name__} of {_model_type(module)}"
+        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), variant, kind)
+
+        def attend_prompt(query: Tensor, key: Tensor, value: Tensor, last: bool) -> Tensor:
+            return attend_layer(layer, query, key, value, last_chunk=last)
+
+        def attend_steps(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+            return _attend_all(module, query, key, value, seen, asked)
+
+        return paged.attend(query, key, value, attend_prompt, attend_steps), None
+
+    return flexprefill_paged_attention
 
 
 def _attend_all(

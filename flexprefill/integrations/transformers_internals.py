@@ -5,6 +5,7 @@ transformers has no public way to:
 - take back a registered attention: ``del`` on an interface reaches the names of one object alone;
 - ask which names are taken;
 - know inside a mask function whether queries see what follows them;
+- ask a paged cache which layers slide (``sliding_windows``) and to write and read it (``update``);
 - be asked whether a model's class can take a registered implementation: a model asks its own
   ``get_correct_attn_implementation``, which knows transformers' names alone.
 
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
@@ -30,6 +33,7 @@ except ImportError as error:
         "flexprefill.integrations.transformers needs transformers from 5.17 on: pip install 'flexprefill[transformers]'"
     ) from error
 
+PAGED = "paged|"  # how the names for continuous batching begin
 # transformers looks for these parts in a name, and would take ours for one of its own
 RESERVED = ("flash", "sdpa", "eager", "flex_attention", "|", "/")
 
@@ -45,6 +49,27 @@ def forget_name(name: str) -> None:
     """Takes back what was registered under a name."""
     for interface in _INTERFACES:
         interface._global_mapping.pop(name, None)
+
+
+def paged_window(cache: Any, layer: int) -> int | None:
+    """The sliding window of a layer in a PagedAttentionCache, of which it holds no more keys. None: it holds all."""
+    window = cache.sliding_windows[layer]
+    return None if window == 1 else int(window)
+
+
+def paged_kind(cache: Any, layer: int) -> str:
+    """The name under which a batch's lengths of keys stand for a layer, where a model has layers of two kinds."""
+    return "full_attention" if paged_window(cache, layer) is None else "sliding_attention"
+
+
+def keys_in_cache(cache: Any, key: Tensor, value: Tensor, **indices: Any) -> tuple[Tensor, Tensor]:
+    """Writes new keys and values [1, Hkv, tokens, D] to a PagedAttentionCache, and gives those of all requests.
+
+    Returns:
+        [keys, Hkv, D] and [keys, Hkv, Dv], request by request.
+    """
+    keys, values = cache.update(key_states=key, value_states=value, **indices)
+    return keys, values
 
 
 def is_bidirectional(arguments: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from torch import Tensor
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig, check_alphas, check_config
 from flexprefill.runtime.listeners import is_recording, note_attention
+from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search import operator
 from flexprefill.search.guard import guard_checked, guard_measured
 from flexprefill.search.key_means import KeyMeans, check_means
+from flexprefill.search.page_means import PageMeans
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
 from flexprefill.variant.logits import PlainAttention
+from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.variant import PLAIN, AttentionVariant, check_variant
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -24,14 +28,14 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 def search_blocks(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | PagedKV,
     config: PrefillConfig = PrefillConfig(),
     *,
     variant: AttentionVariant | None = None,
     scale: float | None = None,
     last_chunk: bool = True,
     implementation: str = "auto",
-    means: KeyMeans | None = None,
+    means: KeyMeans | PageMeans | None = None,
 ) -> BlockMap:
     """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
 
@@ -44,7 +48,9 @@ def search_blocks(
     Args:
         query: [B, Hq, S_q, D], float16, bfloat16 or float32. Queries are the last S_q of the S_kv positions. D is a
             multiple of 8 from 16 to 256.
-        key: [B, Hkv, S_kv, D], with query's dtype and device. Hq is a multiple of Hkv. S_q is at most S_kv.
+        key: [B, Hkv, S_kv, D], with query's dtype and device. Hq is a multiple of Hkv. S_q is at most S_kv. Or a
+            `PagedKV`, whose keys are pooled where they lie. It takes no variant, no guard and only the scorer
+            "flashprefill".
         config: The settings of the rule.
         variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks. The scores
             follow it. See `AttentionVariant`.
@@ -54,7 +60,7 @@ def search_blocks(
         implementation: "reference" is plain PyTorch in float32, on any device. "triton" needs a CUDA device, or the CPU
             under TRITON_INTERPRET=1. "auto" is triton on CUDA for the scorer "flashprefill", else reference.
         means: Block means of earlier chunks' keys. They are not pooled again. This chunk's means are added to them. Not
-            for use inside torch.compile.
+            for use inside torch.compile. For a `PagedKV` it is a `PageMeans`.
 
     Returns:
         A BlockMap [B, Hq, ceil(S_q / block_size), ceil(S_kv / block_size)] on query's device.
@@ -64,10 +70,20 @@ def search_blocks(
         ValueError: An argument does not fit. The message names it.
         NotEnoughMemoryError: The search does not fit into the device's memory. Nothing was begun.
     """
-    check_attention_inputs(query, key)
     check_config(config)
     check_last_chunk(last_chunk)
-    check_means(means)
+    if isinstance(key, PagedKV):
+        refuse_with_pages(config, {"variant": variant})
+        key.check_query(query)
+        check_means(means, key)
+        scale = resolve_scale(scale, query.shape[3])
+        if is_recording():
+            note_attention(PlainAttention(query, key.gather_keys(), scale, PLAIN), config)
+        assert not isinstance(means, KeyMeans)  # checked
+        return search_pages(query, key, config, scale, last_chunk, implementation, means)
+    check_attention_inputs(query, key)
+    check_means(means, key)
+    assert not isinstance(means, PageMeans)  # checked
     variant = check_variant(variant, query, key)
     scale = resolve_scale(scale, query.shape[3])
     if is_recording():
@@ -141,6 +157,52 @@ def _guarded_by_probes(
         words, held = operator.two_sided_words(query, key, sketch, rule, implementation, measured=True)
     block_map = BlockMap(words, query.shape[2], key.shape[2], config.block_size)
     return guard_measured(block_map, held, config, rule.last_full_blocks, key.shape[1])[0]
+
+
+def search_pages(
+    query: Tensor,
+    paged: PagedKV,
+    config: PrefillConfig,
+    scale: float,
+    last_chunk: bool,
+    implementation: str,
+    means: PageMeans | None,
+) -> BlockMap:
+    """As `search_blocks` over keys in pages, for arguments that were checked."""
+    check_alphas(config, query.shape[1], paged.pages_of_keys.shape[1])
+    rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
+    implementation = resolve_implementation(implementation, query.device, rule.scorer)
+    if means is None:
+        pooled = operator.pool_pages(paged, config.block_size, implementation)
+    else:
+        pooled = means.of_blocks(paged, query.shape[2], config.block_size, implementation)
+    words = operator.score_words(query, pooled, paged.kv_len, rule, implementation)
+    return BlockMap(words, query.shape[2], paged.kv_len, config.block_size)
+
+
+def refuse_with_pages(config: PrefillConfig, arguments: Mapping[str, object], *, searched: bool = True) -> None:
+    """Raises ValueError if something is asked for that keys in pages cannot give.
+
+    Args:
+        config: The call's.
+        arguments: The call's arguments that must be None, or a plain variant, by name.
+        searched: Whether there is a search. Its settings do not count otherwise.
+    """
+    asked = [(name, "is about keys in a row") for name, given in arguments.items() if given not in (None, PLAIN)]
+    if config.mean_correction:
+        asked.append(("config.mean_correction", "needs the means of values, which no page keeps"))
+    if searched and config.guard is not None:
+        asked.append(("config.guard", "samples attention to keys in a row"))
+    if searched and config.two_sided:
+        asked.append(("config.probe_rows or config.outlier_keys", "reads keys in a row, not only their blocks' means"))
+    if searched and config.scorer != MEANS_SCORER:
+        asked.append((f"config.scorer {config.scorer!r}", "reads keys in a row, not their blocks' means"))
+    if is_tracing():
+        asked.append(("torch.compile", "would make a graph of one block table"))
+    for name, reason in asked:
+        raise ValueError(
+            f"{name} cannot be combined with a PagedKV, because it {reason}: pass the tensors of PagedKV.gather()"
+        )
 
 
 def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from flexprefill.runtime.layout import layout_hint
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.operator import Sketch, sketch_keys
+from flexprefill.search.page_means import PageMeans
 from flexprefill.search.rule import Rule
+from flexprefill.variant.paged_kv import PagedKV
 
 
 class KeyMeans:
@@ -89,7 +91,9 @@ class KeyMeans:
         return sketch
 
 
-def check_means(means: KeyMeans | None) -> None:
-    """Raises TypeError unless it is a KeyMeans or None."""
-    if not (means is None or isinstance(means, KeyMeans)):
-        raise TypeError(f"means must be a KeyMeans, got {type(means).__name__}")
+def check_means(means: KeyMeans | PageMeans | None, key: Tensor | PagedKV) -> None:
+    """Raises TypeError unless it is None or keeps means of keys like these: a KeyMeans, or a PageMeans of pages."""
+    wanted = PageMeans if isinstance(key, PagedKV) else KeyMeans
+    if not (means is None or isinstance(means, wanted)):
+        of_pages = " with a PagedKV" if wanted is PageMeans else ""
+        raise TypeError(f"means must be a {wanted.__name__}{of_pages}, got {type(means).__name__}")

@@ -20,6 +20,7 @@ from flexprefill.search import reference, two_sided
 from flexprefill.search.grid import Grid
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER, find_scorer
+from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
@@ -178,6 +179,32 @@ def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequ
     # Triton launches on the current device, and the tensors may be on another
     with torch.cuda.device_of(key):
         return launch.pool_keys(key, block_size, sequences)
+
+
+def pool_pages(paged: PagedKV, block_size: int, implementation: str, wanted: Tensor | None = None) -> Tensor:
+    """Means of the key blocks of a paged cache in the keys' dtype, [B, Hkv, N, D], the bits of pool_keys.
+
+    Args:
+        paged: The keys.
+        block_size: Tokens of a block.
+        implementation: "reference" gathers keys. "triton" reads them where they lie.
+        wanted: Which blocks to pool, bool [B, N], contiguous. The means of others hold anything. None: all.
+    """
+    if implementation != "reference":
+        from flexprefill.search.kernels import launch  # imports triton
+
+        with torch.cuda.device_of(paged.pages_of_keys):
+            return launch.pool_pages(paged, block_size, wanted)
+    first = 0
+    if wanted is not None and wanted.device.type == "cpu":  # looking at it waits for nothing
+        chosen = wanted.any(0).nonzero()
+        first = int(chosen[0]) if len(chosen) else wanted.shape[1]
+    columns = ceil_div(paged.kv_len, block_size)
+    sizes = paged.batch, paged.pages_of_keys.shape[1], columns, paged.pages_of_keys.shape[3]
+    means = paged.pages_of_keys.new_zeros(sizes)
+    if first < columns:
+        means[:, :, first:] = reference.pool_keys(paged.gather_keys(first * block_size), block_size)
+    return means
 
 
 def score_words(

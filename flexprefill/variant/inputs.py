@@ -29,7 +29,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
     """
     named = dict(zip(("query", "key", "value"), (query, key, *value), strict=False))
     for name, tensor in named.items():
-        _check_tensor(name, tensor)
+        check_strided(name, tensor)
     for name, tensor in list(named.items())[1:]:
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
@@ -78,18 +78,19 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_strided(name: str, tensor: Tensor, sizes: str = "[B, H, S, D]") -> None:
+    """Raises unless it is a tensor of 4 dimensions that kernels can read; see check_attention_inputs."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor [B, H, S, D], got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor {sizes}, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a strided tensor, got {kind}")
     if is_in_vmap(tensor):
-        raise TypeError(f"{name} must be a tensor outside of torch.vmap: batch entries go along dim 0, [B, H, S, D]")
+        raise TypeError(f"{name} must be a tensor outside of torch.vmap: batch entries go along dim 0, {sizes}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if tensor.dim() != 4 or 0 in tensor.shape:
-        raise ValueError(f"{name} must be [B, H, S, D], 4 dimensions with no size of 0, got {list(tensor.shape)}")
+        raise ValueError(f"{name} must be {sizes}, 4 dimensions with no size of 0, got {list(tensor.shape)}")
     # the sign is only noted, as for the imaginary part of a conjugate, and kernels read the memory as it is
     if not is_tracing() and tensor.is_neg():
         raise ValueError(f"{name} must hold its own values, got a negated view: pass {name}.resolve_neg()")

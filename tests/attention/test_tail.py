@@ -23,8 +23,8 @@ LSE = AuxRequest(lse=True)
 
 def listed_attention(query, key, value, listed, settings, *, lse_scale=1.0):
     """flex_over in plain PyTorch: partial blocks causal by the offset, full blocks whole, from the lists alone."""
-    lists, offset, _ = listed
-    block_size, scale, _, return_aux = settings
+    lists, offset = listed.lists, listed.offset
+    block_size, scale, return_aux = settings.block_size, settings.scale, settings.return_aux
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]
     rows, columns = -(-q_len // block_size), -(-kv_len // block_size)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,6 +77,43 @@ def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
     for other in (BlockMap.causal(*block_map.shape[:2], **sizes_of(block_map)), block_map, block_map ^ block_map):
         lists_kernel.fill_lists(kernel, other.words.to(DEVICE), block_map.geometry, all_partial, reused=True)
         expected = index_lists(other.words.cpu(), *sizes)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, expected, strict=True))
+
+
+def names_for(block_map, pieces, seed=0):
+    """Names of the blocks' pieces in an order of chance, and none for pieces without keys."""
+    (batch, _, _, columns), piece = block_map.shape, block_map.block_size // pieces
+    count = -(-block_map.kv_len // piece)
+    generator = torch.Generator().manual_seed(seed)
+    names = torch.full((batch, columns * pieces), -1, dtype=torch.int32)
+    for entry in range(batch):
+        names[entry, :count] = torch.randperm(3 * count, generator=generator)[:count].int()
+    return names
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=5 if DEVICE == "cpu" else 40)
+@given(maps(), st.sampled_from([1, 2, 4]))
+def test_lists_of_names_name_the_pieces_of_the_listed_blocks(block_map, pieces):
+    from flexprefill.blockmap import index_lists_kernel as lists_kernel
+
+    sizes = block_map.q_len, block_map.kv_len, block_map.block_size, False
+    names, blocks = names_for(block_map, pieces), index_lists(block_map.words.cpu(), *sizes)
+    named = index_lists(block_map.words.cpu(), *sizes, None, names)
+    batch, heads, rows, _ = block_map.shape
+    for b, h, row in itertools.product(range(batch), range(heads), range(rows)):
+        for counts, indices, own_counts, own in ((*blocks[:2], *named[:2]), (*blocks[2:], *named[2:])):
+            listed = indices[b, h, row, : counts[b, h, row]].tolist()
+            expected = [name for j in listed for name in names[b, j * pieces : (j + 1) * pieces].tolist() if name >= 0]
+            assert own[b, h, row].tolist() == expected + [0] * (own.shape[3] - len(expected))
+            assert own_counts[b, h, row] == len(expected)
+    kernel = tuple(torch.full(tensor.shape, 7, dtype=torch.int32, device=DEVICE) for tensor in named)
+    arguments = block_map.geometry, False, None, names.to(DEVICE)
+    lists_kernel.fill_lists(kernel, block_map.words.to(DEVICE), *arguments)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, named, strict=True))
+    for other in (BlockMap.causal(*block_map.shape[:2], **sizes_of(block_map)), block_map):
+        lists_kernel.fill_lists(kernel, other.words.to(DEVICE), *arguments, reused=True)
+        expected = index_lists(other.words.cpu(), *sizes, None, names)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(kernel, expected, strict=True))
 
 
@@ -214,3 +253,5 @@ def test_masks_that_cannot_be_maps_are_refused():
 def test_the_operator_passes_opcheck(all_partial):
     words = torch.full((1, 2, 5, 1), 3, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(index_lists, (words, 70, 90, 16, all_partial))
+    names = torch.arange(12, dtype=torch.int32).repeat(words.shape[0], 1)
+    torch.library.opcheck(index_lists, (words, 70, 90, 16, all_partial, None, names))

@@ -679,6 +679,7 @@ def test_what_is_public_is_what_is_tested_here():
         "prefill_attention", "read_mask_info", "record_masks", "register_scorer", "save_masks", "search_blocks",
     }  # fmt: skip
     tested |= {"AttentionVariant", "Sequences"}  # in test_variant.py, test_terms.py and test_sequences.py
+    tested |= {"PagedKV", "PageMeans"}  # in tests/attention/test_paged.py and tests/search/test_pages.py
     assert set(flexprefill.__all__) == tested | made_by_the_library | errors | {"__version__"}
     with_arguments = {"from_dense", "causal", "from_chunks", "from_block_mask", "to_block_mask", "to", "with_mask"}
     without = {"to_dense", "geometry", "offset", "shape", "device", "counts", "density"}

@@ -7,7 +7,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 import flexprefill
-from flexprefill import AttentionVariant, BlockMap, KeyMeans, ListBuffers, MaskCache, PrefillConfig, Sequences
+from flexprefill import (
+    AttentionVariant,
+    BlockMap,
+    KeyMeans,
+    ListBuffers,
+    MaskCache,
+    PagedKV,
+    PageMeans,
+    PrefillConfig,
+    Sequences,
+)
 
 
 def main(path: Path) -> None:
@@ -29,6 +39,13 @@ def main(path: Path) -> None:
     again: tuple[Tensor, AuxOutput] = flexprefill.prefill_attention(
         query, key, value, config, block_map=kept, return_aux=AuxRequest(lse=True), buffers=ListBuffers()
     )
+    paged = PagedKV(torch.randn(4, 2, 64, 64), torch.randn(4, 2, 64, 64), torch.tensor([[2, 0, 3, 1]]), 256)
+    in_place: Tensor = flexprefill.prefill_attention(query, paged, config=config, means=PageMeans())
+    gathered: tuple[Tensor, Tensor] = paged.gather()
+    same: BlockMap = flexprefill.search_blocks(query, paged, config) & flexprefill.search_blocks(
+        query, gathered[0], config
+    )
+
     choice: flexprefill.BackendChoice = flexprefill.explain_backend(query, key, value, config, variant=window)
     found: BlockMap = MaskCache().prompt([1, 2, 3] * 90).search_blocks(0, query, key, config)
     guarded, report = flexprefill.guard_blocks(query, key, found, PrefillConfig(block_size=64, guard=0.9))
@@ -37,6 +54,7 @@ def main(path: Path) -> None:
     loaded: dict[int, BlockMap] = flexprefill.load_masks(path, layers=[0])
     recall: flexprefill.Recall = flexprefill.attention_recall(query, key, loaded[0])
     mass: flexprefill.DistanceMass = flexprefill.mass_by_distance(query, key, edges=[64], variant=window)
+    print(in_place.shape, same.shape)
     print(shape, output.shape, again[1].lse, report.widened, info.layers, recall.mean, mass.beyond(64))
 
 

@@ -9,7 +9,7 @@ import torch
 
 hf = pytest.importorskip("transformers")
 
-from support.families import FAMILIES, MORE_FAMILIES, OWN_ATTENTION, make_model  # noqa: E402
+from support.families import FAMILIES, MORE_FAMILIES, OWN_ATTENTION, WINDOW, make_model  # noqa: E402
 from torch.nn.attention.flex_attention import BlockMask  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel  # noqa: E402
@@ -168,3 +168,57 @@ def test_caches_tell_what_the_mask_needs():
     assert isinstance(cache.get_seq_length(0), torch.Tensor)
     static = hf.StaticCache(config, max_cache_len=32)
     assert static.get_mask_sizes(6, 0) == (8, 0)
+
+
+def test_continuous_batching_gives_its_function_what_it_needs():
+    """A cache that knows windows and gives the keys of all requests; and whose they are, one tensor for all layers."""
+    calls, bounds_of_queries = [], []
+
+    def attend(module, query, key, value, attention_mask, **given):
+        assert attention_mask is None  # no mask function has the name
+        cache, layer = given["cache"], module.layer_idx
+        indices = {name: given[name] for name in ("read_index", "write_index")}
+        kind, window = internals.paged_kind(cache, layer), internals.paged_window(cache, layer)
+        assert window == (WINDOW if kind == "sliding_attention" else None)
+        keys, values = internals.keys_in_cache(cache, key, value, layer_idx=layer, **indices)
+        bounds = given["cu_seq_lens_k"][kind]
+        assert keys.shape == values.shape == (bounds[-1], 2, 16) and query.shape[:2] == (1, 4)
+        assert key.shape == (1, 2, query.shape[2], 16) and given["cu_seq_lens_q"][-1] == query.shape[2]
+        bounds_of_queries.append(given["cu_seq_lens_q"])  # kept, so that no other has its id
+        queries = bounds_of_queries[-1].tolist()
+        calls.append((layer, id(bounds_of_queries[-1]), queries, given["logits_indices"].tolist()))
+        assert given["block_table"] is None
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("paged|for_a_contract", attend)
+    try:
+        model = make_model("gemma3", "paged|for_a_contract")
+        found = model.generate_batch(
+            [[5] * 70, [6] * 9],
+            generation_config=hf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1),
+            continuous_batching_config=hf.ContinuousBatchingConfig(block_size=32, num_blocks=16, max_batch_tokens=64),
+            progress_bar=False,
+        )
+    finally:
+        internals.forget_name("paged|for_a_contract")
+    assert len(found) == 2 and all(result.error is None for result in found.values())
+    # 64 of 70 tokens in the first batch, so no token behind them
+    assert calls[0][2:] == ([0, 64], [0])
+    # an object of its own for each batch, and one for its layers
+    assert all(layer == place % 2 for place, (layer, *_) in enumerate(calls))
+    objects = [name for _, name, _, _ in calls]
+    assert objects[::2] == objects[1::2] and len(set(objects)) == len(calls) // 2 > 2
+
+
+def test_names_that_transformers_knows_for_serving():
+    from transformers.utils.generic import is_flash_attention_requested
+
+    # a name without "flash" asks for no CUDA graphs, and gets no mask
+    assert not is_flash_attention_requested(requested_attention_implementation="paged|flexprefill")
+    source = (Path(hf.__file__).parent / "generation/continuous_batching/continuous_api.py").read_text()
+    assert "if not is_flash and not is_paged and model._supports_flash_attn:" in source
+    assert 'model.set_attn_implementation(f"paged|{target_implem}")' in source
+    # `transformers serve` takes these names alone
+    serving = (Path(hf.__file__).parent / "cli/serving/model_manager.py").read_text()
+    names = re.search(r"VALID_ATTN_IMPLEMENTATIONS = (\{.*?\})", serving)[1]
+    assert names == '{"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}'

@@ -27,11 +27,22 @@ def run_kernels(device="cuda"):
     """Every Triton and Gluon kernel of the library, odd and even sizes, whole prompts and chunks, each checked."""
     import torch
 
-    from flexprefill import AttentionVariant, BlockMap, KeyMeans, ListBuffers, PrefillConfig, Sequences, search_blocks
+    from flexprefill import (
+        AttentionVariant,
+        BlockMap,
+        KeyMeans,
+        ListBuffers,
+        PageMeans,
+        PrefillConfig,
+        Sequences,
+        search_blocks,
+    )
     from flexprefill.attention import tail_kernel
     from flexprefill.attention.mean_correction import merge_means
+    from flexprefill.blockmap.places import lists_in_places
     from flexprefill.search.kernels import launch as kernels
     from support.inputs import make_qkv
+    from support.paged import in_pages
 
     make = functools.partial(make_qkv, heads=4, kv_heads=2, device=device)
     ran = 0
@@ -58,6 +69,14 @@ def run_kernels(device="cuda"):
             sizes = config.block_size, head_dim**-0.5, "triton"
             merged, _ = merge_means(query, key, value, block_map.words, output, lse, *sizes)
             assert merged.isfinite().all()
+            ran += 1
+        for page_size, means in ((128, PageMeans()), (48, None)):
+            paged = in_pages(key, value, page_size)
+            for _ in range(2):
+                found = search_blocks(query, paged, PrefillConfig(), implementation="triton", means=means)
+                assert found == search_blocks(query, key, PrefillConfig(), implementation="triton")
+            counts, _, full_counts, _ = lists_in_places(found.words, found.geometry, paged.places(128))
+            assert (counts + full_counts >= found.counts()).all()
             ran += 1
         bounds = torch.tensor([0, kv_len // 3, kv_len - 1], device=device)
         terms = {"sliding_window": 100, "soft_cap": 3.0, "alibi_slopes": torch.full((4,), 0.01, device=device)}

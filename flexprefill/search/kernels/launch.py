@@ -14,10 +14,11 @@ from flexprefill.blockmap.bits import WORD_BITS
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.runtime.devices import is_hopper, multiprocessors
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
-from flexprefill.search.kernels.pooling import pool_kernel, pool_sequences_kernel
+from flexprefill.search.kernels.pooling import pool_kernel, pool_pages_kernel, pool_sequences_kernel
 from flexprefill.search.kernels.scoring import SMALLEST_LOG2_ALPHA, search_kernel
 from flexprefill.search.rule import Rule, log2_alphas_on
 from flexprefill.variant.logits import LOG2_E
+from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
@@ -93,6 +94,23 @@ def pool_keys(key: Tensor, block_size: int, sequences: Sequences | None = None) 
     if sequences is not None:
         pool_sequences_kernel[(columns, batch * heads)](*arguments, sequences.starts, *ends, **sizes, num_warps=8)
     return means.to(key.dtype)
+
+
+def pool_pages(paged: PagedKV, block_size: int, wanted: Tensor | None = None) -> Tensor:
+    """Means of the key blocks in pages, [B, Hkv, N, D] in the keys' dtype. As operator.pool_pages."""
+    pages, table = paged.pages_of_keys, paged.block_table
+    heads, head_dim = pages.shape[1], pages.shape[3]
+    columns = ceil_div(paged.kv_len, block_size)
+    dtype = pages.dtype if pages.is_cuda else torch.float32  # as in pool_keys
+    means = torch.empty(paged.batch, heads, columns, head_dim, dtype=dtype, device=pages.device)
+    table = table if table.stride(1) == 1 else table.contiguous()
+    of_blocks = table if wanted is None else wanted.view(torch.uint8)
+    pool_pages_kernel[(columns, paged.batch * heads)](
+        pages, means, *pages.stride(), table, table.stride(0), of_blocks, paged.kv_len, columns, heads,
+        PAGE=paged.page_size, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block_size,
+        WANTED=wanted is not None, num_warps=1,
+    )  # fmt: skip
+    return means.to(pages.dtype)
 
 
 def _entry_stride(tensor: Tensor) -> int:

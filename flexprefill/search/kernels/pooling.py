@@ -34,6 +34,37 @@ def pool_kernel(
 
 
 @triton.jit
+def pool_pages_kernel(
+    key_ptr, means_ptr, stride_p, stride_h, stride_s, stride_d, table_ptr, table_stride, wanted_ptr, kv_len, columns,
+    HEADS, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, WANTED: tl.constexpr,
+):  # fmt: skip
+    """One key block's mean in float32, of keys in pages [P, H, PAGE, D], to means [B, H, N, D], contiguous.
+
+    With WANTED it writes only the blocks that are set in bytes [B, N], and reads no keys of others.
+    """
+    J = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    entry = head // HEADS
+    wanted = True
+    if WANTED:
+        wanted = tl.load(wanted_ptr + entry * columns + J) != 0
+    s = J * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D_PAD)
+    inside = (s < kv_len) & wanted
+    row_table = table_ptr + entry * table_stride
+    if PAGE % BLOCK == 0:  # one page, so rows are a stride apart
+        page = tl.load(row_table + J * BLOCK // PAGE).to(tl.int64)
+    else:
+        page = tl.load(row_table + s // PAGE, mask=inside, other=0).to(tl.int64)
+    rows = key_ptr + (head % HEADS) * stride_h + page * stride_p + (s % PAGE).to(tl.int64) * stride_s
+    keys = tl.load(rows[:, None] + d[None, :] * stride_d, mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    # as pool_kernel, so that both give the same bits
+    count = tl.minimum(kv_len - J * BLOCK, BLOCK)
+    mean = tl.sum(keys.to(tl.float32), 0) / count.to(tl.float32)
+    tl.store(means_ptr + (head * columns + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=(d < D) & wanted)
+
+
+@triton.jit
 def _mean_of(keys, members, inside):
     """The mean of the keys at pointers [BLOCK, D] that are members [BLOCK]. Zeros if none is."""
     # read again for each mean, because a block of float32 takes more registers than there are
