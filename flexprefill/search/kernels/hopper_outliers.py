@@ -78,33 +78,67 @@ def describe(query: Tensor, key: Tensor, outliers: Tensor) -> list[TensorDescrip
 
 
 @gluon.jit
-def _copy_tile(s, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, k_smem, ready):
-    """Starts to copy the program's tile s: first come the rows' own keys, then the outliers. Its barrier expects it."""
-    TILE: gl.constexpr = k_smem.shape[0]
-    if s < near_steps:
-        tma.async_copy_global_to_shared(
-            key, [batch, kv_head, first_key + s * TILE, 0], ready, k_smem.reshape(key.block_type.shape)
-        )
-    else:
-        place = [batch * kv_heads + kv_head, (s - near_steps) * TILE, 0]
-        tma.async_copy_global_to_shared(outliers, place, ready, k_smem.reshape(outliers.block_type.shape))
+def _task(tile, tiles, q_len, kv_len, rows, HEADS, GROUP, TILE: gl.constexpr):
+    """A tile's query block and head, its key head, the first row's key block, the visible blocks, and its steps.
+
+    The steps are those over the rows' own keys, and those over outliers.
+    """
+    heads = tiles // rows
+    I = rows - 1 - tile // heads
+    batch_head = tile % heads
+    offset = kv_len - q_len
+    first_own = (offset + I * BLOCK) // BLOCK
+    last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
+    visible = last // BLOCK + 1
+    near_steps = (last - first_own * BLOCK) // TILE + 1
+    far_steps = (visible - 1 + GROUP_BLOCKS - 1) // GROUP_BLOCKS
+    return I, batch_head, batch_head // GROUP, first_own, visible, near_steps, far_steps
 
 
 @gluon.jit
-def _multiply(
-    s, steps, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, q_smem, k_smem, ready, ACC: gl.constexpr
-):  # fmt: skip
-    """Waits for tile s and multiplies it with the queries: [rows, tile]. Then it starts to copy the next tile."""
-    TILE: gl.constexpr = k_smem.shape[0]
-    mbarrier.wait(ready, s & 1)
-    mbarrier.expect(ready, outliers.block_type.nbytes, pred=s + 1 < steps)
-    zeros = gl.zeros([BLOCK, TILE], gl.float32, ACC)
-    products = warpgroup_mma(q_smem.reshape([BLOCK, k_smem.shape[1]]), k_smem.permute((1, 0)), zeros, use_acc=False)
+def _copy_keys(kv_head, kv_heads, at, key, k_smem, ready):
+    """Starts to copy the rows' own keys, from position at on. Its barrier must expect them."""
+    tma.async_copy_global_to_shared(
+        key, [kv_head // kv_heads, kv_head % kv_heads, at, 0], ready, k_smem.reshape(key.block_type.shape)
+    )
+
+
+@gluon.jit
+def _start(tile, sizes, query, key, q_smem, k_smem, ready):
+    """Starts to copy a tile's queries and the first of their own keys. Both buffers must be free."""
+    tiles, q_len, kv_len, rows, HEADS, GROUP = sizes
+    I, batch_head, kv_head, first_own, _, _, _ = _task(
+        tile, tiles, q_len, kv_len, rows, HEADS, GROUP, k_smem.shape[0]
+    )
+    mbarrier.expect(ready, query.block_type.nbytes + key.block_type.nbytes)
+    tma.async_copy_global_to_shared(query, [batch_head // HEADS, batch_head % HEADS, I * BLOCK, 0], ready, q_smem)
+    _copy_keys(kv_head, HEADS // GROUP, first_own * BLOCK, key, k_smem, ready)
+
+
+@gluon.jit
+def _multiply(step, q_smem, k_smem, ready, ACC: gl.constexpr):
+    """Waits for the keys of the program's step and multiplies the queries with them: [rows, keys].
+
+    Their buffer is then free.
+    """
+    D: gl.constexpr = k_smem.shape[1]
+    mbarrier.wait(ready, step & 1)
+    zeros = gl.zeros([BLOCK, k_smem.shape[0]], gl.float32, ACC)
+    products = warpgroup_mma(q_smem.reshape([BLOCK, D]), k_smem.permute((1, 0)), zeros, use_acc=False)
     # every warp has read the buffer
     _barrier()
-    if s + 1 < steps:
-        _copy_tile(s + 1, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, k_smem, ready)
     return products
+
+
+@gluon.jit
+def _copy_outliers(t, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready):
+    """Starts to copy the outliers of step t, or what the next tile starts with if there are no more."""
+    if t < far_steps:
+        mbarrier.expect(ready, outliers.block_type.nbytes)
+        place = [kv_head, t * k_smem.shape[0], 0]
+        tma.async_copy_global_to_shared(outliers, place, ready, k_smem.reshape(outliers.block_type.shape))
+    elif next_tile < sizes[0]:
+        _start(next_tile, sizes, query, key, q_smem, k_smem, ready)
 
 
 @gluon.jit
@@ -138,14 +172,14 @@ def _and(a, b):
 
 
 @gluon.jit
-def _weigh(products, first, position, best, total, qk_scale, SPLIT: gl.constexpr, ACC: gl.constexpr):
-    """Adds keys, from position first on, to the rows' log2-sum-exp. A row sees those up to itself.
+def _weigh(products, first, position, split, best, total, qk_scale, ACC: gl.constexpr):
+    """Adds keys, from position first on, to the rows' log2-sum-exp. A row sees those of its own block, up to itself.
 
-    With SPLIT rows lie in two key blocks, and a row does not see what stands before its own.
+    split says that rows lie in two key blocks.
     """
     n = gl.arange(0, products.shape[1], gl.SliceLayout(0, ACC))
     products = gl.where(n[None, :] <= (position - first)[:, None], products, float("-inf"))
-    if SPLIT:
+    if split:
         products = gl.where(n[None, :] >= (position // BLOCK * BLOCK - first)[:, None], products, float("-inf"))
     top = gl.maximum(best, gl.max(products, 1) * qk_scale)
     shift = gl.where(top == float("-inf"), 0.0, top)
@@ -154,10 +188,10 @@ def _weigh(products, first, position, best, total, qk_scale, SPLIT: gl.constexpr
 
 
 @gluon.jit
-def _hide(products, t, own, COUNT: gl.constexpr, ACC: gl.constexpr):
+def _hide(products, t, position, COUNT: gl.constexpr, ACC: gl.constexpr):
     """Puts -inf where a block is not behind the row."""
     block = t * GROUP_BLOCKS + gl.arange(0, products.shape[1], gl.SliceLayout(0, ACC)) // COUNT
-    return gl.where(block[None, :] < own[:, None], products, float("-inf"))
+    return gl.where(block[None, :] < (position // BLOCK)[:, None], products, float("-inf"))
 
 
 @gluon.jit
@@ -236,7 +270,7 @@ def outliers_kernel(
     query, key, outliers, words_ptr, q_len, kv_len, rows, width, tiles, HEADS, GROUP, qk_scale, log2_share, sink_blocks,
     window_blocks, last_full_blocks, COUNT: gl.constexpr, D: gl.constexpr, FOUND: gl.constexpr,
 ):  # fmt: skip
-    """A grid over (query block, head), the last query blocks first. See outliers.outliers_kernel.
+    """A persistent grid over (query block, head). See outliers.outliers_kernel.
 
     query, key and outliers are what describe gives. qk_scale is above 0.
     """
@@ -252,58 +286,57 @@ def outliers_kernel(
     fence_async_shared()
     _barrier()
 
-    program = gl.program_id(0)
-    heads = tiles // rows
-    I = rows - 1 - program // heads
-    batch_head = program % heads
-    batch = batch_head // HEADS
-    kv_head = batch_head % HEADS // GROUP
-    kv_heads = HEADS // GROUP
+    sizes = (tiles, q_len, kv_len, rows, HEADS, GROUP)
     offset = kv_len - q_len
-    last = offset + gl.minimum((I + 1) * BLOCK, q_len) - 1
-    visible = last // BLOCK + 1
-    first_own = (offset + I * BLOCK) // BLOCK
-    first_key = first_own * BLOCK
-    near_steps = (last - first_key) // TILE + 1
-    far_steps = (visible - 1 + GROUP_BLOCKS - 1) // GROUP_BLOCKS
-    steps = near_steps + far_steps
-    mbarrier.expect(ready, query.block_type.nbytes + key.block_type.nbytes)
-    tma.async_copy_global_to_shared(query, [batch, batch_head % HEADS, I * BLOCK, 0], ready, q_smem)
-    _copy_tile(0, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, k_smem, ready)
-
-    row = I * BLOCK + gl.arange(0, BLOCK, OF_ROWS)
-    position = offset + row
-    best = gl.full([BLOCK], float("-inf"), gl.float32, OF_ROWS)
-    total = gl.zeros([BLOCK], gl.float32, OF_ROWS)
-    split = visible - 1 > first_own
-    for s in range(0, near_steps):
-        products = _multiply(
-            s, steps, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, q_smem, k_smem, ready, ACC
-        )
-        if split:
-            best, total = _weigh(products, first_key + s * TILE, position, best, total, qk_scale, True, ACC)
-        else:
-            best, total = _weigh(products, first_key + s * TILE, position, best, total, qk_scale, False, ACC)
-    # a key must reach log2_share more than what the row sees in all, so both sides are raised by that
-    near = best + _log2(total) + log2_share
-    # rows behind the end decide nothing
-    near = gl.where(row < q_len, near, LARGE)
-    largest = gl.full([BLOCK], float("-inf"), gl.float32, OF_ROWS)
-    own = position // BLOCK
+    r = gl.arange(0, BLOCK, OF_ROWS)
     lane = gl.arange(0, STEPS, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
-    words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width
-    window_start = gl.where(I >= rows - last_full_blocks, 0, visible - window_blocks)
-    for w0 in range(0, width, 2 * STEPS):
-        wanted = gl.zeros([WARPS, 2, STEPS], gl.int32, WORDS)
-        for t in range(w0 // 2, gl.minimum(w0 // 2 + STEPS, far_steps)):
-            products = _multiply(
-                near_steps + t, steps, near_steps, first_key, batch, kv_head, kv_heads, key, outliers, q_smem, k_smem,
-                ready, ACC,
-            )  # fmt: skip
-            if (t + 1) * GROUP_BLOCKS > first_own:
-                products = _hide(products, t, own, COUNT, ACC)
-            largest = gl.maximum(largest, gl.max(products, 1))
-            limit = _add(near, gl.fma(largest, qk_scale, gl.full_like(largest, 0.0) + log2_share))
-            bits = _wanted(products, limit, qk_scale, COUNT, WORDS)
-            wanted = gl.where(lane == t - w0 // 2, gl.expand_dims(bits, 2), wanted)
-        _store_words(words_row, wanted, w0, visible, window_start, sink_blocks, width, FOUND, WORDS)
+    # the long rows first, there and back: the program with the longest one gets the shortest next
+    tile = gl.program_id(0)
+    ahead = 2 * (gl.num_programs(0) - tile) - 1
+    step = 0
+    if tile < tiles:
+        _start(tile, sizes, query, key, q_smem, k_smem, ready)
+    while tile < tiles:
+        I, batch_head, kv_head, first_own, visible, near_steps, far_steps = _task(
+            tile, tiles, q_len, kv_len, rows, HEADS, GROUP, TILE
+        )
+        next_tile = tile + ahead
+        ahead = 2 * gl.num_programs(0) - ahead
+        position = offset + I * BLOCK + r
+        best = gl.full([BLOCK], float("-inf"), gl.float32, OF_ROWS)
+        total = gl.zeros([BLOCK], gl.float32, OF_ROWS)
+        for s in range(0, near_steps):
+            at = first_own * BLOCK + s * TILE
+            products = _multiply(step + s, q_smem, k_smem, ready, ACC)
+            if s + 1 < near_steps:
+                mbarrier.expect(ready, key.block_type.nbytes)
+                _copy_keys(kv_head, HEADS // GROUP, at + TILE, key, k_smem, ready)
+            else:
+                _copy_outliers(
+                    0, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready
+                )
+            best, total = _weigh(products, at, position, visible - 1 > first_own, best, total, qk_scale, ACC)
+        step += near_steps
+        # a key must reach log2_share more than what the row sees in all, so both sides are raised by that
+        near = best + _log2(total) + log2_share
+        # rows behind the end decide nothing
+        near = gl.where(position < kv_len, near, LARGE)
+        largest = gl.full([BLOCK], float("-inf"), gl.float32, OF_ROWS)
+        words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width
+        window_start = gl.where(I >= rows - last_full_blocks, 0, visible - window_blocks)
+        for w0 in range(0, width, 2 * STEPS):
+            wanted = gl.zeros([WARPS, 2, STEPS], gl.int32, WORDS)
+            for t in range(w0 // 2, gl.minimum(w0 // 2 + STEPS, far_steps)):
+                products = _multiply(step + t, q_smem, k_smem, ready, ACC)
+                _copy_outliers(
+                    t + 1, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready
+                )
+                if (t + 1) * GROUP_BLOCKS > first_own:
+                    products = _hide(products, t, position, COUNT, ACC)
+                largest = gl.maximum(largest, gl.max(products, 1))
+                limit = _add(near, gl.fma(largest, qk_scale, gl.full_like(largest, 0.0) + log2_share))
+                bits = _wanted(products, limit, qk_scale, COUNT, WORDS)
+                wanted = gl.where(lane == t - w0 // 2, gl.expand_dims(bits, 2), wanted)
+            _store_words(words_row, wanted, w0, visible, window_start, sink_blocks, width, FOUND, WORDS)
+        step += far_steps
+        tile = next_tile
