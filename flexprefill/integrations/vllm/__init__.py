@@ -26,7 +26,7 @@ from collections.abc import Mapping
 
 from flexprefill.config import PrefillConfig
 from flexprefill.integrations.vllm.reporting import Report, record_request, report
-from flexprefill.integrations.vllm.settings import DEFAULT_MIN_QUERIES, FOLDER, SWITCH, Settings
+from flexprefill.integrations.vllm.settings import DEFAULT_MIN_QUERIES, FIRST_PROCESS, FOLDER, SWITCH, TICKET, Settings
 
 __all__ = ["Report", "plugin", "record_request", "register", "report", "unregister"]
 
@@ -63,7 +63,8 @@ def register(
 
 def unregister() -> None:
     """Takes back `register`. Engines that run go on as they are."""
-    os.environ.pop(SWITCH, None)
+    for name in (SWITCH, FIRST_PROCESS):
+        os.environ.pop(name, None)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from flexprefill.integrations.vllm.internals import forget_backends
@@ -91,34 +92,29 @@ def plugin() -> None:
 
     if current_platform.is_cuda():
         register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.flash_attention.FlexPrefillBackend")
-        how = "as the attention backend CUSTOM: --attention-backend CUSTOM takes it"
     elif current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.FlexPrefillCPUBackend")
-        how = "in the place of the CPU's attention"
     else:
         logger.warning("flexprefill is for CUDA and the CPU: all stays with vLLM's own attention")
         return
     forget_backends()
-    if _make_folder():
-        logger.info(
-            "flexprefill is there %s. Prompts from %d tokens on go through the search. Its reports are in %s",
-            how,
-            settings.keys_from,
-            os.environ[FOLDER],
-        )
+    _make_folder()
 
 
-def _make_folder() -> bool:
-    """Makes the server's folder. Whether this process is the first one, which removes a temporary one at its end."""
-    given = os.environ.get(FOLDER)
-    if given:
-        os.makedirs(given, exist_ok=True)
-        return not os.listdir(given)
-    folder, process = tempfile.mkdtemp(prefix="flexprefill-"), os.getpid()
-    os.environ[FOLDER] = folder
-    # a forked child has the same list of things to do at its end
-    atexit.register(_remove_folder, folder, process)
-    return True
+def _make_folder() -> None:
+    """Makes the server's folder, unless a process before this one did."""
+    if FIRST_PROCESS in os.environ:
+        return
+    process = os.getpid()
+    os.environ[FIRST_PROCESS] = str(process)
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="flexprefill-")
+        atexit.register(_remove_folder, folder, process)  # a forked child has the same list of things to do
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if name.startswith("figures-") or name == TICKET:  # of a server before
+            os.remove(os.path.join(folder, name))
 
 
 def _remove_folder(folder: str, process: int) -> None:

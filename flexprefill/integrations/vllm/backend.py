@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,11 @@ from flexprefill.integrations.published import published_for
 from flexprefill.integrations.vllm.attend import Gather, ServedLayer, Sizes, attend_prompt, warm_up
 from flexprefill.integrations.vllm.figures import figures
 from flexprefill.integrations.vllm.layers import Model, layer_number
-from flexprefill.integrations.vllm.planner import Plan, Run, plan_batch
+from flexprefill.integrations.vllm.parts import part_of
+from flexprefill.integrations.vllm.planner import Plan, plan_batch
 from flexprefill.integrations.vllm.recording import Served
 from flexprefill.integrations.vllm.refusals import against_batch, against_layer, against_parallelism
-from flexprefill.integrations.vllm.settings import Settings
+from flexprefill.integrations.vllm.settings import FOLDER, Settings
 from flexprefill.runtime.state import remembered
 
 logger = logging.getLogger("vllm.flexprefill")  # vLLM shows what loggers below its own say
@@ -106,35 +107,6 @@ class PlanningBuilder:
         return updated
 
 
-BY_REQUEST = (
-    *("seq_lens", "block_table_tensor", "seq_lens_cpu_upper_bound", "is_prefilling", "req_idx"),
-    *("encoder_seq_lens", "encoder_seq_lens_cpu", "_seq_lens_cpu", "_num_computed_tokens_cpu"),
-)
-BY_TOKEN = ("slot_mapping", "positions")
-OF_WHOLE_BATCH = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")  # remembered by vLLM
-
-
-def part_of(common: Any, run: Run) -> Any:
-    """vLLM's CommonAttentionMetadata of some requests of a batch. Waits for nothing."""
-    part = copy.copy(common)
-    first, end = run.rows
-    for name in ("query_start_loc", "query_start_loc_cpu"):
-        starts = getattr(common, name)
-        setattr(part, name, starts[first : end + 1] - run.tokens[0])
-    for names, held in ((BY_REQUEST, slice(*run.rows)), (BY_TOKEN, slice(*run.tokens))):
-        for name in names:
-            if getattr(common, name, None) is not None:
-                setattr(
-                    part, name, getattr(common, name)[..., held] if name == "positions" else getattr(common, name)[held]
-                )
-    for name in OF_WHOLE_BATCH:
-        if hasattr(common, name):
-            setattr(part, name, None)
-    part.num_reqs, part.num_actual_tokens = end - first, run.tokens[1] - run.tokens[0]
-    part.max_query_len, part.max_seq_len = run.most_queries, run.most_keys
-    return part
-
-
 class SparsePrefill:
     """Stands before a backend's AttentionImpl. Long prompts of a planned batch go through the search."""
 
@@ -167,6 +139,11 @@ class SparsePrefill:
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         heads = given["num_heads"], given["num_kv_heads"], given["head_size"]
+        # not where the plug-in is loaded: a server's log is not set up there yet
+        say_once(
+            f"flexprefill: prompts from {self._model.settings.keys_from:,} tokens on go through the search. It compiles "
+            f"now. Its reports are in {os.environ.get(FOLDER)}"
+        )
         for kind in self._model.kinds(given):
             warm_once(kind, Sizes(*heads, act_dtype, device, self._model.most_keys), type(self).gather)
 
@@ -201,7 +178,7 @@ class SparsePrefill:
         return output
 
     def _take_room(self, query: Tensor) -> None:
-        """Takes and gives back what a call needs for the longest prompt, while vLLM measures what it must leave free."""
+        """Takes what a call needs for the longest prompt, and gives it back, while vLLM measures what to leave free."""
         given = self._arguments
         if self._against is None:
             gathered = self._model.most_keys, given["num_kv_heads"], 2 * given["head_size"]

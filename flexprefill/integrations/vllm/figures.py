@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -42,7 +41,7 @@ class LayerFigures:
     chunks: int = 0
     tokens: int = 0
     visible: int = 0
-    kept: Tensor | None = None
+    kept: Tensor | int = 0
     ends: Counter[int] = field(default_factory=Counter)
 
     def add(self, prompt: Prompt, kept: BlockMap) -> None:
@@ -58,8 +57,7 @@ class LayerFigures:
         self.chunks += 1
         self.tokens += prompt.q_len
         self.visible += kept.shape[0] * kept.shape[1] * visible_in(kept.geometry)
-        counted = kept.counts().sum()
-        self.kept = counted if self.kept is None else self.kept + counted
+        self.kept = self.kept + kept.counts().sum()
 
 
 @remembered("visible blocks by sizes of prompts", most=256)
@@ -78,7 +76,8 @@ class Figures:
         self._lock = threading.Lock()
         self._noted = threading.Event()
         self._done: Any = None  # the CUDA event behind the last sum
-        self._writing = False
+        self._writing = threading.Lock()
+        self._writer: threading.Thread | None = None
         self._said = 0.0
 
     def note(self, served: Served, kept: BlockMap, config: PrefillConfig) -> None:
@@ -94,38 +93,34 @@ class Figures:
                 self._done.record()
         if self.folder is None:
             return
-        if not self._writing:
-            self._writing = True
-            threading.Thread(target=self._write_on, name="flexprefill figures", daemon=True).start()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_on, name="flexprefill figures", daemon=True)
+            self._writer.start()
         self._noted.set()
 
     def to_dict(self) -> dict[str, Any]:
         """The sums as plain numbers, ready for JSON. Waits for the device."""
         with self._lock:
-            if self._done is not None:
-                self._done.synchronize()
-            return {
-                str(number): {
-                    "requests": of.requests,
-                    "chunks": of.chunks,
-                    "tokens": of.tokens,
-                    "visible": of.visible,
-                    "kept": 0 if of.kept is None else int(of.kept),
-                }
+            done = self._done
+            layers = {
+                str(number): {name: getattr(of, name) for name in ("requests", "chunks", "tokens", "visible", "kept")}
                 for number, of in sorted(self._layers.items())
             }
+        if done is not None:
+            done.synchronize()  # without the lock, which the thread that serves takes
+        return {number: sums | {"kept": int(sums["kept"])} for number, sums in layers.items()}
 
     def write(self) -> None:
         """Writes the sums, and the recorded masks, if there are any new ones."""
         if self.folder is None:
             return
-        layers = self.to_dict()
-        if layers:
-            write_json(self.folder / f"figures-{self.rank}-{os.getpid()}.json", {"rank": self.rank, "layers": layers})
-        with self._lock:
-            recorded = self._recorded
-        if recorded is not None:
-            recorded.write(self.rank)
+        with self._writing:
+            layers = self.to_dict()
+            if layers:
+                record = {"rank": self.rank, "layers": layers}
+                write_json(self.folder / f"figures-{self.rank}-{os.getpid()}.json", record)
+            if (recorded := self._recorded) is not None:
+                recorded.write(self.rank)
         if self.rank == 0 and layers and time.monotonic() - self._said >= LOG_EVERY:
             self._said = time.monotonic()
             logger.info("flexprefill: %s", line_of(layers))
@@ -151,12 +146,13 @@ def line_of(layers: dict[str, dict[str, int]]) -> str:
     )
 
 
+def figures(rank: int) -> Figures:
+    """This process's figures, by its place in the tensor-parallel group and the server's folder."""
+    return _figures_in(rank, os.environ.get(FOLDER, ""))
+
+
 @remembered("what a process has served", most=8)
-def figures(rank: int = 0) -> Figures:
-    """This process's figures."""
-    folder = os.environ.get(FOLDER)
-    path = None if not folder else Path(folder)
-    if path is not None:
-        with contextlib.suppress(OSError):
-            path.mkdir(parents=True, exist_ok=True)
-    return Figures(path, rank)
+def _figures_in(rank: int, folder: str) -> Figures:
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    return Figures(Path(folder) if folder else None, rank)

@@ -14,11 +14,11 @@ from torch import Tensor
 from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
 from flexprefill.integrations.vllm.planner import Prompt
+from flexprefill.integrations.vllm.settings import TICKET
 from flexprefill.runtime.files import write_json
 from flexprefill.store.writing import save_masks
 
 logger = logging.getLogger("vllm.flexprefill")
-TICKET = "record.json"  # in the server's folder: what was asked for last
 
 
 def ask(folder: Path, path: Path) -> None:

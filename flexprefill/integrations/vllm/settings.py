@@ -16,6 +16,8 @@ CONFIG = "FLEXPREFILL_CONFIG"
 MIN_KEYS = "FLEXPREFILL_MIN_KEYS"
 MIN_QUERIES = "FLEXPREFILL_MIN_QUERIES"
 FOLDER = "FLEXPREFILL_FOLDER"
+FIRST_PROCESS = "FLEXPREFILL_FIRST_PROCESS"  # set by the plug-in itself: the process that all others come from
+TICKET = "record.json"  # in the folder: which recording was asked for last
 ON, OFF = ("on", "1", "true", "yes"), ("", "off", "0", "false", "no")
 
 # The attention alone gains from 4,096 tokens on (attention/backends.py, DENSE_BELOW). A server's call also copies the

@@ -1,0 +1,217 @@
+"""The plug-in inside vLLM on the CPU: `.ci/vllm` makes the environment. Skipped where vLLM is not installed."""
+
+import contextlib
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM: .ci/vllm installs it", allow_module_level=True)
+
+# one process: the tests look inside. Set before vLLM is imported
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from support.served import make_model, prompts_of
+
+from flexprefill import BlockMap, PrefillConfig, load_masks, search_blocks
+from flexprefill.integrations import vllm as plug_in
+from flexprefill.integrations.vllm.figures import figures
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+ALL = PrefillConfig(alpha=1e-30)  # keeps every block
+FEW = PrefillConfig(alpha=1.0, sink_blocks=1, window_blocks=1, last_full_blocks=1)
+LONG = {"min_keys": 256, "min_queries": 128}
+ENGINE = {"dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 1024, "enforce_eager": True}
+PROMPTS = prompts_of(5, 300, 1500, 3000)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {kind: make_model(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "gemma2")}
+
+
+@contextlib.contextmanager
+def engine(model, **options):
+    from vllm import LLM
+
+    llm = LLM(model, skip_tokenizer_init=True, **ENGINE | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """Switches the plug-in on, with a folder of its own, to the end of the test."""
+    monkeypatch.setenv("FLEXPREFILL_FOLDER", str(tmp_path))
+    yield lambda config, **options: plug_in.register(config, **LONG | options)
+    plug_in.unregister()
+
+
+def counted():
+    """What the layers of this process counted."""
+    return figures(0).to_dict()
+
+
+def ask(llm, prompts):
+    """Token ids and the log-probabilities of each token's best five, for each prompt."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=5, detokenize=False)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = [request.outputs[0] for request in llm.generate(asked, sampling, use_tqdm=False)]
+    return [
+        (list(answer.token_ids), [{token: of.logprob for token, of in best.items()} for best in answer.logprobs])
+        for answer in answers
+    ]
+
+
+def everything(llm):
+    """The answers to a batch of all lengths, to a prompt behind a cached prefix, and to a long one among steps."""
+    (tail,) = prompts_of(700, seed=2)
+    return ask(llm, PROMPTS) + ask(llm, [PROMPTS[3][:2048] + tail]) + ask(llm, [PROMPTS[0], prompts_of(900, seed=3)[0]])
+
+
+def largest_difference(answers, others):
+    return max(
+        abs(best[token] - other[token])
+        for (_, steps), (_, other_steps) in zip(answers, others, strict=True)
+        for best, other in zip(steps, other_steps, strict=True)
+        for token in best.keys() & other.keys()
+    )
+
+
+def tokens_of(answers):
+    return [tokens for tokens, _ in answers]
+
+
+@pytest.fixture(scope="module")
+def stock(models):
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    # the plug-in is installed, and nobody asked for it
+    assert "flexprefill" in {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    assert os.environ.get("FLEXPREFILL") is None
+    with engine(models["llama"]) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        kinds = {type(layer.impl) for layer in worker.model_runner.compilation_config.static_forward_context.values()}
+        assert kinds == {CPUAttentionBackendImpl}
+        return everything(llm)
+
+
+class Compilations:
+    """Counts what torch.compile compiles."""
+
+    def __init__(self):
+        from torch._dynamo.callback import on_compile_start
+
+        self.count = 0
+        on_compile_start(self._add)
+
+    def _add(self, *_):
+        self.count += 1
+
+
+def test_with_every_block_kept_it_is_stock(models, stock, registered):
+    registered(ALL)
+    with engine(models["llama"], attention_backend="CUSTOM") as llm:
+        compilations = Compilations()
+        answers = everything(llm)
+        assert compilations.count == 0  # all of it was compiled while the model was loaded
+    assert tokens_of(answers) == tokens_of(stock)
+    assert largest_difference(answers, stock) < 1e-4
+    sums = counted()
+    assert set(sums) == {"0", "1"} and all(of["kept"] == of["visible"] > 0 for of in sums.values())
+    assert sums["0"]["requests"] == 5  # 300, 1,500 and 3,000 tokens, the one behind a cache, the one among steps
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Query, key and value as the model gives them to each layer, by its name, a list of steps."""
+    from flexprefill.integrations.vllm.backend import SparsePrefill
+
+    steps, forward = {}, SparsePrefill.forward
+
+    def watched(impl, layer, query, key, value, kv_cache, attn_metadata, output, **others):
+        steps.setdefault(layer.layer_name, []).append((query.clone(), key.clone()))
+        return forward(impl, layer, query, key, value, kv_cache, attn_metadata, output, **others)
+
+    monkeypatch.setattr(SparsePrefill, "forward", watched)
+    return steps
+
+
+def test_few_blocks_change_the_answers_and_are_those_of_the_search(models, stock, seen, registered, tmp_path):
+    registered(FEW)
+    with engine(models["llama"]) as llm:
+        answers = everything(llm)
+        file = plug_in.record_request(tmp_path / "masks.safetensors")
+        seen.clear()
+        ask(llm, prompts_of(2560, seed=4))
+        time.sleep(1)
+    assert tokens_of(answers[:1]) == tokens_of(stock[:1])  # 5 tokens
+    assert tokens_of(answers) != tokens_of(stock) or largest_difference(answers, stock) > 1e-2
+    masks = load_masks(file)
+    assert sorted(masks) == [0, 1] and masks[0].q_len == 2560 and masks[0].density().max() < 0.6
+    for name, steps in seen.items():
+        layer = int(re.search(r"\d+", name)[0])
+        query, key = (torch.cat(parts)[:2560].transpose(0, 1)[None] for parts in zip(*steps, strict=True))
+        chunks = [
+            search_blocks(query[:, :, start : start + 1024], key[:, :, : start + 1024], FEW)
+            for start in range(0, 2560, 1024)
+        ]
+        assert masks[layer] == BlockMap.from_chunks(chunks)
+    told = plug_in.report()
+    assert told.requests >= 6 and 0 < min(told.density.values()) <= max(told.density.values()) < 0.9
+
+
+def test_windows_stay_with_vllm_and_a_soft_cap_goes_along(models, registered):
+    with engine(models["gemma2"]) as llm:
+        stock = ask(llm, PROMPTS)
+    registered(ALL)
+    with engine(models["gemma2"]) as llm:
+        answers = ask(llm, PROMPTS)
+    assert tokens_of(answers) == tokens_of(stock) and largest_difference(answers, stock) < 1e-4
+    assert set(counted()) == {"1"}  # layer 0 has a sliding window
+
+
+def test_layers_can_stay_dense(models, stock, registered):
+    registered(FEW, layers={0: None, 1: ALL})
+    with engine(models["llama"]) as llm:
+        answers = ask(llm, PROMPTS)
+    assert tokens_of(answers) == tokens_of(stock[:4]) and set(counted()) == {"1"}
+
+
+def run(command, environment):
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout, done.stderr
+
+
+def test_over_http_a_server_answers_as_without(models, tmp_path):
+    """The example starts both servers and asks them by the OpenAI client."""
+    options = ["--lengths", "600,2500", "--repeats", "1", "--min-keys", "256", "--min-queries", "128"]
+    config = ["--config", json.dumps(ALL.to_dict()), "--record", tmp_path / "masks.safetensors", "--"]
+    server = ["--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "1024", "--enforce-eager"]
+    command = [sys.executable, "examples/vllm_server.py", models["llama"], *options, *config, *server]
+    printed, log = run(list(map(str, command)), {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    apart = re.findall(r"16 of 16 tokens the same, their log-probabilities at most (\S+) apart", printed)
+    assert len(apart) == 2 and all(float(difference) < 1e-4 for difference in apart)
+    assert "4 prompts, 8 chunks, 6,200 tokens went through the search" in printed
+    assert "layer 1: 100.0% of the blocks kept" in printed
+    assert "flexprefill: prompts from 256 tokens on go through the search" in log
+    assert load_masks(tmp_path / "masks.safetensors")[0].kv_len == 600
