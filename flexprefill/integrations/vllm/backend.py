@@ -141,8 +141,8 @@ class SparsePrefill:
         heads = given["num_heads"], given["num_kv_heads"], given["head_size"]
         # not where the plug-in is loaded: a server's log is not set up there yet
         say_once(
-            f"flexprefill: prompts from {self._model.settings.keys_from:,} tokens on go through the search. It compiles "
-            f"now. Its reports are in {os.environ.get(FOLDER)}"
+            f"flexprefill: prompts from {self._model.settings.keys_from:,} tokens on go through the search, which "
+            f"compiles now. Its reports are in {os.environ.get(FOLDER)}"
         )
         for kind in self._model.kinds(given):
             warm_once(kind, Sizes(*heads, act_dtype, device, self._model.most_keys), type(self).gather)
