@@ -3,9 +3,9 @@
     python examples/benchmarks/vllm_time_to_first_token.py --output vllm.json
 
 A stack of Llama-3.1-8B's shape with random weights, as many layers as --layers says, in an engine of this process. Two
-engines, one after the other: stock, and with the plug-in. The second one takes each measurement twice, in turns: with the
-search, and with every batch left to vLLM's own attention. That second figure and the stock engine's are to agree. Each
-part is written to --output as soon as it is done.
+engines, one after the other: stock, and with the plug-in. The second one takes each measurement twice, in turns: with
+the search, and with every batch left to vLLM's own attention. That second figure and the stock engine's are to agree.
+Each part is written to --output as soon as it is done.
 
 The prompt is stretches of --stretch times one token, as in time_to_first_token.py: of tokens drawn one by one such a
 model keeps every block. The density is measured with the times, and they say nothing about accuracy.
