@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).with_name("results")
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, BLOCK, BYTES = 32, 32, 8, 128, 4096, 128, 2
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second into one GPU: NVLink of an H200, and 400 Gbit/s
 LONGEST_MEASURED = 262_144

@@ -196,6 +196,20 @@ def test_layers_can_stay_dense(models, stock, registered):
     assert tokens_of(answers) == tokens_of(stock[:4]) and set(counted()) == {"1"}
 
 
+def test_each_tensor_parallel_process_searches_its_heads(models, stock, registered, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two processes on one memory node
+    registered(PrefillConfig(alpha=(1e-30, 1e-30, 1e-30, 2e-30)))
+    with engine(models["llama"], tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        plug_in.record_request(tmp_path / "masks.safetensors")
+        answers = ask(llm, PROMPTS)
+        time.sleep(1)
+    assert tokens_of(answers) == tokens_of(stock[:4]) and largest_difference(answers, stock[:4]) < 1e-4
+    told = plug_in.report()
+    assert (told.requests, told.density) == (3, {0: 1.0, 1: 1.0})
+    halves = [load_masks(tmp_path / f"masks{ending}.safetensors")[0] for ending in ("", "-rank1")]
+    assert [half.shape[1] for half in halves] == [2, 2]
+
+
 def run(command, environment):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

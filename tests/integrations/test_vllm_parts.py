@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexprefill import BlockMap, FlexPrefillError, PrefillConfig, load_masks, read_mask_info, search_blocks
+from flexprefill.attention.dense import dense_attention
 from flexprefill.config import save_layers
 from flexprefill.integrations.vllm import record_request, report
-from flexprefill.integrations.vllm.attend import lengths_to_warm
+from flexprefill.integrations.vllm.attend import ServedLayer, Sizes, attend_prompt, lengths_to_warm, warm_up
 from flexprefill.integrations.vllm.figures import Figures, line_of
 from flexprefill.integrations.vllm.layers import Model, layer_number, own_heads
 from flexprefill.integrations.vllm.pages import gather_pages, gather_pages_of_cpu
@@ -277,6 +278,30 @@ def test_warming_up_meets_each_kind():
         kind = [(q, kv) for q, kv in on_gpu if (q < kv, kv % 128 > 0) == (at_offset, ragged)]
         assert len(kind) >= 2 and len({q for q, _ in kind}) >= 2 and len({kv for _, kv in kind}) >= 2
     assert max(kv for _, kv in lengths_to_warm(True, 2000)) <= 2000 and lengths_to_warm(False, 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last_full_blocks", [0, 2])
+def test_no_prompt_compiles_on_a_warm_gpu(last_full_blocks):
+    from torch._dynamo.callback import on_compile_start
+
+    config, device = PrefillConfig(alpha=1e-30, last_full_blocks=last_full_blocks), torch.device("cuda")
+    layer, sizes = ServedLayer(config, 128**-0.5), Sizes(8, 2, 128, torch.bfloat16, device, 131_072)
+    compiled = []
+    with torch.inference_mode():
+        warm_up(layer, sizes, gather_pages)
+        on_compile_start(compiled.append)
+        for q_len, kv_len in ((2048, 2048), (1500, 1500), (1100, 9000), (2048, 8192), (3000, 40_000), (8192, 65_536)):
+            key, value = torch.randn(2, 2, kv_len, 128, dtype=torch.bfloat16)
+            cache, pages = pages_of(key, value, 16, for_cpu=False)
+            query = torch.randn(q_len, 8, 128, dtype=torch.bfloat16, device=device)
+            gathered = gather_pages(cache.nan_to_num().to(device, torch.bfloat16), pages.to(device), kv_len)
+            output, kept = attend_prompt(layer, query, *gathered)
+            assert kept.density().min() == 1
+            heads_first = query[None].transpose(1, 2)
+            exact = dense_attention(heads_first, *gathered, scale=layer.scale, kernel="dense-sdpa")
+            assert (output - exact[0].transpose(0, 1)).abs().max() < 0.05
+    assert compiled == []
 
 
 def chunk(q_len, kv_len, *, row=0, heads=2, seed=0):
