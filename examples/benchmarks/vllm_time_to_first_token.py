@@ -177,8 +177,9 @@ def first_token(llm, length):
 def beside_decoding(llm):
     """A long prompt comes while others decode: its time to first token, and what the others got meanwhile."""
     inner = llm.llm_engine
+    meanwhile = 32 + 2 * settings.beside // settings.chunk  # steps, so that all decode until the long one is done
     for number in range(settings.decoding):
-        inner.add_request(f"short {number} {time.monotonic_ns()}", prompt(128, number), sampling(400))
+        inner.add_request(f"short {number} {time.monotonic_ns()}", prompt(128, number), sampling(meanwhile))
     for _ in range(8):
         inner.step()
     long_one = f"long {time.monotonic_ns()}"

@@ -277,7 +277,9 @@ def test_warming_up_meets_each_kind():
     for at_offset, ragged in itertools.product((False, True), repeat=2):
         kind = [(q, kv) for q, kv in on_gpu if (q < kv, kv % 128 > 0) == (at_offset, ragged)]
         assert len(kind) >= 2 and len({q for q, _ in kind}) >= 2 and len({kv for _, kv in kind}) >= 2
-    assert max(kv for _, kv in lengths_to_warm(True, 2000)) <= 2000 and lengths_to_warm(False, 100)
+    multiples = {(kv % 16 > 0, -(-kv // 128) % 16 > 0) for _, kv in on_gpu}
+    assert multiples == set(itertools.product((False, True), repeat=2))
+    assert max(kv for _, kv in lengths_to_warm(True, 4000)) <= 4000 and len(list(lengths_to_warm(False, 100))) == 2
 
 
 @pytest.mark.gpu

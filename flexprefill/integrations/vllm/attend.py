@@ -98,12 +98,12 @@ def lengths_to_warm(on_gpu: bool, most_keys: int) -> Iterator[tuple[int, int]]:
 
     A kind is compiled for its first lengths, and with the second ones for all. The kinds: whole or ragged tiles, for
     each of which a GPU has a kernel; at the start of a prompt or behind a cache; and on a GPU the split tail of long
-    prompts.
+    prompts. Triton compiles once more where a length or its number of blocks is a multiple of 16, and both meet both.
     """
-    lengths = [(1024, 1024), (1280, 1280), (1024, 3072), (1280, 4352)]
+    lengths = [(1024, 1024), (2048, 2048), (1024, 3072), (1280, 4352)]
     if on_gpu:
-        lengths += [(1001, 1001), (1307, 1307), (1001, 3077), (1307, 4409)]
+        lengths += [(1001, 1001), (2041, 2041), (1001, 3077), (1307, 4409)]
         tail = TAIL_SPLIT_FROM
-        lengths += [(4096, tail), (4352, tail + 4096), (4001, tail + 17), (4307, tail + 4105)]
-    # the first ones in any case: a kind may be met by shorter prompts too
-    return ((q_len, kv_len) for q_len, kv_len in lengths if kv_len <= max(most_keys, 1280))
+        lengths += [(4096, tail), (4352, tail + 4096), (4001, tail + 17), (4307, tail + 4089)]
+    # the first ones in any case: shorter prompts are of their kind
+    return ((q_len, kv_len) for q_len, kv_len in lengths if kv_len <= max(most_keys, 2048))

@@ -162,7 +162,7 @@ class SparsePrefill:
         own = super().forward  # type: ignore[misc]
         if attn_metadata is None:
             self._take_room(query)
-        planned = None if attn_metadata is None else attn_metadata.flexprefill
+        planned = getattr(attn_metadata, "flexprefill", None)  # some of vLLM's wrappers copy the fields alone
         served = None if planned is None else self._served_by(layer)
         if planned is None or served is None:
             return own(layer, query, key, value, kv_cache, attn_metadata, output, **quantized)

@@ -68,16 +68,17 @@ class RecordedPrompt:
         return cls(ticket["ticket"], ticket["path"])
 
     def note(self, served: Served, kept: BlockMap, config: PrefillConfig) -> None:
-        """Takes a layer's masks if they are of the recorded prompt. Waits for the device."""
-        layer, prompt, page = served.layer, served.prompt, int(served.pages[0])
+        """Takes a layer's masks if they are of the recorded prompt. Waits for the device if they may be."""
+        layer, prompt = served.layer, served.prompt
         with self._lock:
             before = self._maps.get(layer)
             if before is None:
                 self._first = prompt if self._first is None else self._first
                 if prompt != self._first:
                     return
-                self._maps[layer], self._configs[layer], self._pages[layer] = kept, config, page
-            elif self._ended or before.kv_len != kept.offset or self._pages[layer] != page:
+                self._maps[layer], self._configs[layer], self._pages[layer] = kept, config, int(served.pages[0])
+            # in this order: reading a page's number waits, and most chunks are of other prompts
+            elif self._ended or before.kv_len != kept.offset or self._pages[layer] != int(served.pages[0]):
                 return
             elif before.q_len % kept.block_size:
                 self._ended = True
