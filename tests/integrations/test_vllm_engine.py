@@ -20,6 +20,7 @@ if importlib.util.find_spec("vllm") is None:
 
 # one process: the tests look inside. Set before vLLM is imported
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # several processes share the machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from support.served import make_model, prompts_of
@@ -196,8 +197,7 @@ def test_layers_can_stay_dense(models, stock, registered):
     assert tokens_of(answers) == tokens_of(stock[:4]) and set(counted()) == {"1"}
 
 
-def test_each_tensor_parallel_process_searches_its_heads(models, stock, registered, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two processes on one memory node
+def test_each_tensor_parallel_process_searches_its_heads(models, stock, registered, tmp_path):
     registered(PrefillConfig(alpha=(1e-30, 1e-30, 1e-30, 2e-30)))
     with engine(models["llama"], tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         plug_in.record_request(tmp_path / "masks.safetensors")
