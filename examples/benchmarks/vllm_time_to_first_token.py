@@ -14,12 +14,14 @@ model keeps every block. The density is measured with the times, and they say no
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -68,7 +70,6 @@ record = {
     "engines": {},
     "first_token": {},
     "beside_decoding": {},
-    "memory": {},
     "failed": {},
 }
 
@@ -255,6 +256,51 @@ def left_to_vllm():
         PlanningBuilder._planned = planned
 
 
+def searching_layers(model):
+    """The attention of the layers that go through the search."""
+    parts = (getattr(module, "impl", None) for module in model.modules())
+    return [part for part in parts if getattr(part, "_served", None) is not None and part._served[1] is not None]
+
+
+@contextlib.contextmanager
+def every_block(llm):
+    """Every block is kept, by an alpha that all scores reach."""
+    (layers,) = llm.apply_model(searching_layers)
+    before = [layer._served for layer in layers]
+    for layer, (number, served) in zip(layers, before, strict=True):
+        layer._served = number, replace(served, config=replace(served.config, alpha=1e-30))
+    try:
+        yield
+    finally:
+        for layer, served in zip(layers, before, strict=True):
+            layer._served = served
+
+
+def answers(llm):
+    """16 tokens of prompts of several lengths in one batch, and the log-probabilities of the best five of each."""
+    chooser = random.Random(1)
+    counts = 5, 300, lengths[0] + 37, lengths[min(1, len(lengths) - 1)]
+    asked = [{"prompt_token_ids": [chooser.randrange(2, settings.vocabulary) for _ in range(n)]} for n in counts]
+    wanted = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=5)
+    found = [request.outputs[0] for request in llm.generate(asked, wanted, use_tqdm=False)]
+    return [
+        (list(of.token_ids), [{token: log.logprob for token, log in best.items()} for best in of.logprobs])
+        for of in found
+    ]
+
+
+def agreement(ours, stock):
+    """How many tokens are the same before the first other one, and how far log-probabilities up to there are apart."""
+    told = []
+    for (tokens, logs), (others, other_logs) in zip(ours, stock, strict=True):
+        pairs = zip(tokens, others, strict=True)
+        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        steps = list(zip(logs, other_logs, strict=True))[: same + 1]
+        apart = [abs(one[token] - other[token]) for one, other in steps for token in one.keys() & other.keys()]
+        told.append({"tokens": len(tokens), "same": same, "largest": max(apart), "mean": statistics.mean(apart)})
+    return told
+
+
 def density_of(sums_before):
     """The kept share of each layer's blocks since then."""
     now = figures(0).to_dict()
@@ -289,6 +335,13 @@ with part("engine with the plug-in"):
             record["first_token"][str(length)]["first_request_ms"] = took  # would show what was not warmed up
             kept = f"{statistics.mean(density.values()):.1%} kept" if density else "dense"
             print(f"{length:>8,} tokens: {kept}, first request {took:.0f} ms", flush=True)
+    with part("agreement with every block kept"):
+        with left_to_vllm():
+            of_vllm, again = answers(llm), answers(llm)
+        with every_block(llm):
+            ours = answers(llm)
+        record["agreement"] = {"plug-in": agreement(ours, of_vllm), "vLLM with itself": agreement(again, of_vllm)}
+        print(json.dumps(record["agreement"]), flush=True)
     measure("plug-in", llm, {"plug-in, left to vLLM": left_to_vllm, "plug-in": contextlib.nullcontext})
 for length, found in record["first_token"].items():
     if "plug-in" in found and "stock" in found:
