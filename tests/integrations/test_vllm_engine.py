@@ -197,6 +197,13 @@ def test_layers_can_stay_dense(models, stock, registered):
     assert tokens_of(answers) == tokens_of(stock[:4]) and set(counted()) == {"1"}
 
 
+def test_a_cache_that_is_packed_otherwise_stays_with_vllm(models, registered):
+    registered(FEW)
+    with engine(models["llama"], dtype="bfloat16") as llm:
+        assert len(ask(llm, PROMPTS[1:2])[0][0]) == 8
+    assert counted() == {}
+
+
 def test_each_tensor_parallel_process_searches_its_heads(models, stock, registered, tmp_path):
     registered(PrefillConfig(alpha=(1e-30, 1e-30, 1e-30, 2e-30)))
     with engine(models["llama"], tensor_parallel_size=2, distributed_executor_backend="mp") as llm:

@@ -27,7 +27,7 @@ class ServedLayer:
     Attributes:
         config: Which blocks it keeps.
         scale: Factor on the dot products.
-        variant: A soft cap and sinks, if the layer has them.
+        variant: A soft cap, if the layer has one.
     """
 
     config: PrefillConfig

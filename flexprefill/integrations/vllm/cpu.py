@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -22,8 +23,9 @@ class FlexPrefillCPUImpl(SparsePrefill, CPUAttentionBackendImpl):
     """vLLM's CPU attention for all but long prompts."""
 
     def against_cache(self, layer: Any) -> str | None:
-        # the others pack a page's keys for their own instructions
-        return None if layer.isa == "vec" else f"the CPU's cache is packed for {layer.isa}; float32 has it plain"
+        if layer.isa == "vec" and layer.kv_cache.dtype == torch.float32:
+            return None
+        return f"the CPU's cache is packed for {layer.isa} and {layer.kv_cache.dtype}: --dtype float32 has it plain"
 
     gather = staticmethod(gather_pages_of_cpu)
 

@@ -42,11 +42,9 @@ class Model:
         config = self.settings.of_layer(index, self.published)
         if config is None:
             return None
-        sinks = arguments.get("sinks")
         soft_cap = arguments.get("logits_soft_cap") or None  # 0 is none too
-        variant = AttentionVariant(soft_cap=soft_cap, sinks=None if sinks is None else sinks.detach())
         own = own_heads(config, arguments["num_heads"], self.rank)
-        return ServedLayer(own, float(arguments["scale"]), variant)
+        return ServedLayer(own, float(arguments["scale"]), AttentionVariant(soft_cap=soft_cap))
 
     def kinds(self, arguments: Mapping[str, Any]) -> set[ServedLayer]:
         """Layers that together need all that has to be compiled. Settings that differ in their alphas need the same."""

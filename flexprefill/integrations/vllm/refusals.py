@@ -20,8 +20,9 @@ def against_layer(arguments: Mapping[str, Any]) -> str | None:
         return f"attention of the type {kind} is not causal attention over a cache"
     if arguments.get("sliding_window") is not None:
         return "a sliding window leaves little to search"
-    if arguments.get("alibi_slopes") is not None:
-        return "ALiBi has not been tried here"
+    for name, said in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
+        if arguments.get(name) is not None:
+            return f"{said} have not been tried here"
     if arguments.get("kv_sharing_target_layer_name") is not None:
         return "a layer that shares another one's cache has not been tried here"
     if (dtype := str(arguments.get("kv_cache_dtype", "auto"))) not in CACHE_DTYPES:
