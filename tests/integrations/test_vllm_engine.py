@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,78 @@ def test_each_tensor_parallel_process_searches_its_heads(models, stock, register
     assert (told.requests, told.density) == (3, {0: 1.0, 1: 1.0})
     halves = [load_masks(tmp_path / f"masks{ending}.safetensors")[0] for ending in ("", "-rank1")]
     assert [half.shape[1] for half in halves] == [2, 2]
+
+
+def paged_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, causal, block_table, **others):
+    """FlashAttention's function over pages [pages, page, Hkv, D], in plain PyTorch."""
+    assert causal is True and others["scheduler_metadata"] is None and cu_seqlens_q[-1] == len(q)
+    for row, length in enumerate(seqused_k.tolist()):
+        queries = q[cu_seqlens_q[row] : cu_seqlens_q[row + 1]]
+        group = q.shape[1] // k.shape[2]
+        keys, values = (
+            pages[block_table[row].long()].flatten(0, 1)[:length].repeat_interleave(group, 1) for pages in (k, v)
+        )
+        visible = torch.arange(length) <= torch.arange(length - len(queries), length)[:, None]
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[cu_seqlens_q[row] : cu_seqlens_q[row + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def test_the_backend_for_cuda_takes_a_batch_apart(models, registered, monkeypatch):
+    """Its builder and its attention on the CPU, with plain PyTorch in the place of FlashAttention's kernel."""
+    import copy
+
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from flexprefill.integrations.vllm.flash_attention import FlexPrefillBuilder, FlexPrefillImpl
+
+    registered(ALL)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", paged_attention, raising=False)
+    heads, kv_heads, dim, page = 4, 2, 64, 16
+    sizes = [(1, 40), (1, 700), (300, 300), (50, 50), (200, 900), (1, 33)]  # tokens in the batch, and so far
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randperm(len(sizes) * 64, generator=generator).view(len(sizes), 64).to(torch.int32)
+    cache = torch.randn(tables.numel(), page, kv_heads, 2 * dim, generator=generator).transpose(1, 2)  # tokens first
+    starts = torch.tensor([0] + [q_len for q_len, _ in sizes]).cumsum(0).to(torch.int32)
+    lengths, tokens = torch.tensor([length for _, length in sizes], dtype=torch.int32), int(starts[-1])
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=len(sizes),
+        num_actual_tokens=tokens,
+        max_query_len=300,
+        max_seq_len=900,
+        block_table_tensor=tables,
+        slot_mapping=torch.arange(tokens),
+    )
+    name = "model.layers.0.self_attn.attn"
+    layer = SimpleNamespace(layer_name=name, **dict.fromkeys(("_q_scale", "_k_scale", "_v_scale"), torch.tensor(1.0)))
+    with engine(models["llama"]) as llm, set_current_vllm_config(llm.llm_engine.vllm_config):
+        impl = FlexPrefillImpl(heads, dim, dim**-0.5, kv_heads, None, None, "auto")
+        impl.vllm_flash_attn_version = 3
+        spec = FullAttentionSpec(block_size=page, num_kv_heads=kv_heads, head_size=dim, dtype=torch.float32)
+        builder = FlexPrefillBuilder(spec, [name], llm.llm_engine.vllm_config, torch.device("cpu"))
+    planned = builder.build(common_prefix_len=0, common_attn_metadata=common)
+    assert [prompt.row for prompt in planned.flexprefill.plan.prompts] == [2, 4]
+    moved = builder.update_block_table(planned, tables.flip(0).contiguous(), torch.arange(tokens))
+    query, new = torch.randn(tokens, heads, dim), torch.randn(tokens, kv_heads, dim)
+    for metadata in (planned, moved):
+        whole = copy.copy(metadata)
+        whole.flexprefill = None
+        ours, wanted = (
+            impl.forward(layer, query, new, new, cache, of, torch.full_like(query, torch.nan))
+            for of in (metadata, whole)
+        )
+        assert (ours - wanted).abs().max() < 1e-5
+    assert counted()["0"]["chunks"] == 4
+    assert builder.build_for_cudagraph_capture(common).flexprefill is None
+    assert builder.build(0, common, fast_build=True).flexprefill is None
+    assert builder.build(256, common).flexprefill is None  # cascade attention
 
 
 def run(command, environment):
