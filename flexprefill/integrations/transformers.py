@@ -30,6 +30,8 @@ from flexprefill.integrations.layer import Layer, attend_layer
 from flexprefill.integrations.model_classes import check_model
 from flexprefill.integrations.prompt_mask import PromptMask
 from flexprefill.integrations.prompts import Prompts, attend_each
+from flexprefill.integrations.published import PUBLISHED as PUBLISHED
+from flexprefill.integrations.published import published_for
 from flexprefill.integrations.transformers_internals import (
     PAGED,
     RESERVED,
@@ -47,15 +49,6 @@ from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.inputs import resolve_scale
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import AttentionVariant
-
-# by model_type: the setting published for a model of that type
-PUBLISHED = {
-    "llama": PrefillConfig.published("Llama-3.1-8B"),
-    "qwen2": PrefillConfig.published("Qwen2.5-7B"),
-    "qwen3_moe": PrefillConfig.published("Qwen3-30B-A3B"),
-    "qwen2_5_vl_text": PrefillConfig.published("Qwen2.5-VL"),
-    "qwen3_vl_text": PrefillConfig.published("Qwen3-VL"),
-}
 
 _registered: set[str] = set()
 
@@ -345,7 +338,7 @@ def _setting_of(
     count = getattr(model, "num_hidden_layers", None)
     if layers and isinstance(count, int) and not model.is_encoder_decoder and max(layers) >= count:
         raise ValueError(f"layers must be below {count}, the model's number of layers, got {max(layers)}")
-    return layers[index] if index in layers else config or PUBLISHED.get(_model_type(module), PrefillConfig())
+    return layers[index] if index in layers else config or published_for(_model_type(module))
 
 
 def _model_type(module: nn.Module) -> str:

@@ -37,6 +37,7 @@ def test_every_example_is_tested():
         "capture_demo_heads.py",  # its model is a download: tests/cli/test_demo.py looks at what it made
         "record_and_inspect.py",
         "train_needle_model.py",
+        "vllm_server.py",  # tests/integrations/test_vllm_engine.py runs it, where vLLM is
     }
 
 
