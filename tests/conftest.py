@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def the_same_random_numbers():
+    """Every test draws the same numbers each time, from torch's own generator too."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def nothing_silent(request):
     """Every test fails where FlexAttention runs eagerly, unless it is marked for that, or gets other lists."""
     from support.watch import eager_flex_raises, lists_are_contiguous

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
 from flexprefill.bench.timing import WARM_UPS, make_watch
@@ -57,6 +58,7 @@ def measure(length):
         return prefill_attention(query, key, value, RECOMMENDED, block_map=maps[density])
 
     calls = {
+        "dense attention": lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
         "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
         "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
     }

@@ -26,6 +26,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 640, 640
 LEFT, RIGHT, TOP, BOTTOM, GAP, ROW_GAP = 170, 60, 150, 260, 110, 190
 LOOKS = {  # of methods by name: colour and marker
     "flashprefill": (KEPT, "o"),
+    "two-sided": ("#c2185b", "h"),
     "mean-correction": ("#1b9e77", "s"),
     "guard": ("#a6761d", "P"),
     "exact": ("#2b2b2b", "^"),

@@ -1,28 +1,25 @@
 """The outliers' kernel for Hopper: it does what outliers.outliers_kernel does, for the most common shape.
 
-It is written in Gluon, like hopper.py. The tensor memory accelerator refills the one buffer while a tile is looked at.
-A block is wanted or not, so warps exchange bits and no numbers, and that only once in STEPS tiles.
+It is written in Gluon, like hopper.py. A tile is a query block of one head. It goes in steps: over the rows' own keys,
+then over the outliers. The tensor memory accelerator refills the one buffer while a step's products are looked at, and
+loads the next tile's queries during the last step. A block is wanted or not, so warps exchange bits and no numbers, and
+that only once in STEPS steps.
 """
 
 from __future__ import annotations
 
-import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.devices import is_hopper
 from flexprefill.runtime.state import remembered
-from flexprefill.search.kernels.launch import GLUON_VERSIONS, SMALLEST_SCALE
-from flexprefill.search.rule import Rule
 from flexprefill.search.two_sided import OUTLIER_GROUP
 
 BLOCK = gl.constexpr(128)
-GROUP_BLOCKS = gl.constexpr(OUTLIER_GROUP)  # a tile holds the outliers of so many key blocks
-STEPS = gl.constexpr(32)  # tiles whose words are written together: one for each lane
+GROUP_BLOCKS = gl.constexpr(OUTLIER_GROUP)  # a step looks at the outliers of so many key blocks
+STEPS = gl.constexpr(32)  # steps whose words are written together: one for each lane
 LARGE = gl.constexpr(1e38)  # more than any log2 weight
 REGISTERS = 128  # a cap for each thread
 
@@ -30,33 +27,13 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before 
 
 
 def warps(outliers: Tensor) -> int:
-    """Warps of a program. Each thread has 64 products of a tile."""
+    """Warps of a program. Each thread has 64 products of a step."""
     return 4 * outliers.shape[3]
 
 
-def takes(query: Tensor, key: Tensor, outliers: Tensor, rule: Rule) -> bool:
-    """Whether outliers_kernel can do this search: the common case, on a Hopper GPU."""
-    return (
-        query.is_cuda
-        and is_hopper(query.device)
-        and triton.__version__.startswith(GLUON_VERSIONS)
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.dtype == key.dtype == outliers.dtype
-        and query.shape[3] in (64, 128)
-        and _aligned(query)
-        and _aligned(key)
-        and outliers.is_contiguous()
-        and outliers.data_ptr() % 16 == 0
-        and outliers.shape[3] in (1, 2)
-        and rule.block_size == BLOCK.value
-        and rule.scale >= SMALLEST_SCALE
-    )
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read [B, H, S, D]."""
-    strides = tensor.stride()
-    return tensor.data_ptr() % 16 == 0 and strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3])
+def programs(outliers: Tensor) -> int:
+    """Programs that share a multiprocessor."""
+    return 4 // outliers.shape[3]
 
 
 @remembered("blocks of a head dimension, as the tensor memory accelerator copies outliers", most=16)
@@ -105,25 +82,27 @@ def _copy_keys(kv_head, kv_heads, at, key, k_smem, ready):
 
 @gluon.jit
 def _start(tile, sizes, query, key, q_smem, k_smem, ready):
-    """Starts to copy a tile's queries and the first of their own keys. Both buffers must be free."""
+    """Starts to copy a tile's queries and the first of their own keys. Their barrier must expect them."""
+    TILE: gl.constexpr = k_smem.shape[0]
     tiles, q_len, kv_len, rows, HEADS, GROUP = sizes
-    I, batch_head, kv_head, first_own, _, _, _ = _task(
-        tile, tiles, q_len, kv_len, rows, HEADS, GROUP, k_smem.shape[0]
-    )
-    mbarrier.expect(ready, query.block_type.nbytes + key.block_type.nbytes)
+    I, batch_head, kv_head, first_own, _, _, _ = _task(tile, tiles, q_len, kv_len, rows, HEADS, GROUP, TILE)
     tma.async_copy_global_to_shared(query, [batch_head // HEADS, batch_head % HEADS, I * BLOCK, 0], ready, q_smem)
     _copy_keys(kv_head, HEADS // GROUP, first_own * BLOCK, key, k_smem, ready)
 
 
 @gluon.jit
-def _multiply(step, q_smem, k_smem, ready, ACC: gl.constexpr):
+def _multiply(step, more, another, query, key, q_smem, k_smem, ready, ACC: gl.constexpr):
     """Waits for the keys of the program's step and multiplies the queries with them: [rows, keys].
 
-    Their buffer is then free.
+    Their buffer is then free. more says that the tile has more steps, and another that another tile follows.
     """
+    TILE: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     mbarrier.wait(ready, step & 1)
-    zeros = gl.zeros([BLOCK, k_smem.shape[0]], gl.float32, ACC)
+    # what comes next is expected here, because that saves a barrier
+    mbarrier.expect(ready, key.block_type.nbytes, pred=more)
+    mbarrier.expect(ready, query.block_type.nbytes + key.block_type.nbytes, pred=(more == 0) & another)
+    zeros = gl.zeros([BLOCK, TILE], gl.float32, ACC)
     products = warpgroup_mma(q_smem.reshape([BLOCK, D]), k_smem.permute((1, 0)), zeros, use_acc=False)
     # every warp has read the buffer
     _barrier()
@@ -132,10 +111,13 @@ def _multiply(step, q_smem, k_smem, ready, ACC: gl.constexpr):
 
 @gluon.jit
 def _copy_outliers(t, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready):
-    """Starts to copy the outliers of step t, or what the next tile starts with if there are no more."""
+    """Starts to copy the outliers of step t, or what the next tile starts with if there are no more.
+
+    The barrier must expect it.
+    """
+    TILE: gl.constexpr = k_smem.shape[0]
     if t < far_steps:
-        mbarrier.expect(ready, outliers.block_type.nbytes)
-        place = [kv_head, t * k_smem.shape[0], 0]
+        place = [kv_head, t * TILE, 0]
         tma.async_copy_global_to_shared(outliers, place, ready, k_smem.reshape(outliers.block_type.shape))
     elif next_tile < sizes[0]:
         _start(next_tile, sizes, query, key, q_smem, k_smem, ready)
@@ -202,13 +184,13 @@ def _add(near, far):
 
 @gluon.jit
 def _wanted(products, limit, qk_scale, COUNT: gl.constexpr, WORDS: gl.constexpr):
-    """The words of a tile, as each warp's rows want them: int32 [warps, 2].
+    """The words of a step, as each warp's rows want them: int32 [warps, 2].
 
     Rows and outliers are split as the product's layout has them, so that all is in one thread but the last step.
     """
     WARPS: gl.constexpr = 4 * COUNT
     excess = gl.fma(products, qk_scale, gl.full_like(products, 0.0) - limit[:, None])
-    # only the sign matters, so rows are joined in integers; a NaN has none, so it is not below the limit
+    # only the sign matters, so rows are joined as integers; a NaN's is plus here, so it is not below the limit
     below = excess.to(gl.int32, bitcast=True)
     # [repeats, warps, halves, lanes / 4, outliers] over repeats and halves
     below = gl.reshape(below, [2 // COUNT, WARPS, 2, 8, 64 * COUNT])
@@ -295,6 +277,7 @@ def outliers_kernel(
     ahead = 2 * (gl.num_programs(0) - tile) - 1
     step = 0
     if tile < tiles:
+        mbarrier.expect(ready, query.block_type.nbytes + key.block_type.nbytes)
         _start(tile, sizes, query, key, q_smem, k_smem, ready)
     while tile < tiles:
         I, batch_head, kv_head, first_own, visible, near_steps, far_steps = _task(
@@ -307,14 +290,12 @@ def outliers_kernel(
         total = gl.zeros([BLOCK], gl.float32, OF_ROWS)
         for s in range(0, near_steps):
             at = first_own * BLOCK + s * TILE
-            products = _multiply(step + s, q_smem, k_smem, ready, ACC)
+            more = (s + 1 < near_steps) | (far_steps > 0)
+            products = _multiply(step + s, more, next_tile < tiles, query, key, q_smem, k_smem, ready, ACC)
             if s + 1 < near_steps:
-                mbarrier.expect(ready, key.block_type.nbytes)
                 _copy_keys(kv_head, HEADS // GROUP, at + TILE, key, k_smem, ready)
             else:
-                _copy_outliers(
-                    0, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready
-                )
+                _copy_outliers(0, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready)
             best, total = _weigh(products, at, position, visible - 1 > first_own, best, total, qk_scale, ACC)
         step += near_steps
         # a key must reach log2_share more than what the row sees in all, so both sides are raised by that
@@ -327,10 +308,9 @@ def outliers_kernel(
         for w0 in range(0, width, 2 * STEPS):
             wanted = gl.zeros([WARPS, 2, STEPS], gl.int32, WORDS)
             for t in range(w0 // 2, gl.minimum(w0 // 2 + STEPS, far_steps)):
-                products = _multiply(step + t, q_smem, k_smem, ready, ACC)
-                _copy_outliers(
-                    t + 1, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready
-                )
+                more = t + 1 < far_steps
+                products = _multiply(step + t, more, next_tile < tiles, query, key, q_smem, k_smem, ready, ACC)
+                _copy_outliers(t + 1, far_steps, kv_head, next_tile, sizes, query, key, outliers, q_smem, k_smem, ready)
                 if (t + 1) * GROUP_BLOCKS > first_own:
                     products = _hide(products, t, position, COUNT, ACC)
                 largest = gl.maximum(largest, gl.max(products, 1))

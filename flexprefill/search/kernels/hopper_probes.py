@@ -257,7 +257,7 @@ def probes_kernel(
     program = gl.program_id(0)
     scratch = scratch_ptr + program.to(gl.int64) * scratch_stride
     offset = kv_len - q_len
-    factor = gl.abs(qk_scale)
+    factor = qk_scale
     kv_heads = HEADS // GROUP
     groups = (end - first + NUMBER - 1) // NUMBER
     sets = tiles // groups
@@ -281,8 +281,6 @@ def probes_kernel(
         of_rows = query_ptr + (heads // HEADS).to(gl.int64) * query_b + (heads % HEADS).to(gl.int64) * query_h
         of_rows += row.to(gl.int64) * query_s
         q = gl.load(of_rows[:, None] + d[None, :] * query_d)
-        if qk_scale < 0:
-            q = -q
         q_smem.store(q)
         fence_async_shared()
         _barrier()

@@ -16,6 +16,40 @@ def always_bits(J, I, visible, rows, sink_blocks, window_blocks, last_full_block
     return (J < visible) & ((J < sink_blocks) | (J >= visible - window_blocks) | full)
 
 
+@triton.jit
+def products(
+    q, query_rows, query_d, key_rows, key_d, seen,
+    D: tl.constexpr, D_PAD: tl.constexpr, D_STEP: tl.constexpr,
+):  # fmt: skip
+    """Queries [R] times keys [K], by pointers to their rows: float32 [R, K]. q is what load_rows gave of the queries.
+
+    Keys that are not seen count as zeros.
+    """
+    d = tl.arange(0, D_STEP)
+    if D_STEP == D_PAD:
+        k = tl.load(key_rows[None, :] + d[:, None] * key_d, mask=seen[None, :] & (d < D)[:, None], other=0.0)
+        x = tl.dot(q, k)
+    else:
+        # float32 takes much shared memory: its products are made of three of shorter numbers
+        x = tl.zeros([query_rows.shape[0], key_rows.shape[0]], tl.float32)
+        for d0 in tl.range(0, D_PAD, D_STEP, num_stages=1):
+            inside = d0 + d < D
+            part = tl.load(query_rows[:, None] + (d0 + d)[None, :] * query_d, mask=inside[None, :], other=0.0)
+            k = tl.load(key_rows[None, :] + (d0 + d)[:, None] * key_d, mask=seen[None, :] & inside[:, None], other=0.0)
+            x = tl.dot(part, k, x, input_precision="tf32x3")
+    return x
+
+
+@triton.jit
+def load_rows(query_rows, query_d, D: tl.constexpr, D_PAD: tl.constexpr, D_STEP: tl.constexpr):
+    """Queries by pointers to their rows, if `products` wants them at once."""
+    q = 0.0
+    if D_STEP == D_PAD:
+        d = tl.arange(0, D_PAD)
+        q = tl.load(query_rows[:, None] + d[None, :] * query_d, mask=(d < D)[None, :], other=0.0)
+    return q
+
+
 NOT_SPECIALIZED = [
     "q_len", "kv_len", "rows", "columns", "width", "tiles", "sink_blocks", "window_blocks", "last_full_blocks",
 ]  # fmt: skip
@@ -26,7 +60,7 @@ def outliers_kernel(
     query_ptr, key_ptr, outliers_ptr, words_ptr, query_b, query_h, query_s, query_d, key_b, key_h, key_s, key_d,
     q_len, kv_len, rows, columns, width, tiles, HEADS, GROUP, qk_scale, log2_share, sink_blocks, window_blocks,
     last_full_blocks, COUNT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    FOUND: tl.constexpr, STAGES: tl.constexpr,
+    D_STEP: tl.constexpr, FOUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A grid over (query block, head), the last query blocks first. See two_sided.blocks_of_outliers.
 
@@ -43,10 +77,8 @@ def outliers_kernel(
     row = I * BLOCK + r
     position = offset + tl.minimum(row, q_len - 1)  # rows behind the end repeat the last one
     own = position // BLOCK
-    d = tl.arange(0, D_PAD)
-    inside = d < D
     query_rows = query_ptr + batch * query_b + head * query_h + tl.minimum(row, q_len - 1).to(tl.int64) * query_s
-    q = tl.load(query_rows[:, None] + d[None, :] * query_d, mask=inside[None, :], other=0.0)
+    q = load_rows(query_rows, query_d, D, D_PAD, D_STEP)
     keys = key_ptr + batch * key_b + (head // GROUP) * key_h
     # the row's own key block, exact; a chunk's query block can lie in two
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -56,11 +88,8 @@ def outliers_kernel(
     STEP: tl.constexpr = min(BLOCK, 64)  # a whole block of products would take too many registers
     for start in tl.range(first_own * BLOCK, visible * BLOCK, STEP, num_stages=1):
         at = start + tl.arange(0, STEP)
-        k = tl.load(
-            keys + tl.minimum(at, kv_len - 1).to(tl.int64)[None, :] * key_s + d[:, None] * key_d,
-            mask=inside[:, None], other=0.0,
-        )  # fmt: skip
-        x = tl.dot(q, k, input_precision="tf32x3") * qk_scale
+        of_keys = keys + tl.minimum(at, kv_len - 1).to(tl.int64) * key_s
+        x = products(q, query_rows, query_d, of_keys, key_d, at < kv_len, D, D_PAD, D_STEP) * qk_scale
         x = tl.where((at[None, :] <= position[:, None]) & (own[:, None] == start // BLOCK), x, float("-inf"))
         top = tl.maximum(best, tl.max(x, 1))
         shift = tl.where(top == float("-inf"), 0.0, top)
@@ -74,10 +103,9 @@ def outliers_kernel(
     lane = tl.arange(0, 32)
     w = tl.arange(0, GROUP_WORDS)
     for t in tl.range(0, visible - 1, GROUP_BLOCKS, num_stages=STAGES):
-        of_tile = outliers + (t * COUNT + e)[None, :] * D + d[:, None]
         block = t + e // COUNT
-        k = tl.load(of_tile, mask=inside[:, None] & (block < columns)[None, :], other=0.0)
-        x = tl.dot(q, k, input_precision="tf32x3") * qk_scale
+        of_tile = outliers + (t * COUNT + e) * D
+        x = products(q, query_rows, query_d, of_tile, 1, block < columns, D, D_PAD, D_STEP) * qk_scale
         if t + GROUP_BLOCKS > first_own:
             x = tl.where(block[None, :] < own[:, None], x, float("-inf"))
         far = tl.maximum(far, tl.max(x, 1))

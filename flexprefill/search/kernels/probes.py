@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexprefill.search.kernels.outliers import always_bits
+from flexprefill.search.kernels.outliers import always_bits, load_rows, products
 
 NEIGHBOUR_SHARE = tl.constexpr(0.4)  # two_sided.NEIGHBOUR_SHARE
 
@@ -20,7 +20,7 @@ def probes_kernel(
     key_s, key_d, scratch_stride, q_len, kv_len, rows, width, first, end, tiles, HEADS, qk_scale, probe_share,
     sink_blocks, window_blocks, last_full_blocks, FAR: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr,
     NUMBER: tl.constexpr, PROBES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    FOUND: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
+    D_STEP: tl.constexpr, FOUND: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A persistent grid over (NUMBER query blocks of first … end, MEMBERS query heads of a key head).
 
@@ -35,12 +35,9 @@ def probes_kernel(
     program = tl.program_id(0)
     scratch = scratch_ptr + program.to(tl.int64) * scratch_stride
     offset = kv_len - q_len
-    factor = tl.abs(qk_scale)
     r = tl.arange(0, ROWS)
     member_in_set = r // (NUMBER * PROBES)
     i = r % PROBES
-    d = tl.arange(0, D_PAD)
-    inside = d < D
     c = tl.arange(0, BLOCK)
     lane = tl.arange(0, 32)
     n = tl.arange(0, NUMBER)
@@ -63,29 +60,25 @@ def probes_kernel(
         row = I * BLOCK + row
         position = offset + row
         query_rows = query_ptr + batch * query_b + head * query_h + row.to(tl.int64) * query_s
-        q = tl.load(query_rows[:, None] + d[None, :] * query_d, mask=inside[None, :], other=0.0)
-        if qk_scale < 0:
-            q = -q
+        q = load_rows(query_rows, query_d, D, D_PAD, D_STEP)
         keys = key_ptr + batch * key_b + (kv_head % (HEADS // GROUP)) * key_h
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         seen = tl.max(position, 0) // BLOCK + 1
         whole = tl.minimum((tl.min(position, 0) + 1) // BLOCK, seen)
-        k_ptrs = keys + c.to(tl.int64)[None, :] * key_s + d[:, None] * key_d
+        of_keys = keys + c.to(tl.int64) * key_s
         for J in tl.range(0, whole, num_stages=STAGES):
-            k = tl.load(k_ptrs, mask=inside[:, None], other=0.0)
-            k_ptrs += BLOCK * key_s
-            x = tl.dot(q, k, input_precision="tf32x3")
-            top = tl.maximum(best, tl.max(x, 1) * factor)
-            mass = tl.sum(tl.exp2(x * factor - top[:, None]), 1)
+            x = products(q, query_rows, query_d, of_keys, key_d, c >= 0, D, D_PAD, D_STEP)
+            of_keys += BLOCK * key_s
+            top = tl.maximum(best, tl.max(x, 1) * qk_scale)
+            mass = tl.sum(tl.exp2(x * qk_scale - top[:, None]), 1)
             total = total * tl.exp2(best - top) + mass
             best = top
             tl.store(scratch + J * ROWS + r, top + tl.log2(mass))
         for J in tl.range(whole, seen, num_stages=1):
             at = J * BLOCK + c
-            k = tl.load(k_ptrs, mask=inside[:, None] & (at[None, :] < kv_len), other=0.0)
-            k_ptrs += BLOCK * key_s
-            x = tl.dot(q, k, input_precision="tf32x3") * factor
+            x = products(q, query_rows, query_d, of_keys, key_d, at < kv_len, D, D_PAD, D_STEP) * qk_scale
+            of_keys += BLOCK * key_s
             x = tl.where(at[None, :] <= position[:, None], x, float("-inf"))
             top = tl.maximum(best, tl.max(x, 1))
             shift = tl.where(top == float("-inf"), 0.0, top)

@@ -15,7 +15,7 @@ from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.devices import is_hopper, multiprocessors
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.search.kernels.farthest import farthest
-from flexprefill.search.kernels.launch import GLUON_VERSIONS
+from flexprefill.search.kernels.launch import GLUON_VERSIONS, SMALLEST_SCALE
 from flexprefill.search.kernels.outliers import outliers_kernel
 from flexprefill.search.kernels.probes import probes_kernel
 from flexprefill.search.rule import Rule
@@ -26,6 +26,7 @@ TILE_ROWS = 128  # probed rows of a tile
 PROGRAMS = 2  # of the probes' kernel, a multiprocessor
 PROBE_WARPS, PROBE_STAGES, OUTLIER_WARPS, OUTLIER_STAGES = 8, 2, 4, 2
 OUTLIER_REGISTERS = 168
+D_STEP = 32  # of the head dimension, a product, where all of it takes too much shared memory
 
 
 def keep_more(
@@ -36,6 +37,9 @@ def keep_more(
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, key = query.float(), key.float()
         outliers = None if outliers is None else outliers.float()
+    if rule.scale < 0:
+        # the kernels take a factor out of maxima
+        query, rule = -query, rule._replace(scale=-rule.scale)
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     geometry = Geometry(q_len, kv_len, rule.block_size)
     width = ceil_div(geometry.columns, WORD_BITS)
@@ -44,24 +48,40 @@ def keep_more(
         with room_for("the search", 4 * batch * heads * geometry.rows * width, query.device, IN_CHUNKS):
             words = torch.empty(batch, heads, geometry.rows, width, dtype=torch.int32, device=query.device)
     shared = {
-        "query_ptr": query, "words_ptr": words, "q_len": q_len, "kv_len": kv_len, "rows": geometry.rows,
-        "width": width, "HEADS": heads, "GROUP": heads // key.shape[1], "qk_scale": rule.scale * LOG2_E,
-        "sink_blocks": rule.sink_blocks, "window_blocks": rule.window_blocks,
-        "last_full_blocks": rule.last_full_blocks, "D": query.shape[3], **_strides("query", query),
+        "words_ptr": words, "q_len": q_len, "kv_len": kv_len, "rows": geometry.rows, "width": width, "HEADS": heads,
+        "GROUP": heads // key.shape[1], "qk_scale": rule.scale * LOG2_E, "sink_blocks": rule.sink_blocks,
+        "window_blocks": rule.window_blocks, "last_full_blocks": rule.last_full_blocks, "D": query.shape[3],
     }  # fmt: skip
     if outliers is not None:
-        tiles = batch * heads * geometry.rows
-        outliers_kernel[(tiles,)](
-            outliers_ptr=outliers, columns=geometry.columns, tiles=tiles, log2_share=math.log2(rule.outlier_share),
-            COUNT=outliers.shape[3], FOUND=found, STAGES=OUTLIER_STAGES, num_warps=OUTLIER_WARPS,
-            maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **shared, **_portable(key, rule),
-        )  # fmt: skip
+        _look_at(outliers, query, key, found, rule, shared)
         found = True
     if not rule.probe_rows:
         return words, None
     held = torch.empty(batch, heads, geometry.rows, dtype=torch.float32, device=query.device) if measured else None
     _probe(query, key, words, held, found, rule, shared)
     return words, held
+
+
+def _look_at(outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Rule, shared: dict[str, Any]) -> None:
+    """Launches the outliers' kernel."""
+    tiles = shared["rows"] * query.shape[0] * query.shape[1]
+    log2_share = math.log2(rule.outlier_share)
+    arguments = {"tiles": tiles, "log2_share": log2_share, "COUNT": outliers.shape[3], "FOUND": found, **shared}
+    if hopper_takes_outliers(query, key, rule):
+        from flexprefill.search.kernels import hopper_outliers  # imports triton's Gluon
+
+        query_blocks, keys, vectors = hopper_outliers.describe(query, key, outliers)
+        programs = min(tiles, hopper_outliers.programs(outliers) * multiprocessors(query.device))
+        hopper_outliers.outliers_kernel[(programs,)](
+            query=query_blocks, key=keys, outliers=vectors, num_warps=hopper_outliers.warps(outliers),
+            maxnreg=hopper_outliers.REGISTERS, **arguments,
+        )  # fmt: skip
+        return
+    outliers_kernel[(tiles,)](
+        outliers_ptr=outliers, columns=outliers.shape[2], STAGES=OUTLIER_STAGES, num_warps=OUTLIER_WARPS,
+        maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **arguments,
+        **_pointers("query", query), **_pointers("key", key), **_sizes(key, rule),
+    )  # fmt: skip
 
 
 def _probe(
@@ -90,7 +110,7 @@ def _probe(
             "far_ptr": far, "held_ptr": words if held is None else held, "scratch_ptr": scratch,
             "scratch_stride": stride, "first": first, "end": end, "tiles": tiles, "probe_share": rule.probe_share,
             "FAR": far_count, "MEMBERS": members, "NUMBER": number, "PROBES": probes, "FOUND": found,
-            "HELD": held is not None, **shared,
+            "HELD": held is not None, **_pointers("query", query), **shared,
         }  # fmt: skip
         if on_hopper:
             from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
@@ -102,7 +122,14 @@ def _probe(
                 **arguments,
             )
         else:
-            probes_kernel[(programs,)](STAGES=PROBE_STAGES, num_warps=PROBE_WARPS, **arguments, **_portable(key, rule))
+            probes_kernel[(programs,)](
+                STAGES=PROBE_STAGES, num_warps=PROBE_WARPS, **arguments, **_pointers("key", key), **_sizes(key, rule)
+            )
+
+
+def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
+    """Whether hopper_outliers.outliers_kernel can do this search: the common case, on a Hopper GPU."""
+    return _on_hopper(query) and _on_hopper(key) and rule.block_size == 128 and rule.scale >= SMALLEST_SCALE
 
 
 def hopper_takes_probes(query: Tensor, key: Tensor, rule: Rule) -> bool:
@@ -126,14 +153,17 @@ def _on_hopper(tensor: Tensor) -> bool:
     )
 
 
-def _portable(key: Tensor, rule: Rule) -> dict[str, Any]:
+def _sizes(key: Tensor, rule: Rule) -> dict[str, int]:
     """What the kernels that run anywhere are told besides."""
-    sizes = {"D_PAD": triton.next_power_of_2(key.shape[3]), "BLOCK": rule.block_size}
-    return {"key_ptr": key, **_strides("key", key), **sizes}
+    head_pad = triton.next_power_of_2(key.shape[3])
+    whole = key.dtype != torch.float32 and head_pad <= 128
+    return {"D_PAD": head_pad, "D_STEP": head_pad if whole else min(head_pad, D_STEP), "BLOCK": rule.block_size}
 
 
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": stride for axis, stride in zip("bhsd", tensor.stride(), strict=True)}
+def _pointers(name: str, tensor: Tensor) -> dict[str, Any]:
+    """A tensor and its strides, as kernels name them."""
+    strides = zip("bhsd", tensor.stride(), strict=True)
+    return {f"{name}_ptr": tensor, **{f"{name}_{axis}": stride for axis, stride in strides}}
 
 
 def _stretches(geometry: Geometry, probe_rows: int) -> Iterator[tuple[int, int, int]]:
