@@ -271,7 +271,7 @@ class PrefillConfig:
             window_blocks=2,
             last_full_blocks=0,
             probe_rows=8,
-            probe_share=0.01,
+            probe_share=0.0115,
             outlier_keys=1,
             outlier_share=0.5,
         )

@@ -3,7 +3,7 @@
     python examples/benchmarks/frontier.py EVAL.json TIMES.json PICTURE.png
 
 EVAL.json is of `flexprefill eval` with a pretrained model, TIMES.json of examples/benchmarks/two_sided.py. A method's
-time is that of its search and of the attention at its density, between the densities that were timed. Methods without a
+time is that of its search and of the attention at its density, on a line through the densities that were timed. Methods without a
 kernel of their own count without their search: they are drawn hollow, and would be slower.
 """
 
@@ -17,6 +17,7 @@ from matplotlib import pyplot
 
 from flexprefill.evaluation.comparison import Cell
 from flexprefill.evaluation.report import loss_points
+from flexprefill.plotting.canvas import token_label
 from flexprefill.plotting.trade_off import LOOKS, OTHERS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,16 +31,20 @@ timed = json.loads(arguments.times.read_text())["by_length"]
 points = loss_points(cells)
 
 
-def medians(length):
-    return {name: statistics.median(repeats) for name, repeats in timed[str(length)]["times_ms"].items()}
+def medians(column):
+    """Of the times at the length that a panel's column names."""
+    length = next(length for length in timed if column == f"{token_label(int(length))} tokens")
+    return {name: statistics.median(repeats) for name, repeats in timed[length]["times_ms"].items()}
 
 
 def milliseconds(point):
     """Of the whole call at the point's length and density."""
-    took = medians(point.column.split()[0].replace(",", ""))
+    took = medians(point.column)
     attention = sorted((float(name.split()[-1]), ms) for name, ms in took.items() if name.startswith("attention at"))
     kept, ms = zip(*attention, strict=True)
-    return took.get(SEARCHES.get(point.method, ""), 0.0) + float(np.interp(point.density, kept, ms))
+    # the time grows evenly with the blocks
+    slope, at_none = np.polyfit(kept, ms, 1)
+    return took.get(SEARCHES.get(point.method, ""), 0.0) + float(at_none + slope * point.density)
 
 
 panels = list(dict.fromkeys((point.row, point.column) for point in points))
@@ -49,8 +54,7 @@ for ax, panel in zip(axes[0], panels, strict=True):
     for method in dict.fromkeys(point.method for point in own):
         of_method = sorted((point for point in own if point.method == method), key=lambda point: point.density)
         if method == "dense":
-            length = panel[1].split()[0].replace(",", "")
-            ax.plot(medians(length)["dense attention"], 0, "k*", markersize=9, label="dense")
+            ax.plot(medians(panel[1])["dense attention"], 0, "k*", markersize=9, label="dense")
             continue
         colour, marker = LOOKS.get(method.removesuffix("-own"), OTHERS)
         ax.plot(

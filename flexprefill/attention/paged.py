@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.nn.attention.flex_attention import AuxOutput
 
-from flexprefill.attention.backends import MAX_ELEMENTS, BackendChoice, Options, triton_options
+from flexprefill.attention.backends import BackendChoice
 from flexprefill.attention.call import Call
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
@@ -22,7 +22,8 @@ from flexprefill.search.blocks import refuse_with_pages, search_pages
 from flexprefill.search.page_means import PageMeans
 from flexprefill.variant.paged_kv import PagedKV
 
-FLASH_GATHERS = "FlashAttention-4 was not tried on pages where they lie"
+# the tests for a GPU found FlexAttention's Triton kernel wrong or failing on pages where they lie
+GPU_GATHERS = "the kernels for a GPU take keys in a row"
 
 
 def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
@@ -44,17 +45,7 @@ def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
     against = paged.why_gathered(call.block_size) or _against_long_lists(call, paged)
     if against is not None:
         return replace(choice, gathers=against)
-    if choice.name == "cpp":
-        return choice
-    if paged.reach >= MAX_ELEMENTS:
-        return replace(choice, gathers=f"the pages span {paged.reach:,} elements, more than 32-bit offsets reach")
-    if choice.name == "flash" and call.backend == "flash":
-        return replace(choice, gathers=FLASH_GATHERS)
-    options = _options_in_place(call, paged)
-    if choice.name == "triton":
-        return replace(choice, kernel_options=options, tail_parts=1)
-    against = f"{FLASH_GATHERS}: name it to gather them for it"
-    return BackendChoice("triton", "reads pages where they lie", choice.dense, options, (("flash", against),))
+    return choice if choice.name == "cpp" else replace(choice, gathers=GPU_GATHERS)
 
 
 def _against_long_lists(call: Call, paged: PagedKV) -> str | None:
@@ -72,20 +63,6 @@ def _against_long_lists(call: Call, paged: PagedKV) -> str | None:
         f"lists of pieces of {piece} keys would take {listed:,} bytes, and copies of the keys and values {copied:,}: "
         f"pages of {call.block_size} keys need no pieces"
     )
-
-
-def _options_in_place(call: Call, paged: PagedKV) -> Options:
-    """The options of FlexAttention's Triton kernel for reading all pages in a row."""
-    pages = paged.in_a_row()
-    assert pages is not None  # choose_paged asked
-    request = call._replace(key=pages[0], value=pages[1]).request()
-    piece = paged.piece(call.block_size)
-    if piece == call.block_size:
-        return triton_options(request)
-    # a tile of keys lies in one piece; queries are as many as for blocks of 64
-    options = triton_options(request._replace(block_size=piece))
-    queries = max(piece, min(call.block_size, 64))
-    return tuple((name, queries if (name, size) == ("BLOCK_M", piece) else size) for name, size in options)
 
 
 def attend_paged(
@@ -137,7 +114,7 @@ def _attend_in_place(
     asked = call.aux_request(dense=choice.dense)
     settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, places.size)
     output, aux = flex_over(call.query, *pages, listed, settings)
-    if choice.name == "cpp" and _may_not_be_finite(call, paged):
+    if _may_not_be_finite(call, paged):
         mark_rows_not_finite(call._replace(key=paged.gather_keys()).attention, kept, output)
     return output, aux
 

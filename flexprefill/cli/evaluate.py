@@ -81,10 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, type=parse, metavar=metavar, help=meaning)
     add_device(parser)
+    share = f"{PrefillConfig.recommended().probe_share:g}"
     add_options(
         parser,
         ("--alphas", list_of(parse_share), "SHARES", "0.05,0.1,0.2,0.5", "alphas of the search"),
-        ("--shares", list_of(parse_share), "SHARES", "0.01", "probe shares of the two-sided search"),
+        ("--shares", list_of(parse_share), "SHARES", share, "probe shares of the two-sided search"),
         ("--methods", list_of(str), "NAMES", ",".join(USUAL), methods),
         ("--seed", whole(0), "N", "0", "seed of the prompts"),
         ("--output", Path, "DIR", "./flexprefill-eval", "folder for eval.json and eval.png, made if missing"),

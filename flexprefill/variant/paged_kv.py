@@ -135,14 +135,6 @@ class PagedKV:
         found = [_in_a_row(pages) for pages in (self.pages_of_keys, self.pages_of_values)]
         return None if found[0] is None or found[1] is None else (found[0], found[1])
 
-    @property
-    def reach(self) -> int:
-        """Elements from the first to behind the last of the pages of keys, or of values if these are more."""
-        return max(
-            1 + sum((size - 1) * stride for size, stride in zip(pages.shape, pages.stride(), strict=True))
-            for pages in (self.pages_of_keys, self.pages_of_values)
-        )
-
     def piece(self, block_size: int) -> int:
         """Keys that a page and a block of this size have in common."""
         return math.gcd(self.page_size, block_size)

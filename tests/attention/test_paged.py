@@ -308,31 +308,18 @@ def test_pages_of_another_kind_are_refused(change, error, message):
     assert paged.page_size == 16 and paged.batch == 1
 
 
-def test_which_kernel_reads_pages_on_a_gpu(machine, monkeypatch):
+def test_pages_are_gathered_on_a_gpu(machine, monkeypatch):
     """The choice alone, for a machine that is not here."""
     from support.machines import PUBLISHED
 
     machine()
     query, key, value = make_qkv(256, 512, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
     monkeypatch.setattr(over_pages.Call, "request", lambda call: PUBLISHED._replace(block_size=call.block_size))
-    config = PrefillConfig(dense_below=0)
-    whole, parts = in_pages(key, value, 256), in_pages(key, value, 32)
-
-    choice = explain_backend(query, whole, config=config)
-    assert (choice.name, choice.gathers, choice.tail_parts) == ("triton", None, 1)
-    assert choice.passed_over == (("flash", f"{over_pages.FLASH_GATHERS}: name it to gather them for it"),)
-    choice = explain_backend(query, whole, config=config, backend="flash")
-    assert (choice.name, choice.gathers) == ("flash", over_pages.FLASH_GATHERS)
-    choice = explain_backend(query, parts, config=config, backend="triton")
-    assert choice.gathers is None
-    assert dict(choice.kernel_options) == {"BACKEND": "TRITON", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
-    assert explain_backend(query, in_pages(key, value, 24), config=config).gathers is not None
-    # keys and values in turns, as engines keep them: offsets grow twice as fast as the number of elements
-    both = torch.zeros(4, 128, 4, 2, 64)
-    pages = both[..., 0, :].transpose(1, 2), both[..., 1, :].transpose(1, 2)
-    assert PagedKV(*pages, torch.tensor([[0]]), 128).reach == both.numel() - 64
-    monkeypatch.setattr(over_pages, "MAX_ELEMENTS", 100_000)
-    assert "the pages span 327,680 elements" in explain_backend(query, whole, config=config).gathers
+    for page_size, backend in ((256, "auto"), (32, "triton"), (128, "flash")):
+        choice = explain_backend(
+            query, in_pages(key, value, page_size), config=PrefillConfig(dense_below=0), backend=backend
+        )
+        assert choice.gathers == over_pages.GPU_GATHERS and choice.name == ("flash" if backend == "auto" else backend)
 
 
 @pytest.mark.gpu
@@ -354,7 +341,7 @@ def test_pages_on_a_gpu(page_size, dtype):
             means.forget()
         found = search_blocks(query, key, config)
         assert search_blocks(query, paged, config, means=means) == found and found.density().mean() < 0.8
-        assert (explain_backend(query, paged, config=config).gathers is None) == (page_size != 100)
+        assert explain_backend(query, paged, config=config).gathers is not None
         expected = prefill_attention(query, key, value, config, backend="triton")
         for pages in (paged, interleaved(paged)):
             output = prefill_attention(query, pages, config=config, means=means)

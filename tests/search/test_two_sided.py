@@ -331,7 +331,7 @@ def lengthy(length, heads, kv_heads, dtype=torch.bfloat16):
     return 1.5 * normal(1, heads, length, 128), 1.5 * normal(1, kv_heads, length, 128)
 
 
-LONG = dataclasses.replace(PrefillConfig.recommended(), probe_share=0.02)
+LONG = dataclasses.replace(PrefillConfig.recommended(), probe_share=0.06)
 
 
 @pytest.mark.gpu
@@ -343,7 +343,8 @@ def test_the_gpu_finds_what_the_reference_finds(dtype, length, heads, kv_heads):
     found = search_blocks(query, key, LONG).to_dense()
     plain = search_blocks(query, key, LONG, implementation="reference").to_dense()
     assert (found != plain).sum() <= 1e-4 * plain.sum() + 1
-    assert 0.05 < plain.float().mean() < 0.5
+    blocks = plain.shape[2]
+    assert 0.1 < plain.float().mean() / ((blocks + 1) / (2 * blocks)) < 0.99  # of the causal blocks
 
 
 @pytest.mark.gpu
