@@ -3,8 +3,8 @@
     python examples/benchmarks/frontier.py EVAL.json TIMES.json PICTURE.png
 
 EVAL.json is of `flexprefill eval` with a pretrained model, TIMES.json of examples/benchmarks/two_sided.py. A method's
-time is that of its search and of the attention at its density, on a line through the densities that were timed. Methods without a
-kernel of their own count without their search: they are drawn hollow, and would be slower.
+time is that of its search and of the attention at its density, on a line through the densities that were timed.
+Methods without a kernel of their own count without their search: they are drawn hollow, and would be slower.
 """
 
 import argparse
