@@ -28,6 +28,11 @@ _making = threading.Lock()  # a kind has one compiled function, whichever thread
 NAMES = 8  # names that inputs get in turn where torch mixes sizes up
 
 
+def with_lse(aux: AuxOutput, lse: Tensor | None) -> AuxOutput:
+    """The same with another log-sum-exp. A graph of torch 2.11 cannot return what a named tuple's _replace gives."""
+    return AuxOutput(lse=lse, max_scores=aux.max_scores)
+
+
 class FlexSettings(NamedTuple):
     """What FlexAttention is told besides its inputs."""
 

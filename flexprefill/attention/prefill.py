@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from flexprefill.attention.backends import BackendChoice
 from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods, tensors_of
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
+from flexprefill.attention.flex import with_lse
 from flexprefill.attention.log_sum_exp import log_sum_exp_over
 from flexprefill.attention.mean_correction import add_dropped_blocks
 from flexprefill.attention.paged import attend_paged, choose_paged
@@ -149,10 +150,10 @@ def prefill_attention(
             output, lse = add_dropped_blocks(call, kept, output, lse)
         if variant.sinks is not None:
             output = add_sinks(output, lse, variant.sinks)  # the log-sum-exp stays without them
-        aux = aux._replace(lse=lse)
+        aux = with_lse(aux, lse)
     if return_aux is None:
         return output
-    return output, aux if return_aux.lse else aux._replace(lse=None)
+    return output, aux if return_aux.lse else with_lse(aux, None)
 
 
 def explain_backend(

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill.attention.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.attention.call import Call
-from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
+from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over, with_lse
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
 from flexprefill.attention.tail import TAIL_SPLIT_FROM, Split, flex_in_parts, parts_for
@@ -103,7 +103,7 @@ def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buf
         if choice.name == "cpp":
             mark_rows_not_finite(call.attention, kept, output)
     if aux.lse is not None and factor != 1:
-        aux = aux._replace(lse=aux.lse * factor)
+        aux = with_lse(aux, aux.lse * factor)
     return output, aux
 
 
@@ -120,7 +120,7 @@ def sparse_by_any_compiler(call: Call, kept: BlockMap, output: Tensor, aux: AuxO
     words, size = kept.words, kept.block_size
     tensors = call.query, call.key, call.value
     output, sums = over_kept_blocks(*given, *tensors, words, size, call.scale, own, *call.variant.parts)
-    return output, aux._replace(lse=None if aux.lse is None else sums)
+    return output, with_lse(aux, None if aux.lse is None else sums)
 
 
 @operator("flexprefill::over_kept_blocks")

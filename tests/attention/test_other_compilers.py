@@ -4,9 +4,10 @@ import pytest
 import torch
 from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill import AttentionVariant, PrefillConfig, UnsupportedError, prefill_attention
+from flexprefill.attention.flex import with_lse
 
 CONFIG = PrefillConfig(block_size=16, alpha=1.0, sink_blocks=1, window_blocks=1, last_full_blocks=0, dense_below=0)
 CLOSE = 1e-6 if DEVICE == "cpu" else 2e-3
@@ -93,6 +94,17 @@ def test_log_sum_exps_are_sparse_too(backend):
     with torch.no_grad():
         found, found_aux = torch.compile(attend, backend=backend, fullgraph=True)(*inputs)
     assert relative_error(found, output) <= 1e-2 and (found_aux.lse - aux.lse).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_graph_returns_another_log_sum_exp(backend):
+    def scaled(lse):
+        aux = with_lse(AuxOutput(lse=lse), 2 * lse)
+        return lse, with_lse(aux, 3 * aux.lse)
+
+    lse = torch.ones(3, device=DEVICE)
+    _, aux = torch.compile(scaled, backend=backend, fullgraph=True)(lse)
+    assert isinstance(aux, AuxOutput) and torch.equal(aux.lse, 6 * lse)
 
 
 def test_tensors_of_several_dtypes_are_cast_under_autocast_as_sdpa_casts_them():
