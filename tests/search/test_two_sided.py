@@ -368,7 +368,7 @@ def test_kernels_for_hopper_keep_what_the_portable_ones_keep(
     key = torch.randn(2, kv_heads, kv_len, head_dim, generator=generator, device="cuda").half() * 1.5
     config = dataclasses.replace(LONG, **changes)
     found = search_blocks(query, key, config)
-    monkeypatch.setattr(kernels, "_on_hopper", lambda tensor: False)
+    monkeypatch.setattr(kernels, "hopper_copies", lambda tensor: False)
     portable = search_blocks(query, key, config)
     assert (found.to_dense() != portable.to_dense()).sum() <= 2e-5 * portable.counts().sum() + 1
 

@@ -53,18 +53,25 @@ def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
     return SearchLaunch(False, 128, 2, 3, 168)
 
 
-def hopper_takes(query: Tensor, rule: Rule) -> bool:
-    """Whether hopper.search_kernel can do this search: the common case, on a Hopper GPU."""
+def hopper_copies(tensor: Tensor) -> bool:
+    """Whether a Hopper GPU's kernels can copy blocks of a tensor [B, H, S, D] by themselves: the common case."""
     # the tensor memory accelerator reads no other layout
-    aligned = query.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in query.stride()[:3])
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in tensor.stride()[:3])
     return (
-        query.is_cuda
-        and is_hopper(query.device)
+        tensor.is_cuda
+        and is_hopper(tensor.device)
         and triton.__version__.startswith(GLUON_VERSIONS)
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[3] in (64, 128)
-        and query.stride(3) == 1
+        and tensor.dtype in (torch.float16, torch.bfloat16)
+        and tensor.shape[3] in (64, 128)
+        and tensor.stride(3) == 1
         and aligned
+    )
+
+
+def hopper_takes(query: Tensor, rule: Rule) -> bool:
+    """Whether hopper.search_kernel can do this search."""
+    return (
+        hopper_copies(query)
         and rule.block_size == 128
         and rule.min_blocks == 0
         and not rule.kv_masks

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flexprefill.blockmap.bits import WORD_BITS
 from flexprefill.blockmap.geometry import Geometry, ceil_div
-from flexprefill.runtime.devices import is_hopper, multiprocessors
+from flexprefill.runtime.devices import multiprocessors
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.search.kernels.farthest import farthest
-from flexprefill.search.kernels.launch import GLUON_VERSIONS, SMALLEST_SCALE
+from flexprefill.search.kernels.launch import SMALLEST_SCALE, hopper_copies
 from flexprefill.search.kernels.outliers import outliers_kernel
 from flexprefill.search.kernels.probes import probes_kernel
 from flexprefill.search.rule import Rule
@@ -128,29 +128,14 @@ def _probe(
 
 
 def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
-    """Whether hopper_outliers.outliers_kernel can do this search: the common case, on a Hopper GPU."""
-    return _on_hopper(query) and _on_hopper(key) and rule.block_size == 128 and rule.scale >= SMALLEST_SCALE
+    """Whether hopper_outliers.outliers_kernel can do this search."""
+    return hopper_copies(query) and hopper_copies(key) and rule.block_size == 128 and rule.scale >= SMALLEST_SCALE
 
 
 def hopper_takes_probes(query: Tensor, key: Tensor, rule: Rule) -> bool:
-    """Whether hopper_probes.probes_kernel can do this search: the common case, on a Hopper GPU."""
+    """Whether hopper_probes.probes_kernel can do this search."""
     members = min(triton.next_power_of_2(query.shape[1] // key.shape[1]), NEIGHBOURS)
-    return _on_hopper(key) and rule.block_size == 128 and members * rule.probe_rows <= TILE_ROWS
-
-
-def _on_hopper(tensor: Tensor) -> bool:
-    """Whether a Hopper GPU's kernels can copy blocks of a tensor [B, H, S, D] by themselves."""
-    # the tensor memory accelerator reads no other layout
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in tensor.stride()[:3])
-    return (
-        tensor.is_cuda
-        and is_hopper(tensor.device)
-        and triton.__version__.startswith(GLUON_VERSIONS)
-        and tensor.dtype in (torch.float16, torch.bfloat16)
-        and tensor.shape[3] in (64, 128)
-        and tensor.stride(3) == 1
-        and aligned
-    )
+    return hopper_copies(key) and rule.block_size == 128 and members * rule.probe_rows <= TILE_ROWS
 
 
 def _sizes(key: Tensor, rule: Rule) -> dict[str, int]:
