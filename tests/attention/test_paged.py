@@ -107,6 +107,7 @@ def test_any_map_over_any_pages(q_len, kv_len, page_size, share, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "block_size", "page_size", "batch"),
     [

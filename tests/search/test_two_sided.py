@@ -134,7 +134,7 @@ def test_random_searches_follow_the_definition(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_many_random_searches_follow_the_definition(case):
     check_against_the_oracle(case)
@@ -171,7 +171,7 @@ def test_a_single_key_that_a_single_row_looks_for_is_found(implementation):
 
 @pytest.mark.parametrize("implementation", SLOW_IN_THE_INTERPRETER)
 def test_means_probes_and_outliers_together_keep_what_one_of_them_keeps(implementation):
-    query, key, _ = make_qkv(200, 333, heads=4, kv_heads=2, device=DEVICE)
+    query, key, _ = make_qkv(100, 200, heads=4, kv_heads=2, head_dim=32, device=DEVICE)
 
     def kept(**changes):
         return search_blocks(query, key, dataclasses.replace(BOTH, **changes), implementation=implementation)
