@@ -170,7 +170,7 @@ def attended(draw):
     return make_qkv(length, batch=batch, heads=2, head_dim=16, device=DEVICE, seed=draw(SEEDS))
 
 
-@examples(200)
+@examples(120)
 @given(attended(), st.data())
 def test_attention_is_softmax_over_the_kept_blocks(inputs, data):
     query, key, value = inputs

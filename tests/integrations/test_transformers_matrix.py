@@ -23,9 +23,8 @@ from flexprefill.integrations.transformers import register, unregister  # noqa: 
 NAME = "kept_all"
 TRIED = (*FAMILIES, *MORE_FAMILIES)
 FAST = {
-    *(("mistral", column) for column in transformers_table.COLUMNS if column != "compiled steps"),
-    *((family, "second turn") for family in ("llama", "gpt_oss")),
-    *(("gpt2", column) for column in ("whole prompt", "causal", "left padding")),
+    *(("mistral", column) for column in ("whole prompt", "left padding", "packed", "static greedy", "second turn")),
+    ("gpt2", "left padding"),
 }
 LENGTH, EDGES = 140, (0, 90, 140)
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}

@@ -157,6 +157,7 @@ def test_no_state_uses_up_the_recompiles_of_a_kind_of_call(inputs):
                 prefill_attention(query, key, value, CONFIG)
 
 
+@pytest.mark.slow
 def test_a_mode_does_not_spoil_the_calls_after_it(inputs):
     """A kind of call that nobody made before: its first one is under a mode."""
     query, key, value, _, _ = inputs
