@@ -115,7 +115,7 @@ def search_checked(
             f"config.guard cannot be combined with {', '.join(changes)}: it samples plain causal attention; pass a "
             "config with guard=None"
         )
-    if rule.sides is not None and changes:
+    if rule.two_sided and changes:
         raise ValueError(
             f"config.probe_rows and config.outlier_keys cannot be combined with {', '.join(changes)}: probes and "
             "outliers attend plainly and causally; pass a config without them, such as PrefillConfig()"
@@ -125,7 +125,7 @@ def search_checked(
         return _guarded_by_probes(query, key, config, rule, implementation, means)
     if means is None:
         words = operator.search_words(query, key, *rule, implementation, *variant.parts)
-    elif rule.sides is not None:
+    elif rule.two_sided:
         sketch = means.extend(key, rule, implementation)
         words = operator.two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
     else:

@@ -45,7 +45,7 @@ def search_words(
         probe_rows, probe_share, outlier_keys, outlier_share,
     )  # fmt: skip
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
-    if rule.sides is not None:
+    if rule.two_sided:
         sketch = sketch_keys(key, rule, implementation)
         return two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
     if scorer != MEANS_SCORER:

@@ -12,15 +12,6 @@ from flexprefill.config import PrefillConfig
 from flexprefill.runtime.state import remembered
 
 
-class Sides(NamedTuple):
-    """What the probes and the outliers of a PrefillConfig are asked for."""
-
-    probe_rows: int
-    probe_share: float
-    outlier_keys: int
-    outlier_share: float
-
-
 class Rule(NamedTuple):
     """A PrefillConfig for one call, with its threshold in log2. Numbers and names only."""
 
@@ -41,10 +32,9 @@ class Rule(NamedTuple):
     outlier_share: float = 0.0
 
     @property
-    def sides(self) -> Sides | None:
-        """What probes and outliers are asked for. None where there are none."""
-        sides = Sides(self.probe_rows, self.probe_share, self.outlier_keys, self.outlier_share)
-        return sides if self.probe_rows or self.outlier_keys else None
+    def two_sided(self) -> bool:
+        """Whether probes or outliers look for blocks too."""
+        return bool(self.probe_rows or self.outlier_keys)
 
     @property
     def scores_means(self) -> bool:

@@ -19,7 +19,7 @@ from flexprefill.blockmap.bits import pack_bits, unpack_bits
 from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div
 from flexprefill.runtime.memory import PIECE
 from flexprefill.search.reference import always_kept
-from flexprefill.search.rule import Rule, Sides
+from flexprefill.search.rule import Rule
 from flexprefill.variant.logits import float_products
 
 FULL_SIGHT = 64  # visible blocks up to which a query block has all its probes
@@ -70,7 +70,7 @@ def probes_of(visible: int, probe_rows: int) -> int:
     return probe_rows
 
 
-def probe_rows_of(query: Tensor, geometry: Geometry, group: int, sides: Sides) -> tuple[Tensor, Tensor]:
+def probe_rows_of(query: Tensor, geometry: Geometry, group: int, probe_rows: int) -> tuple[Tensor, Tensor]:
     """The probed rows of each query block.
 
     Half of them, rounded up, are spread evenly. The heads of a group take turns, so together they see more of a block.
@@ -80,7 +80,7 @@ def probe_rows_of(query: Tensor, geometry: Geometry, group: int, sides: Sides) -
         query: [B, Hq, S_q, D].
         geometry: The sizes.
         group: g.
-        sides: The settings.
+        probe_rows: How many rows of a query block are probed at most.
 
     Returns:
         Rows, int64 [B, Hq, M, probe_rows], and how many of them count, int64 [M]. The first half of those that count
@@ -88,13 +88,13 @@ def probe_rows_of(query: Tensor, geometry: Geometry, group: int, sides: Sides) -
     """
     rows, b, device = geometry.rows, geometry.block_size, query.device
     counts = []
-    far = farthest(query, b, max(sides.probe_rows // 2, 1)).long()
-    found = torch.zeros(*query.shape[:2], rows, sides.probe_rows, dtype=torch.int64, device=device)
+    far = farthest(query, b, max(probe_rows // 2, 1)).long()
+    found = torch.zeros(*query.shape[:2], rows, probe_rows, dtype=torch.int64, device=device)
     member = torch.arange(query.shape[1], device=device)[:, None] % group
     for block in range(rows):
         size = min(b, geometry.q_len - block * b)
         last = geometry.offset + block * b + size - 1
-        count = probes_of(last // b + 1, sides.probe_rows)
+        count = probes_of(last // b + 1, probe_rows)
         even = ceil_div(count, 2)
         i = torch.arange(even, device=device)
         found[:, :, block, :even] = block * b + (2 * (i * group + member) + 1) * size // (2 * group * even)
@@ -225,22 +225,20 @@ def keep_more(
     Returns:
         int32 [B, Hq, M, ceil(N / 32)], and float32 [B, Hq, M] or None.
     """
-    sides = rule.sides
-    assert sides is not None
     geometry, group = Geometry(query.shape[2], key.shape[2], rule.block_size), query.shape[1] // key.shape[1]
     keep = always_kept(geometry, rule, query.device).expand(*query.shape[:2], -1, -1)
     if words is not None:
         keep = keep | unpack_bits(words, geometry.columns)
     if outliers is not None:
-        keep = keep | blocks_of_outliers(query, key, rule.scale, outliers, geometry, sides.outlier_share)
-    if not sides.probe_rows:
+        keep = keep | blocks_of_outliers(query, key, rule.scale, outliers, geometry, rule.outlier_share)
+    if not rule.probe_rows:
         return pack_bits(keep), None
-    rows, counts = probe_rows_of(query, geometry, group, sides)
+    rows, counts = probe_rows_of(query, geometry, group, rule.probe_rows)
     shares = probe_shares(query, key, rule.scale, rows, rule.block_size)
-    keep = keep | blocks_of_probes(shares, counts, group, sides.probe_share)
+    keep = keep | blocks_of_probes(shares, counts, group, rule.probe_share)
     keep = keep & causal_blocks(geometry, query.device)
     if not measured:
         return pack_bits(keep), None
-    even = torch.arange(sides.probe_rows, device=query.device) < ((counts + 1) // 2)[:, None]
+    even = torch.arange(rule.probe_rows, device=query.device) < ((counts + 1) // 2)[:, None]
     held = torch.where(even, (shares * keep[:, :, :, None]).sum(-1), 0)
     return pack_bits(keep), held.sum(-1) / even.sum(-1)

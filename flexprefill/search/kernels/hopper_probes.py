@@ -14,9 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexprefill.runtime.state import remembered
+from flexprefill.search import two_sided
 from flexprefill.search.kernels.outliers import always_bits
 
-NEIGHBOUR_SHARE = gl.constexpr(0.4)  # two_sided.NEIGHBOUR_SHARE
+NEIGHBOUR_SHARE = gl.constexpr(two_sided.NEIGHBOUR_SHARE)
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(128)  # probed rows of a tile
 WORDS = gl.constexpr(8)  # a step of the decision: one for each warp

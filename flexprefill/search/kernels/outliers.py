@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUP_BLOCKS = tl.constexpr(64)  # two_sided.OUTLIER_GROUP
-GROUP_WORDS = tl.constexpr(2)
+from flexprefill.blockmap.bits import WORD_BITS
+from flexprefill.search.two_sided import OUTLIER_GROUP
+
+GROUP_BLOCKS = tl.constexpr(OUTLIER_GROUP)
+GROUP_WORDS = tl.constexpr(OUTLIER_GROUP // WORD_BITS)
 
 
 @triton.jit
@@ -48,6 +51,15 @@ def load_rows(query_rows, query_d, D: tl.constexpr, D_PAD: tl.constexpr, D_STEP:
         d = tl.arange(0, D_PAD)
         q = tl.load(query_rows[:, None] + d[None, :] * query_d, mask=(d < D)[None, :], other=0.0)
     return q
+
+
+@triton.jit
+def _store_words(words_row, kept, w, width, FOUND: tl.constexpr):
+    """Writes words w of a row. With FOUND what they hold already stays."""
+    bits = tl.sum(kept.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+    if FOUND:
+        bits = bits | tl.load(words_row + w, mask=w < width, other=0)
+    tl.store(words_row + w, bits, mask=w < width)
 
 
 NOT_SPECIALIZED = [
@@ -117,17 +129,9 @@ def outliers_kernel(
         column = t + w[:, None] * 32 + lane[None, :]
         kept = ((peak < log2_share) == 0) & (column < visible - 1)
         kept = kept | always_bits(column, I, visible, rows, sink_blocks, window_blocks, last_full_blocks)
-        bits = tl.sum(kept.to(tl.int32) << lane[None, :], 1)
-        at_words = words_row + t // 32 + w
-        if FOUND:
-            bits = bits | tl.load(at_words, mask=t // 32 + w < width, other=0)
-        tl.store(at_words, bits, mask=t // 32 + w < width)
+        _store_words(words_row, kept, t // 32 + w, width, FOUND)
     # words behind the last outlier
     for t in range((visible - 1 + GROUP_BLOCKS - 1) // GROUP_BLOCKS * GROUP_BLOCKS, width * 32, GROUP_BLOCKS):
         column = t + w[:, None] * 32 + lane[None, :]
         kept = always_bits(column, I, visible, rows, sink_blocks, window_blocks, last_full_blocks)
-        bits = tl.sum(kept.to(tl.int32) << lane[None, :], 1)
-        at_words = words_row + t // 32 + w
-        if FOUND:
-            bits = bits | tl.load(at_words, mask=t // 32 + w < width, other=0)
-        tl.store(at_words, bits, mask=t // 32 + w < width)
+        _store_words(words_row, kept, t // 32 + w, width, FOUND)

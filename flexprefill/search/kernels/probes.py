@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexprefill.search import two_sided
 from flexprefill.search.kernels.outliers import always_bits, load_rows, products
 
-NEIGHBOUR_SHARE = tl.constexpr(0.4)  # two_sided.NEIGHBOUR_SHARE
+NEIGHBOUR_SHARE = tl.constexpr(two_sided.NEIGHBOUR_SHARE)
 
 NOT_SPECIALIZED = [
     "q_len", "kv_len", "rows", "width", "first", "end", "tiles", "sink_blocks", "window_blocks", "last_full_blocks",
