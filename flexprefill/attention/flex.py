@@ -15,7 +15,7 @@ from flexprefill.attention.backends import Options
 from flexprefill.blockmap.block_mask import ListedBlocks, block_mask_of
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.errors import RanEagerlyError
-from flexprefill.runtime.compiling import compile_whole, mixed_up_sizes, refusals_explained
+from flexprefill.runtime.compiling import compile_whole, mixed_up_sizes, refusals_explained, sizes_may_change
 from flexprefill.runtime.state import remembered
 from flexprefill.runtime.thread_state import what_graphs_guard, without_autocast, without_dispatch_modes
 from flexprefill.runtime.tracing import is_tracing
@@ -69,6 +69,7 @@ def flex_over(
         if is_tracing():
             return _attend((query, key, value, *listed, score_mods), settings)
         query, key, value = map(_of_a_common_kind, (query, key, value))
+        _let_lengths_change(query, key, value, listed)
         # what is compiled statically; lengths, batch sizes and the other strides are dynamic
         kind = (
             query.device.type,
@@ -77,6 +78,7 @@ def flex_over(
             (query.shape[1], key.shape[1]),
             (query.shape[3], value.shape[3]),
             (listed.offset is not None, listed.starts is not None),
+            _sizes_of_one(query, key, listed),  # torch.compile makes code of its own for each of them
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
             what_graphs_guard(),  # a thread's state that changes must not use up one kind's recompiles
         )
@@ -87,16 +89,35 @@ def flex_over(
 
 
 def _of_a_common_kind(tensor: Tensor) -> Tensor:
-    """A plain tensor whose last stride is 1. Every other kind would cost a compilation of its own."""
-    if tensor.requires_grad or type(tensor) is not Tensor:
+    """A plain tensor of our own, no view, whose last stride is 1. Other kinds would each cost a compilation."""
+    if type(tensor) is not Tensor:
         tensor = tensor.detach()
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    return tensor.data if tensor.stride(3) == 1 else tensor.data.contiguous()
+
+
+def _let_lengths_change(query: Tensor, key: Tensor, value: Tensor, listed: ListedBlocks) -> None:
+    """Lets one compiled function serve all lengths, and nothing else than lengths be a symbol in it."""
+    for tensor in (query, key, value):
+        sizes_may_change(tensor, 2)
+    counts, indices, full_counts, full_indices = listed.lists
+    for of_blocks in (counts, full_counts):
+        sizes_may_change(of_blocks, 2)
+    for of_blocks in (indices, full_indices):
+        sizes_may_change(of_blocks, 2, 3)
+    if listed.starts is not None:
+        sizes_may_change(listed.starts, 1)
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The dimensions ordered by their strides, and which strides are 0."""
     strides = tensor.stride()
     return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
+
+
+def _sizes_of_one(query: Tensor, key: Tensor, listed: ListedBlocks) -> tuple[bool, ...]:
+    """Whether batch, queries, keys, query blocks and key blocks are one."""
+    sizes = (query.shape[0], query.shape[2], key.shape[2], *listed.lists[1].shape[2:])
+    return tuple(size == 1 for size in sizes)
 
 
 def _code_of(mod: Callable[..., Tensor]) -> types.CodeType | type:

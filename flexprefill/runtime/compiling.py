@@ -3,7 +3,7 @@
 torch 2.11 to 2.13 has no public way to say these things:
 
 - which error a refused compilation raises: torch._dynamo.exc;
-- that a size stays a constant: torch._dynamo.mark_static;
+- that a size stays a constant, or may change: torch._dynamo.mark_static and maybe_mark_dynamic;
 - that a function's result is a constant in graphs, without loading torch._dynamo at import: the attribute that
   torch.compiler.assume_constant_result sets;
 - that inductor compiles an operator to nothing: torch._inductor.lowering.
@@ -12,6 +12,7 @@ torch 2.11 to 2.13 has no public way to say these things:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from flexprefill.errors import FlexPrefillError
+
+_numbers = itertools.count()
 
 Constant = TypeVar("Constant", bound=Callable[..., Any])
 
@@ -49,17 +52,24 @@ def keep_size(tensor: Tensor, dim: int) -> None:
     torch._dynamo.mark_static(tensor, dim)
 
 
-def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function compiled as one graph, with a code object of its own.
+def sizes_may_change(tensor: Tensor, *dims: int) -> None:
+    """Says that sizes may change from call to call. Graphs then have symbols for them from the first compile on."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
-    torch.compile counts recompiles by code object. With one each, kinds of calls do not use up each other's count.
+
+def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function compiled as one graph, with a code object and a name of its own.
+
+    torch.compile counts recompiles by code object. With one each, kinds of calls do not use up each other's count. It
+    remembers by name which sizes and strides changed, and compiles those as symbols from then on. With a name each, a
+    kind's heads and row strides stay constants.
 
     Args:
         function: A function of ``*arguments``.
         name: The new name of its variadic arguments. Sizes in the graph are named after it.
     """
     assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_varnames=(name,))
+    code = function.__code__.replace(co_varnames=(name,), co_name=f"{function.__name__}_{next(_numbers)}")
     return torch.compile(types.FunctionType(code, function.__globals__, closure=function.__closure__), fullgraph=True)
 
 
@@ -71,7 +81,7 @@ def refusals_explained() -> Iterator[None]:
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise FlexPrefillError(
             "torch.compile's recompile limit is hit: this attention was compiled for more than "
-            f"{torch._dynamo.config.recompile_limit} variants of lengths, batch sizes, strides, or numbers that a "
+            f"{torch._dynamo.config.recompile_limit} variants of batch sizes, strides, or numbers that a "
             "mod closes over. Let mods close over tensors instead, or raise torch._dynamo.config.recompile_limit. "
             'TORCH_LOGS="recompiles" shows what differed.'
         ) from error

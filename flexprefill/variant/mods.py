@@ -10,7 +10,7 @@ from torch import Tensor
 from flexprefill.blockmap.block_mask import Mask, offsets_at
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.blockmap.masking import MaskMod
-from flexprefill.runtime.compiling import keep_size
+from flexprefill.runtime.compiling import keep_size, sizes_may_change
 from flexprefill.runtime.operators import to_capture
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.variant.variant import AttentionVariant
@@ -62,6 +62,13 @@ def _of_heads(tensor: Tensor) -> Tensor:
     return to_capture(tensor)
 
 
+def _of_queries(tensor: Tensor) -> Tensor:
+    """A tensor [..., S_q] for mods, whose length is a symbol at once."""
+    if not is_tracing():
+        sizes_may_change(tensor, tensor.dim() - 1)
+    return to_capture(tensor)
+
+
 def alibi_mod(slopes: Tensor, offset: Tensor) -> ScoreMod:
     """score - slope · distance.
 
@@ -91,14 +98,14 @@ def from_first_key(first: Tensor) -> MaskMod:
     """mask_mod of queries that see no key before their first. See visibility.first_keys."""
     if first.shape[0] == 1:
         # one index is cheaper than two for FlashAttention-4
-        first = to_capture(first[0])
+        first = _of_queries(first[0])
 
         def not_before(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return kv_idx >= first[q_idx]
 
         return not_before
 
-    first = to_capture(first)
+    first = _of_queries(first)
 
     def not_before_own(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return kv_idx >= first[b, q_idx]

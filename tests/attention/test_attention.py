@@ -208,11 +208,11 @@ def test_a_map_that_does_not_fit_is_refused(shape, lengths, message):
 
 
 def test_a_hit_recompile_limit_is_an_error_that_says_so():
-    query, key, value = make_qkv(64, heads=2, head_dim=32)
+    config = PrefillConfig(block_size=32)
     with torch._dynamo.config.patch(recompile_limit=1):
-        prefill_attention(query, key, value)
+        prefill_attention(*make_qkv(100, heads=2, head_dim=32), config)
         with pytest.raises(FlexPrefillError, match="recompile limit"):
-            prefill_attention(*make_qkv(300, heads=2, head_dim=32))
+            prefill_attention(*make_qkv(200, heads=2, head_dim=32), config)
 
 
 def test_never_runs_eagerly_where_flex_attention_would_be_dense():

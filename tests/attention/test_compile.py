@@ -1,6 +1,8 @@
 """How often things are compiled, and CUDA graphs of the whole."""
 
+import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,11 +10,20 @@ from support.decoder import make_decoder
 from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
 
-from flexprefill import KeyMeans, PrefillConfig, explain_backend, prefill_attention, search_blocks
+from flexprefill import (
+    AttentionVariant,
+    KeyMeans,
+    PrefillConfig,
+    Sequences,
+    explain_backend,
+    prefill_attention,
+    search_blocks,
+)
 from flexprefill.attention import flex
 from flexprefill.runtime.state import forget
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
+SMALL = dataclasses.replace(CONFIG, block_size=16)
 LENGTHS = (700, 512, 1024, 333, 129, 900, 640, 1111, 256, 515)
 
 
@@ -32,16 +43,57 @@ def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
 
 
 @pytest.mark.eager_flex
-def test_prefill_attention_is_compiled_at_most_twice_for_ten_lengths_and_twice_for_chunks(monkeypatch):
+@pytest.mark.parametrize("variant", [None, "window", "padding", "packed", "soft cap"])
+def test_each_kind_of_call_is_compiled_once_for_all_lengths(monkeypatch, variant):
     # what is counted is traced alike, and faster to come by, without code for a device
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    # beyond the limit it raises
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for length in LENGTHS:
-            prefill_attention(*make_qkv(length, heads=1, head_dim=16, device=DEVICE), CONFIG)
-        for length in LENGTHS:
-            tensors = make_qkv(length - 100, length, heads=1, head_dim=16, device=DEVICE)
-            prefill_attention(*tensors, CONFIG, last_chunk=False)
+    forget("compiled attention, by kind of call")
+
+    def attend(q_len, kv_len, batch=2):
+        tensors = make_qkv(q_len, kv_len, batch=batch, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
+        halves, ends = torch.tensor([0, kv_len // 2, kv_len]), torch.tensor([kv_len - 1, kv_len])
+        variants = {
+            None: AttentionVariant(),
+            "window": AttentionVariant(sliding_window=40),
+            "padding": AttentionVariant(sequences=Sequences.from_lengths(ends[2 - batch :].to(DEVICE), kv_len)),
+            "packed": AttentionVariant(sequences=Sequences.from_cu_seqlens(halves.to(DEVICE), kv_len)),
+            "soft cap": AttentionVariant(soft_cap=20.0),
+        }
+        prefill_attention(*tensors, SMALL, variant=variants[variant], last_chunk=False)
+
+    def all_lengths():
+        # with batches, query blocks and key blocks of one, and as many blocks as heads
+        for batch in (1, 2):
+            for length in (5, 64, 100, 17, 128, 33):
+                attend(length, length, batch)
+                attend(length, length + 40, batch)
+                attend(2, length, batch)
+
+    # beyond the limit it raises, also in a thread, where settings are torch's own
+    with torch._dynamo.config.patch(recompile_limit=1):
+        all_lengths()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(all_lengths).result()
+
+
+@pytest.mark.eager_flex
+def test_the_strides_of_rows_stay_constants(monkeypatch):
+    strides = []
+
+    def note(graph, inputs):
+        tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
+        strides.append([tuple(tensor.stride()) for tensor in tensors])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note))
+    forget("compiled attention, by kind of call")
+    for length in (200, 300, 257):
+        prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=16, device=DEVICE), CONFIG)
+        projected = torch.randn(1, length, 8 * 16, device=DEVICE).unflatten(2, (8, 16)).transpose(1, 2)
+        prefill_attention(projected[:, :4], projected[:, 4:6], projected[:, 6:], CONFIG)
+        prefill_attention(*make_qkv(length, heads=2, head_dim=32, device=DEVICE), CONFIG)
+    assert [[stride[2:] for stride in graph] for graph in strides] == [[(16, 1)] * 3, [(128, 1)] * 3, [(32, 1)] * 3]
+    assert all(type(number) is int for graph in strides for stride in graph for number in stride[2:])
 
 
 @pytest.mark.eager_flex

@@ -33,12 +33,6 @@ LEAN = PrefillConfig(block_size=16, alpha=0.7, sink_blocks=1, window_blocks=1, l
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_compilations():
-    with torch._dynamo.config.patch(recompile_limit=64, assume_static_by_default=False):
-        yield
-
-
 def check(query, key, value, paged, config, **call):
     """The output is that of the kept blocks alone, and says so."""
     block_map = search_blocks(query, key, config)

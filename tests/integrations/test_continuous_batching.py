@@ -33,7 +33,7 @@ def registered():
     names = {"all_kept": ALL_KEPT, "few_kept": FEW_KEPT, "all_dense": DENSE}
     for name, config in names.items():
         register(config, name=name)
-    with torch._dynamo.config.patch(recompile_limit=64, assume_static_by_default=False), torch.no_grad():
+    with torch.no_grad():
         yield
     for name in names:
         unregister(name)

@@ -30,8 +30,7 @@ EDGES = (0, 180, LENGTH)  # of a batch's chunks
 def registered():
     register(ALL_KEPT, name="all_kept")
     register(FEW_KEPT, name="few_kept")
-    # families and ways of padding share what is compiled, at once for all lengths: more layouts than one model has
-    with torch._dynamo.config.patch(recompile_limit=64, assume_static_by_default=False), torch.no_grad():
+    with torch.no_grad():
         yield
     unregister("all_kept")
     unregister("few_kept")
@@ -324,15 +323,7 @@ def test_training_is_refused():
         model(prompts()[0])
 
 
-@pytest.fixture
-def default_compile():
-    """torch.compile as callers have it: for the first length alone, then for all."""
-    with torch._dynamo.config.patch(assume_static_by_default=True):
-        yield
-
-
 @pytest.mark.eager_flex
-@pytest.mark.usefixtures("default_compile")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
@@ -366,7 +357,6 @@ def with_any_length(*tensors):
 
 
 # one layer, which with gemma2 has a window, and one graph for all lengths: compiling takes the time
-@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("family", "padded"),
     [
@@ -392,7 +382,6 @@ def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded)
 
 
 @pytest.mark.eager_flex
-@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

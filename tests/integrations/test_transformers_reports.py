@@ -47,7 +47,7 @@ def registered():
     register(FEW_KEPT, name="few")
     register(ALL_KEPT, name="layer_dense", layers={1: None})
     register(ALL_KEPT, name="all_dense", layers=dict.fromkeys(range(2)))
-    with torch._dynamo.config.patch(recompile_limit=64, assume_static_by_default=False), torch.no_grad():
+    with torch.no_grad():
         yield
     for name in ("kept", "few", "layer_dense", "all_dense"):
         unregister(name)

@@ -33,7 +33,7 @@ def long_run(calls, lengths, device, config, **shape):
             gc.collect()
             on_device = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if device == "cuda" else (0, 0)
             held.append((*on_device, resident_bytes(), counters["stats"]["unique_graphs"]))
-        # all lengths twice, until there is code for all lengths, and what is kept of each is there
+        # all lengths twice, until what is kept of each is there
         length = lengths[call % len(lengths)] if call < 2 * len(lengths) else chance.choice(lengths)
         rows, keys, values = (tensor[:, :, :length] for tensor in (query, key, value))
         block_map = search_blocks(rows, keys, config)

@@ -275,7 +275,6 @@ def test_threads_on_streams_of_their_own_give_what_one_gives():
     config = PrefillConfig(alpha=0.5, window_blocks=1, dense_below=0)
     inputs = [make_qkv(512 + 300 * number, **shape, seed=number) for number in range(THREADS)]
     expected = [prefill_attention(*tensors, config) for tensors in inputs]
-    expected = [prefill_attention(*tensors, config) for tensors in inputs]  # by the code that is made for all lengths
     torch.cuda.synchronize()
     cache = MaskCache()
 

@@ -96,9 +96,9 @@ def warm_up(layer: ServedLayer, sizes: Sizes, gather: Gather) -> None:
 def lengths_to_warm(on_gpu: bool, most_keys: int) -> Iterator[tuple[int, int]]:
     """Queries and keys of prompts that together meet each kind of call.
 
-    A kind is compiled for its first lengths, and with the second ones for all. The kinds: whole or ragged tiles, for
-    each of which a GPU has a kernel; at the start of a prompt or behind a cache; and on a GPU the split tail of long
-    prompts. Triton compiles once more where a length or its number of blocks is a multiple of 16, and both meet both.
+    The kinds: whole or ragged tiles, for each of which a GPU has a kernel; at the start of a prompt or behind a cache;
+    and on a GPU the split tail of long prompts. There are two lengths of each, because Triton compiles once more where
+    a length or its number of blocks is a multiple of 16.
     """
     lengths = [(1024, 1024), (2048, 2048), (1024, 3072), (1280, 4352)]
     if on_gpu:
