@@ -151,9 +151,9 @@ EVERY = {
         "attention, triton", PART, partial(_attention, "triton"), floors.sparse_attention_work
     ),
     "attention-flash": Contestant("attention, flash", PART, partial(_attention, "flash"), floors.sparse_attention_work),
-    "prefill-attention": Contestant("prefill_attention", WHOLE, partial(_whole, "auto")),
-    "prefill-triton": Contestant("the whole, triton", WHOLE, partial(_whole, "triton")),
-    "prefill-flash": Contestant("the whole, flash", WHOLE, partial(_whole, "flash")),
+    "prefill-attention": Contestant("prefill_attention", WHOLE, partial(_whole, "auto"), floors.whole_work),
+    "prefill-triton": Contestant("the whole, triton", WHOLE, partial(_whole, "triton"), floors.whole_work),
+    "prefill-flash": Contestant("the whole, flash", WHOLE, partial(_whole, "flash"), floors.whole_work),
     "sdpa": Contestant("SDPA", DENSE, _sdpa),
     "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
     "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),

@@ -139,6 +139,17 @@ def sparse_attention_work(case: Case) -> Work:
     return _attention_work(case, int(case.block_map.counts().sum()))
 
 
+def whole_work(case: Case) -> Work:
+    """A search and the attention over what it keeps. The lists between them are no work that has to be."""
+    parts = [work(case) for work in (pooling_work, scoring_work, sparse_attention_work)]
+    flops = [part.matrix_flops for part in parts if part.matrix_flops is not None]
+    return Work(
+        sum(flops) if len(flops) == len(parts) else None,
+        sum(part.exponentials for part in parts),
+        sum(part.bytes for part in parts),
+    )
+
+
 def dense_attention_work(case: Case) -> Work:
     """Attention over all causal blocks."""
     visible = visible_blocks(case.block_map.geometry, "cpu")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexprefill.bench.contestants import CONTESTANTS, Contestant, ready
+from flexprefill.bench.contestants import CONTESTANTS, PART, Contestant, ready
 from flexprefill.bench.floors import Floor, Rates, floor_of
 from flexprefill.bench.inputs import Case, make_case, make_qkv
 from flexprefill.bench.settings import Settings
-from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, take_turns
+from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, single_call, take_turns
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.progress import stage
 
@@ -34,6 +34,8 @@ class Measurement:
         floor_ms: The floor's time; None if there is no floor.
         bound: As in Floor; None if there is no floor.
         reached: floor_ms over median_ms; None if there is no floor.
+        single_ms: Repeats of a single call by the wall clock, on an idle GPU. None of parts, and on the CPU, where all
+            times are by the wall clock.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Measurement:
     floor_ms: float | None
     bound: str | None
     reached: float | None
+    single_ms: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,27 @@ def measure_length(settings: Settings, length: int, density: float, rates: Rates
             except Exception as error:
                 absent[name] = reason(error)
             advance(1)
-    with stage(f"{length:,} tokens, timing", sum(repeats.values())) as advance:
+    singles: dict[str, Watch] = {}
+    if settings.device.type == "cuda":
+        singles = {name: single_call(watch) for name, watch in watches.items() if chosen[name].kind != PART}
+    with stage(f"{length:,} tokens, timing", sum(repeats.values()) + sum(repeats[name] for name in singles)) as advance:
         times, failed = take_turns(watches, repeats, advance)
-    results = {name: _result(chosen[name], case, watches[name], series, rates) for name, series in times.items()}
+        single_times, _ = take_turns(singles, repeats, advance)
+    results = {
+        name: _result(chosen[name], case, watches[name], series, single_times.get(name, ()), rates)
+        for name, series in times.items()
+    }
     found = case.block_map.density().mean().item()
     return Run(length, density, found, case.config.to_dict(), results, absent | failed)
 
 
 def _result(
-    contestant: Contestant, case: Case, watch: Watch, series: Sequence[float], rates: Rates | None
+    contestant: Contestant,
+    case: Case,
+    watch: Watch,
+    series: Sequence[float],
+    single_ms: Sequence[float],
+    rates: Rates | None,
 ) -> Measurement:
     median = statistics.median(series)
     floor: Floor | None = None
@@ -128,4 +143,5 @@ def _result(
         floor_ms=None if floor is None else floor.ms,
         bound=None if floor is None else floor.bound,
         reached=None if floor is None else floor.ms / median,
+        single_ms=single_ms,
     )

@@ -71,10 +71,15 @@ def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None)
         _line("density", [_density(run) for run in runs]),
     ]
     lines += [_line(name, [_time_cell(run.contestants.get(key)) for run in runs]) for key, name in names.items()]
-    speedups = [_speedup(run) for run in runs]
-    if set(speedups) != {ABSENT}:
-        lines.append(_line("faster than best dense", speedups))
-    lines.append("")
+    lines += [*_speedups(runs), ""]
+
+    singles = [_by_single_call(run) for run in runs]
+    if any(run.contestants for run in singles):
+        lines += ["a single call on an idle GPU, by the wall clock: median ms ± the same", header]
+        for key, name in names.items():
+            if any(key in run.contestants for run in singles):
+                lines.append(_line(name, [_time_cell(run.contestants.get(key)) for run in singles]))
+        lines += [*_speedups(singles), ""]
 
     if no_floors:
         lines.append(f"no floors: {no_floors}")
@@ -148,9 +153,23 @@ def _time_cell(result: Measurement | None) -> str:
     return f"{format_ms(result.median_ms)} ±{spread:.0f}%{'*' if result.note else ''}"
 
 
-def _speedup(run: Run) -> str:
-    whole, dense = _whole(run), best_dense(run)
-    return f"{dense.median_ms / whole.median_ms:.2f}×" if whole and dense else ABSENT
+def _speedups(runs: Sequence[Run]) -> list[str]:
+    """A line on how much faster the whole call is than the best dense attention, if both ran at some length."""
+    pairs = [(_whole(run), best_dense(run)) for run in runs]
+    cells = [f"{dense.median_ms / whole.median_ms:.2f}×" if whole and dense else ABSENT for whole, dense in pairs]
+    return [] if set(cells) == {ABSENT} else [_line("faster than best dense", cells)]
+
+
+def _by_single_call(run: Run) -> Run:
+    """The same run with the times of single calls."""
+    single = {
+        name: dataclasses.replace(
+            result, note=None, median_ms=statistics.median(result.single_ms), repeats_ms=result.single_ms
+        )
+        for name, result in run.contestants.items()
+        if result.single_ms
+    }
+    return dataclasses.replace(run, contestants=single)
 
 
 def _floor_cell(result: Measurement | None) -> str:

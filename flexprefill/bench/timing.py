@@ -30,8 +30,8 @@ class Watch:
 
     Attributes:
         timing: How it is timed. The device's time alone: "graph of N" (N calls in a CUDA graph, divided by N) or
-            "events" (around one call, with the host ahead). Host time included: "eager" (events around one call). On
-            the CPU: "wall clock".
+            "events" (around one call, with the host ahead). Host time included: "eager" (events around one call). By
+            the wall clock: "wall clock" on the CPU, "single call" on CUDA.
         call: What is timed. It is kept here because a graph does not keep the tensors that it reads.
         measure: Times once and returns the milliseconds of one call.
         calls: How many calls a measurement makes.
@@ -66,6 +66,11 @@ def make_watch(call: TimedCall, device: torch.device, *, graph: bool, eager: boo
         # a failed capture reports its end; the cause is the error before
         return Watch("eager", call, lambda: _eager_ms(call), note=reason(error.__context__ or error))
     return Watch(f"graph of {GRAPH_CALLS}", call, lambda: _device_ms(captured.replay) / GRAPH_CALLS, GRAPH_CALLS)
+
+
+def single_call(watch: Watch) -> Watch:
+    """The same call by the wall clock, on an idle CUDA device: from the call until the device is done."""
+    return Watch("single call", watch.call, lambda: _single_ms(watch.call))
 
 
 def repeats_within_budget(repeats: int, watch: Watch, ms: float) -> int:
@@ -108,6 +113,15 @@ def _wall_ms(call: TimedCall) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
+
+
+def _single_ms(call: TimedCall) -> float:
+    def and_wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return _wall_ms(and_wait)
 
 
 def _device_ms(call: TimedCall) -> float:

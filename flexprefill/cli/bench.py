@@ -23,7 +23,8 @@ DESCRIPTION = (
     "Prints medians, spreads and the reached share of the theoretical floor: matrix work, exponentials and bytes at "
     "the highest clocks that the driver names. Writes every repeat to bench.json. Draws bench.png if matplotlib is "
     f"installed. On CUDA, up to {LONGEST_GRAPH:,} tokens, {GRAPH_CALLS} calls at a time are timed in a CUDA graph; "
-    "longer prompts are timed by events around one call. What cannot run is listed with the reason. Lists are "
+    "longer prompts are timed by events around one call. Whole calls are timed once more one by one, by the wall "
+    "clock on an idle GPU. What cannot run is listed with the reason. Lists are "
     "separated by commas. On the CPU, the default sinks and window are one block each and no last blocks keep "
     "everything: PrefillConfig's defaults would keep more than the default density at any default length."
 )

@@ -219,6 +219,10 @@ def test_every_contestant_of_a_gpu_is_measured_or_says_why_not(tmp_path):
     assert all(why for why in run["absent"].values())
     scoring = run["contestants"]["scoring"]
     assert record["no_floors"] or 0 < scoring["reached"] < 1
+    whole = run["contestants"]["prefill-attention"]
+    # a single call waits for the host, which calls in a graph do not
+    assert min(whole["single_ms"]) > whole["min_ms"] and not scoring["single_ms"]
+    assert record["no_floors"] or 0 < whole["reached"] < 1
 
 
 def test_each_line_has_its_colour(tmp_path):

@@ -1,6 +1,7 @@
 """The floors: each part's work, and the rates of a card."""
 
 import sys
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
@@ -52,12 +53,14 @@ def test_each_parts_work_is_counted():
     kept, causal = (4 * n * 128 * 128 for n in (1 + 2 + 2 + 2, 1 + 2 + 3 + 4))
     assert floors.sparse_attention_work(case) == floors.Work(4 * 64 * kept, kept, traffic)
     assert floors.dense_attention_work(case) == floors.Work(4 * 64 * causal, causal, traffic)
+    parts = floors.pooling_work(case), floors.scoring_work(case), floors.sparse_attention_work(case)
+    assert floors.whole_work(case) == floors.Work(*(sum(amounts) for amounts in zip(*map(astuple, parts), strict=True)))
 
 
 def test_float32_has_no_matrix_floor():
     case = four_blocks(torch.float32)
     assert floors.scoring_work(case).matrix_flops is None and floors.dense_attention_work(case).matrix_flops is None
-    assert floors.pooling_work(case).matrix_flops == 0
+    assert floors.pooling_work(case).matrix_flops == 0 and floors.whole_work(case).matrix_flops is None
 
 
 def make_card(monkeypatch, told, capability=(9, 0)):
