@@ -2,8 +2,8 @@
 
     python examples/benchmarks/two_sided.py
 
-Times all calls of a length in turns by the device's clock; prints medians and spreads. The attention is timed over
-random maps of some densities. --output keeps every repeat.
+Times all calls of a length in turns by the device's clock; prints medians and spreads, and what each kernel of the
+search takes. The attention is timed over random maps of some densities. --output keeps every repeat.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
 from flexprefill.bench.timing import WARM_UPS, make_watch
@@ -23,7 +24,11 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32_768, 131_072, 262_144], help="tokens")
 parser.add_argument(
-    "--densities", type=float, nargs="+", default=[0.025, 0.1, 0.3, 0.5], help="of the maps (default: %(default)s)"
+    "--densities",
+    type=float,
+    nargs="*",
+    default=[0.025, 0.1, 0.3, 0.5],
+    help="of the maps; none: the searches alone (default: %(default)s)",
 )
 parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
 parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
@@ -48,6 +53,18 @@ def random_map(generator, length, density):
     return causal & BlockMap.from_dense(chosen, q_len=length, kv_len=length, block_size=128)
 
 
+def kernels_of(call):
+    """Device milliseconds of each kernel of a call."""
+    if device.type != "cuda":
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(WARM_UPS):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in seen.key_averages() if event.self_device_time_total]
+    return {event.key: event.self_device_time_total / 1000 / WARM_UPS for event in events}
+
+
 def measure(length):
     generator = torch.Generator(device).manual_seed(0)
     heads = settings.heads, settings.kv_heads, settings.kv_heads
@@ -58,17 +75,20 @@ def measure(length):
         return prefill_attention(query, key, value, RECOMMENDED, block_map=maps[density])
 
     calls = {
-        "dense attention": lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
         "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
         "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
     }
     for density in settings.densities:
         calls[f"attention at {density:g}"] = lambda density=density: attend(density)
-    least = min(settings.densities)
-    calls[f"two-sided search and attention at {least:g}"] = lambda: (
-        search_blocks(query, key, RECOMMENDED),
-        attend(least),
-    )
+    if settings.densities:
+        least = min(settings.densities)
+        calls["dense attention"] = lambda: scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+        calls[f"two-sided search and attention at {least:g}"] = lambda: (
+            search_blocks(query, key, RECOMMENDED),
+            attend(least),
+        )
     for call in calls.values():
         call()
     watches = {name: make_watch(call, device, graph=True) for name, call in calls.items()}
@@ -82,8 +102,11 @@ def measure(length):
     for name, repeats in times.items():
         median = statistics.median(repeats)
         print(f"    {name:<44} {median:8.3f} ms  ({min(repeats):.3f} – {max(repeats):.3f})", flush=True)
+    kernels = kernels_of(calls["two-sided search"])
+    for name, took in sorted(kernels.items(), key=lambda item: -item[1]):
+        print(f"        {name[:60]:<60} {took:8.3f} ms", flush=True)
     densities = {density: block_map.density().mean().item() for density, block_map in maps.items()}
-    return {"densities": densities, "times_ms": times}
+    return {"densities": densities, "times_ms": times, "kernels_ms": kernels}
 
 
 record = {
