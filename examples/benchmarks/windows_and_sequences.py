@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from flexprefill import AttentionVariant, PrefillConfig, Sequences, prefill_attention, search_blocks
-from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.bench.timing import WARM_UPS, make_watch, reason
 from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +32,8 @@ settings = parser.parse_args()
 device = torch.device(settings.device)
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 config = PrefillConfig(dense_below=0)
+BACKENDS = {"cuda": ["triton", "flash"], "cpu": ["auto"]}
+CLOSE = 1e-2  # relative error of outputs by kernels that add in another order
 
 
 def random(generator, heads, length):
@@ -59,6 +61,7 @@ def kinds(length):
         "padded left": AttentionVariant(sequences=Sequences.from_lengths(padded, length, padding="left")),
         "soft cap 50": AttentionVariant(soft_cap=50.0),
         "ALiBi": AttentionVariant(alibi_slopes=slopes),
+        "sinks": AttentionVariant(sinks=torch.zeros(settings.heads, device=device)),
     }
 
 
@@ -67,15 +70,25 @@ def measure(length):
     watches, found = {}, {}
     for name, variant in kinds(length).items():
         block_map = search_blocks(query, key, config, variant=variant)
-        parts = {
-            "search": lambda variant=variant: search_blocks(query, key, config, variant=variant),
-            "attention": lambda variant=variant, block_map=block_map: prefill_attention(
-                query, key, value, config, variant=variant, block_map=block_map
-            ),
-        }
-        found[name] = {"density": block_map.density().mean().item(), "times_ms": {part: [] for part in parts}}
+        parts = {"search": lambda variant=variant: search_blocks(query, key, config, variant=variant)}
+        for backend in BACKENDS[device.type]:
+            parts[f"attention, {backend}"] = lambda variant=variant, block_map=block_map, backend=backend: (
+                prefill_attention(query, key, value, config, variant=variant, block_map=block_map, backend=backend)
+            )
+        found[name] = {"density": block_map.density().mean().item(), "times_ms": {}, "absent": {}}
+        expected = None
         for part, call in parts.items():
-            call()
+            try:
+                output = call()
+            except Exception as error:  # a backend that cannot do a variant may raise anything
+                found[name]["absent"][part] = reason(error)
+                print(f"    {name}, {part}: {reason(error)}", flush=True)
+                continue
+            if part != "search":
+                expected = output.float() if expected is None else expected
+                error = ((output.float() - expected).norm() / expected.norm()).item()
+                assert error < CLOSE, (name, part, error)
+            found[name]["times_ms"][part] = []
             watches[name, part] = make_watch(call, device, graph=False)
     for turn in range(WARM_UPS + settings.repeats):
         for (name, part), watch in watches.items():
