@@ -82,15 +82,22 @@ def execute(arguments: argparse.Namespace) -> int:
         )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     configs = _by_recall(arguments) if own else _by_loss(arguments)
+    print_table(*_thresholds(configs))
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def _thresholds(configs: Sequence[PrefillConfig]) -> tuple[list[str], list[list[str]]]:
+    """A table of what was found: the alphas of each layer's heads, or its probe share."""
+    if configs[0].two_sided:
+        return ["layer", "probe share"], [[str(layer), f"{of.probe_share:.3g}"] for layer, of in enumerate(configs)]
     by_layer = [config.alpha if isinstance(config.alpha, tuple) else (config.alpha,) for config in configs]
     heads = max(map(len, by_layer))
     rows = [
         [str(layer), *(f"{alpha:.3g}" for alpha in (alphas if len(alphas) == heads else alphas * heads))]
         for layer, alphas in enumerate(by_layer)
     ]
-    print_table(["layer", *(f"head {head}" for head in range(heads))], rows)
-    print(f"written to {arguments.output}")
-    return 0
+    return ["layer", *(f"head {head}" for head in range(heads))], rows
 
 
 def _by_recall(arguments: argparse.Namespace) -> list[PrefillConfig]:

@@ -2,11 +2,13 @@
 
 Mass says which heads differ, tokens say how much is enough. Each head's kept mass is measured over a grid of alphas
 first. One number, the recall that every head has to keep, then sets the alphas of all heads, and the model's own loss
-over dense attention sets that number. One alpha for all heads is tried beside it, and the sparser of both is taken.
+over dense attention sets that number. One alpha for all heads is tried beside it, and so is the two-sided search with
+one probe share. The sparsest of the three is taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexprefill.config import PrefillConfig
-from flexprefill.errors import FlexPrefillError
+from flexprefill.errors import FlexPrefillError, UnsupportedError
 from flexprefill.evaluation.comparison import Cell, Plan, Subject, measure
 from flexprefill.evaluation.methods import DENSE, Method, attend_densely
 from flexprefill.evaluation.scoring import Difference
@@ -25,6 +27,7 @@ from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 LOG2_ALPHAS = tuple(-step / 2 for step in range(33))  # 1 to 2^-16
 RECALLS = tuple(1 - 2.0 ** (-step / 2) for step in range(1, 25))  # 0.29 to 0.9998
+PROBE_SHARES = tuple(2.0 ** (-step / 2) for step in range(4, 25))  # 0.25 to 2^-12
 ROWS = 64  # of each head, evenly placed among those that may drop blocks
 
 
@@ -84,7 +87,7 @@ class Tried:
     """One setting and what it costs.
 
     Attributes:
-        name: What sets the alphas.
+        name: What sets the alphas or probe shares.
         configs: By layer.
         over_dense: By task, nats a graded token over dense attention.
         density: Kept share of the causal blocks, the mean of the tasks.
@@ -108,7 +111,7 @@ class Calibrator:
     Attributes:
         subject: The model with its prompts.
         plan: One length, the tasks and how many prompts of each; no methods.
-        config: All settings but alpha.
+        config: All settings but alpha. The two-sided search takes block size and mask_heads of it.
         advance: Called with 1 after each task of each setting.
     """
 
@@ -168,10 +171,20 @@ def calibrate_by_loss(
         config = replace(calibrator.config, alpha=2.0 ** LOG2_ALPHAS[step])
         return calibrator.tried(f"alpha {config.alpha:.3g}", [config] * len(curves), dense)
 
+    def by_share(step: int) -> Tried:
+        config = replace(
+            PrefillConfig.recommended(),
+            block_size=calibrator.config.block_size,
+            mask_heads=calibrator.config.mask_heads,
+            probe_share=PROBE_SHARES[step],
+        )
+        return calibrator.tried(f"two-sided, share {config.probe_share:.3g}", [config] * len(curves), dense)
+
     found = [
-        _sparsest(most, count, setting, told)
-        for count, setting in ((len(RECALLS), by_recall), (len(LOG2_ALPHAS), by_alpha))
+        _sparsest(most, len(steps), setting, told) for steps, setting in ((RECALLS, by_recall), (LOG2_ALPHAS, by_alpha))
     ]
+    with contextlib.suppress(UnsupportedError):  # the model's attention is of a kind that only alphas know
+        found.append(_sparsest(most, len(PROBE_SHARES), by_share, told))
     within = [tried for tried in found if tried.worst <= most]
     if not within:
         least = min(found, key=lambda tried: tried.worst)
@@ -184,7 +197,7 @@ def calibrate_by_loss(
 
 def tries(plan: Plan) -> int:
     """How often ``advance`` is called at most."""
-    bisections = sum(count.bit_length() for count in (len(RECALLS), len(LOG2_ALPHAS)))
+    bisections = sum(len(steps).bit_length() for steps in (RECALLS, LOG2_ALPHAS, PROBE_SHARES))
     return len(plan.tasks) * (4 + bisections)  # dense attention and the result on both sets of prompts, and the curves
 
 

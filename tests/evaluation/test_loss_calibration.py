@@ -13,12 +13,14 @@ from flexprefill import AttentionVariant, FlexPrefillError, PrefillConfig, atten
 from flexprefill.evaluation.comparison import Answered, Plan
 from flexprefill.evaluation.loss_calibration import (
     LOG2_ALPHAS,
+    PROBE_SHARES,
     RECALLS,
     Calibrator,
     RecallCurve,
     calibrate_by_loss,
     tries,
 )
+from flexprefill.evaluation.methods import Attender, attend_densely
 
 RULE = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 
@@ -48,7 +50,7 @@ class Layers:
 
 @pytest.fixture(scope="module")
 def calibrator():
-    return Calibrator(Layers(), Plan([320], ["one", "other"], [], 2, 0), RULE)
+    return Calibrator(Layers(), Plan([200], ["one", "other"], [], 1, 0), RULE)
 
 
 def test_a_curve_has_the_recall_of_each_alpha_and_the_largest_alpha_for_a_recall():
@@ -83,29 +85,39 @@ def test_a_layer_with_a_window_is_left_as_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", [0.02, 0.1])
-def test_the_sparsest_within_the_loss_is_taken(calibrator, most):
-    dense, told, steps = calibrator.dense(), [], []
-    best = calibrate_by_loss(replace(calibrator, advance=steps.append), dense, most, told.append)
-    assert best.worst <= most and best in told and sum(steps) <= tries(calibrator.plan)
-    curves = calibrator.curves()
+def test_the_sparsest_within_the_loss_is_taken(calibrator):
+    dense, curves = calibrator.dense(), calibrator.curves()
     by_recall = [calibrator.tried("", [curve.config_for(recall) for curve in curves], dense) for recall in RECALLS]
     by_alpha = [calibrator.tried("", [replace(RULE, alpha=2.0**log2)] * 2, dense) for log2 in LOG2_ALPHAS]
-    densest = []
-    for family in (by_recall, by_alpha):
-        within = [tried.worst <= most for tried in family]
-        if sorted(within) == within:  # where loss falls with density, bisection finds the first
-            densest.append(family[within.index(True)].density)
-    assert len(densest) == 2 and best.density == pytest.approx(min(densest))
+    base = replace(PrefillConfig.recommended(), block_size=RULE.block_size)
+    by_share = [calibrator.tried("", [replace(base, probe_share=share)] * 2, dense) for share in PROBE_SHARES]
+    for most in (0.02, 0.1):
+        told, steps = [], []
+        best = calibrate_by_loss(replace(calibrator, advance=steps.append), dense, most, told.append)
+        assert best.worst <= most and best in told and sum(steps) <= tries(calibrator.plan)
+        sparsest = []
+        for family in (by_recall, by_alpha, by_share):
+            within = [tried.worst <= most for tried in family]
+            if sorted(within) == within:  # where loss falls with density, bisection finds the first
+                sparsest.append(family[within.index(True)].density)
+        assert len(sparsest) == 3 and best.density == pytest.approx(min(sparsest))
+
+
+class NothingHelps(Layers):
+    """Every setting costs one nat."""
+
+    def answer(self, prompt, attenders):
+        super().answer(prompt, attenders)
+        sparse = any(isinstance(each, Attender) and each.method.config is not None for each in attenders)
+        return Answered(0, 0, float(sparse))
 
 
 def test_a_loss_that_no_setting_reaches_is_said(calibrator):
-    # the window of one block and alphas of 2^-16 drop some mass still
-    sharp = replace(calibrator, subject=Sharp())
+    never = replace(calibrator, subject=NothingHelps())
     with pytest.raises(
-        FlexPrefillError, match=r"--loss must be at least [\d.]+ milli-nats for these prompts, got 0.001"
+        FlexPrefillError, match=r"--loss must be at least 1000.0 milli-nats for these prompts, got 0.001"
     ):
-        calibrate_by_loss(sharp, sharp.dense(), 1e-6, lambda tried: None)
+        calibrate_by_loss(never, never.dense(), 1e-6, lambda tried: None)
 
 
 class Sharp(Layers):
@@ -119,6 +131,24 @@ class Sharp(Layers):
         key[:, :, 48:, 0] += 0.2
         key[:, :, 32:40, 0] = -6.0
         return [(query, key, value)] * 2
+
+
+class SharpWithASoftCap(Sharp):
+    def answer(self, prompt, attenders):
+        variant = AttentionVariant(soft_cap=1e4)
+        outputs = [attend(*layer, None, variant) for attend, layer in zip(attenders, prompt, strict=True)]
+        dense = [attend_densely(*layer, None, variant) for layer in prompt]
+        return Answered(0, 0, sum((out - own).abs().mean().item() for out, own in zip(outputs, dense, strict=True)))
+
+
+@pytest.mark.slow
+def test_a_key_that_alphas_do_not_find_is_found_by_probes_unless_they_do_not_know_the_attention(calibrator):
+    sharp = replace(calibrator, subject=Sharp())
+    best = calibrate_by_loss(sharp, sharp.dense(), 1e-3, lambda tried: None)
+    assert best.name.startswith("two-sided, share ") and best.configs[0].two_sided
+    capped = replace(calibrator, subject=SharpWithASoftCap())
+    with pytest.raises(FlexPrefillError, match=r"so much costs (recall|alpha) [\d.e-]+, the densest"):
+        calibrate_by_loss(capped, capped.dense(), 1e-3, lambda tried: None)
 
 
 @pytest.mark.slow
