@@ -40,11 +40,8 @@ def describe_keys(key: Tensor) -> TensorDescriptor:
 
 @gluon.jit
 def _copy_keys(key, batch, head, J, slot, k_smem, ready, pred):
-    """Starts to copy key block J. The buffer must be free."""
-    mbarrier.expect(ready.index(slot), key.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(
-        key, [batch, head, J * BLOCK, 0], ready.index(slot), k_smem.index(slot), pred=pred
-    )
+    """Starts to copy key block J into a free buffer. Its barrier must expect it."""
+    tma.async_copy_global_to_shared(key, [batch, head, J * BLOCK, 0], ready.index(slot), k_smem.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -55,6 +52,8 @@ def _multiply(q_smem, key, batch, head, J, J0, stop, k_smem, ready, ACC: gl.cons
     """
     slot = (J - J0) & 1
     mbarrier.wait(ready.index(slot), ((J - J0) >> 1) & 1)
+    # here, and not before the copy, because that would take one more barrier
+    mbarrier.expect(ready.index(slot), key.block_type.nbytes, pred=J + 2 < stop)
     keys = k_smem.index(slot).reshape([BLOCK, q_smem.shape[1]]).permute((1, 0))
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
     products = warpgroup_mma(q_smem, keys, zeros, use_acc=False)
@@ -131,8 +130,10 @@ def masses_kernel(
     kv_head = own_set // SETS
     batch = kv_head * GROUP // HEADS
     key_head = kv_head % (HEADS // GROUP)
-    _copy_keys(key, batch, key_head, J0, 0, k_smem, ready, True)
-    _copy_keys(key, batch, key_head, J0 + 1, 1, k_smem, ready, J0 + 1 < stop)
+    for slot in gl.static_range(2):
+        mbarrier.expect(ready.index(slot), key.block_type.nbytes, pred=J0 + slot < stop)
+    for slot in gl.static_range(2):
+        _copy_keys(key, batch, key_head, J0 + slot, slot, k_smem, ready, J0 + slot < stop)
     gathered_r = gl.arange(0, ROWS, gl.SliceLayout(1, GATHERED))
     d = gl.arange(0, D, gl.SliceLayout(0, GATHERED))
     head, row = _probed_rows(
@@ -146,9 +147,7 @@ def masses_kernel(
 
     r = gl.arange(0, ROWS, OF_ROWS)
     c = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
-    _, row = _probed_rows(
-        first_row + r, own_set, start, count, probes_log2, far_ptr, q_len, FAR, GROUP, MEMBERS, BLOCK
-    )
+    _, row = _probed_rows(first_row + r, own_set, start, count, probes_log2, far_ptr, q_len, FAR, GROUP, MEMBERS, BLOCK)
     position = kv_len - q_len + row
     masses = scratch_ptr + line.to(gl.int64) * ROWS + r
     sums = scratch_ptr + sums_line.to(gl.int64) * ROWS + r

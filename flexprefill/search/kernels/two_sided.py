@@ -224,7 +224,8 @@ def _bands(geometry: Geometry, rule: Rule, members: int, sets: int) -> Iterator[
             ends = range(first + 1, rows)
             end = max(first + 1, first + bisect.bisect_right(ends, SCRATCH_BYTES, key=lambda end: band(end).bytes))
             last = band(end).stretches[-1]
-            end -= (end - last.first) % max(1, TILE_ROWS // (members * last.probes)) if end > last.first + 1 else 0
+            whole = end - (end - last.first) % max(1, TILE_ROWS // (members * last.probes))
+            end = whole if whole > first else end
         for first_set in range(0, sets, step):
             yield band(end)._replace(first_set=first_set, sets=min(step, sets - first_set))
         first = end
