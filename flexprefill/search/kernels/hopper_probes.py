@@ -2,8 +2,8 @@
 
 It is written in Gluon, like hopper.py. The tensor memory accelerator fills two buffers of keys in turn: while one block
 of keys is multiplied and summed up, the next one arrives. Two programs share a multiprocessor, so one multiplies while
-the other takes powers, gathers its rows or ends. The grid is not persistent, because then both would have to share one
-program's barriers and order, and a program's start is hidden already.
+the other takes powers. The grid is not persistent: while one program starts, the other one works, and the GPU hands out
+the rest as places become free.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -97,45 +98,45 @@ def _probe(
     group = query.shape[1] // key.shape[1]
     far_count = max(rule.probe_rows // 2, 1)
     geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
-    # a single probe is an even one
-    with_far = max((one.end for one in _stretches(geometry, rule, 1, 0, geometry.rows) if one.probes > 1), default=0)
-    far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
     members = min(triton.next_power_of_2(group), NEIGHBOURS)
+    # a single probe is an even one
+    stretches = _stretches(geometry, rule, members, 0, geometry.rows)
+    with_far = max((one.end for one in stretches if one.probes > 1), default=0)
+    far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
     bands = list(_bands(geometry, rule, members, query.shape[0] * key.shape[1] * ceil_div(group, members)))
     needed = max(band.bytes for band in bands)
     with room_for("the search", needed, query.device, IN_CHUNKS):
         scratch = torch.empty(needed // 4, dtype=torch.float32, device=query.device)
-    sizes = {"MEMBERS": members, "PROBES_LOG2": rule.probe_rows.bit_length() - 1, "GROUP": group}
-    arguments = {
-        "far_ptr": far, "HEADS": query.shape[1], "qk_scale": shared["qk_scale"], "FAR": far_count, "D": query.shape[3],
-        **_pointers("query", query), **sizes,
+    kernel, arguments = _masses_kernel(query, key, rule)
+    sizes = {
+        "scratch_ptr": scratch, "q_len": geometry.q_len, "kv_len": geometry.kv_len, "GROUP": group, "MEMBERS": members,
+        "PROBES_LOG2": rule.probe_rows.bit_length() - 1,
     }  # fmt: skip
-    if hopper_takes_probes(query, key, rule):
-        from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
-
-        kernel: Any = hopper_probes.masses_kernel
-        arguments |= {
-            "key": hopper_probes.describe_keys(key),
-            "num_warps": hopper_probes.WARPS,
-            "maxnreg": hopper_probes.REGISTERS,
-        }
-    else:
-        kernel = masses_kernel
-        arguments |= {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS, **_pointers("key", key), **_sizes(key, rule)}
     places = PROGRAMS * multiprocessors(query.device)
     for band in bands:
         span_log2 = band.span_log2(places)
-        place = {
-            "scratch_ptr": scratch, "q_len": geometry.q_len, "kv_len": geometry.kv_len, "first": band.first,
-            "end": band.end, "first_set": band.first_set, "sets": band.sets,
-        }  # fmt: skip
-        kernel[(band.programs(span_log2),)](span_log2=span_log2, **place, **arguments)
+        sizes |= {"first": band.first, "end": band.end, "first_set": band.first_set, "sets": band.sets}
+        kernel[(band.programs(span_log2),)](
+            far_ptr=far, span_log2=span_log2, HEADS=query.shape[1], qk_scale=shared["qk_scale"], FAR=far_count,
+            D=query.shape[3], **_pointers("query", query), **arguments, **sizes,
+        )  # fmt: skip
         decide_kernel[((band.end - band.first) * band.sets,)](
             words_ptr=words, held_ptr=words if held is None else held, rows=geometry.rows, width=words.shape[3],
             probe_share=rule.probe_share, sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks,
             last_full_blocks=rule.last_full_blocks, BLOCK=rule.block_size, FOUND=found, HELD=held is not None,
-            num_warps=DECIDE_WARPS, **place, **sizes,
+            num_warps=DECIDE_WARPS, **sizes,
         )  # fmt: skip
+
+
+def _masses_kernel(query: Tensor, key: Tensor, rule: Rule) -> tuple[Any, dict[str, Any]]:
+    """The masses' kernel of a search, and what it alone is told."""
+    if not hopper_takes_probes(query, key, rule):
+        launch = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS}
+        return masses_kernel, {**_pointers("key", key), **_sizes(key, rule), **launch}
+    from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
+
+    launch = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
+    return hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key), **launch}
 
 
 def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
@@ -144,7 +145,7 @@ def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
 
 
 def hopper_takes_probes(query: Tensor, key: Tensor, rule: Rule) -> bool:
-    """Whether hopper_probes.probes_kernel can do this search."""
+    """Whether hopper_probes.masses_kernel can do this search."""
     members = min(triton.next_power_of_2(query.shape[1] // key.shape[1]), NEIGHBOURS)
     return hopper_copies(key) and rule.block_size == 128 and members * rule.probe_rows <= TILE_ROWS
 
@@ -210,24 +211,25 @@ def _bands(geometry: Geometry, rule: Rule, members: int, sets: int) -> Iterator[
     A band takes whole tiles of its last stretch where it can. Its sets are all, or where that is too much for one query
     block, as many as fit.
     """
+
+    def bytes_of(first: int, end: int) -> int:
+        return sum(one.bytes for one in _stretches(geometry, rule, members, first, end))
+
     rows = geometry.rows
-    widest = sum(one.bytes for one in _stretches(geometry, rule, members, rows - 1, rows))
-    step = max(1, min(sets, SCRATCH_BYTES // widest))
+    step = max(1, min(sets, SCRATCH_BYTES // bytes_of(rows - 1, rows)))
+    limit = SCRATCH_BYTES // step
     first = 0
     while first < rows:
-
-        def band(end: int, first: int = first) -> _Band:
-            return _Band(first, end, 0, step, list(_stretches(geometry, rule, members, first, end)))
-
         end = rows
-        if band(end).bytes > SCRATCH_BYTES:
-            ends = range(first + 1, rows)
-            end = max(first + 1, first + bisect.bisect_right(ends, SCRATCH_BYTES, key=lambda end: band(end).bytes))
-            last = band(end).stretches[-1]
+        if bytes_of(first, end) > limit:
+            fitting = bisect.bisect_right(range(first + 1, rows), limit, key=functools.partial(bytes_of, first))
+            end = first + max(1, fitting)
+            *_, last = _stretches(geometry, rule, members, first, end)
             whole = end - (end - last.first) % max(1, TILE_ROWS // (members * last.probes))
             end = whole if whole > first else end
+        stretches = list(_stretches(geometry, rule, members, first, end))
         for first_set in range(0, sets, step):
-            yield band(end)._replace(first_set=first_set, sets=min(step, sets - first_set))
+            yield _Band(first, end, first_set, min(step, sets - first_set), stretches)
         first = end
 
 
