@@ -260,6 +260,13 @@ def test_the_bits_do_not_depend_on_how_the_work_is_cut(monkeypatch):
     check_the_bits_of_other_cuts(query, key, BOTH, 32, monkeypatch)
 
 
+def test_the_probes_of_a_query_block_may_fill_more_than_a_tile():
+    query, key, _ = make_qkv(40, 200, heads=20, kv_heads=1, head_dim=16, device=DEVICE)
+    config = dataclasses.replace(BOTH, probe_rows=16, probe_share=0.15, outlier_keys=0)
+    reference, triton = (search_blocks(query, key, config, implementation=name) for name in IMPLEMENTATIONS)
+    assert reference == triton and 0.1 < triton.density().mean() < 0.9
+
+
 @pytest.mark.slow
 def test_a_chunk_may_begin_inside_a_block():
     query, key, _ = make_qkv(250, 333, heads=4, kv_heads=2, device=DEVICE)
