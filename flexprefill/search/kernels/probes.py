@@ -72,9 +72,9 @@ def tile_of(
     and the spans that few tiles reach come last.
 
     Returns:
-        The set. The tile's first row, the first query block, and how many there are, of the tile's stretch. log2 of
-        the probes. The tile's first line in scratch, and the one with the first segment's sums. The key blocks from
-        start to stop, of which all rows of the tile see those before ``whole`` whole.
+        The set. The tile's first row in its stretch. The stretch's first query block, how many it has, and log2 of
+        their probes. The tile's first line in scratch, and its line of the first segment's sums. The span's first key
+        block, one behind its last, and the first key block that some row of the tile may not see whole.
     """
     begun = 0
     lines_before = 0
