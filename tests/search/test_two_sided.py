@@ -20,7 +20,9 @@ from flexprefill import (
     prefill_attention,
     search_blocks,
 )
+from flexprefill.blockmap.bits import unpack_bits
 from flexprefill.search import two_sided
+from flexprefill.search.rule import Rule
 
 BOTH = PrefillConfig(
     alpha=None, block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=0,
@@ -207,6 +209,64 @@ def test_chunks_give_the_map_of_one_go(implementation, alpha):
         search_blocks(query, key, PrefillConfig(block_size=16), means=means, implementation=implementation)
 
 
+def check_the_bits_of_other_cuts(query, key, config, chunk, monkeypatch):
+    """Spans of key blocks, bands of query blocks and sets of heads, and chunks: none of them changes a bit."""
+    from flexprefill.search.kernels import two_sided as kernels
+
+    rule = Rule.of(dataclasses.replace(config, outlier_keys=0, last_full_blocks=0), scale=0.2, last_chunk=True)
+    decide, scratch, rows = kernels.decide_kernel, [], -(-query.shape[2] // rule.block_size)
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def run(scratch_ptr, **arguments):
+                scratch.append(scratch_ptr.clone())
+                decide[grid](scratch_ptr=scratch_ptr, **arguments)
+
+            return run
+
+    def probe(query, key):
+        scratch.clear()
+        words, held = kernels.keep_more(query, key, None, None, rule, True)
+        return words, held
+
+    monkeypatch.setattr(kernels, "decide_kernel", Recorder())
+    monkeypatch.setattr(kernels, "PROGRAMS_A_PLACE", 0)
+    words, held = probe(query, key)
+    (masses,) = scratch
+    assert 0 < words.count_nonzero() and held.isfinite().all()
+    for span_log2 in (0, 1):
+        monkeypatch.setattr(kernels, "LARGEST_SPAN_LOG2", span_log2)
+        again = probe(query, key)
+        assert torch.equal(words, again[0]) and torch.equal(held, again[1])
+        # what is not written is NaN
+        assert torch.equal(masses.nan_to_num(7e7), scratch[0].nan_to_num(7e7))
+    for limit in (4 * masses.numel() // 3, 1):
+        monkeypatch.setattr(kernels, "SCRATCH_BYTES", limit)
+        again = probe(query, key)
+        assert torch.equal(words, again[0]) and torch.equal(held, again[1])
+        assert len(scratch) >= 3 and max(part.numel() for part in scratch) < masses.numel() / 2
+    assert len(scratch) >= rows
+    monkeypatch.undo()
+    kv_end, some = key.shape[2] - query.shape[2] + chunk, chunk // rule.block_size
+    early_words, early_held = probe(query[:, :, :chunk], key[:, :, :kv_end])
+    columns = -(-kv_end // rule.block_size)
+    assert torch.equal(unpack_bits(early_words, columns), unpack_bits(words, columns)[:, :, :some])
+    assert torch.equal(early_held, held[:, :, :some])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_bits_do_not_depend_on_how_the_work_is_cut(monkeypatch):
+    query, key, _ = make_qkv(70, 1070, heads=6, kv_heads=2, head_dim=16, device=DEVICE)
+    check_the_bits_of_other_cuts(query, key, BOTH, 32, monkeypatch)
+
+
+def test_the_probes_of_a_query_block_may_fill_more_than_a_tile():
+    query, key, _ = make_qkv(40, 200, heads=20, kv_heads=1, head_dim=16, device=DEVICE)
+    config = dataclasses.replace(BOTH, probe_rows=16, probe_share=0.15, outlier_keys=0)
+    reference, triton = (search_blocks(query, key, config, implementation=name) for name in IMPLEMENTATIONS)
+    assert reference == triton and 0.1 < triton.density().mean() < 0.9
+
+
 @pytest.mark.slow
 def test_a_chunk_may_begin_inside_a_block():
     query, key, _ = make_qkv(250, 333, heads=4, kv_heads=2, device=DEVICE)
@@ -371,6 +431,15 @@ def test_kernels_for_hopper_keep_what_the_portable_ones_keep(
     monkeypatch.setattr(kernels, "hopper_copies", lambda tensor: False)
     portable = search_blocks(query, key, config)
     assert (found.to_dense() != portable.to_dense()).sum() <= 2e-5 * portable.counts().sum() + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("heads, kv_heads, probes", [(8, 2, 8), (14, 2, 16), (4, 4, 1)])
+def test_the_bits_of_long_prompts_do_not_depend_on_how_the_work_is_cut(heads, kv_heads, probes, monkeypatch):
+    query, key = lengthy(17_000, heads, kv_heads)
+    config = dataclasses.replace(LONG, probe_rows=probes)
+    check_the_bits_of_other_cuts(query[:, :, 5000:], key, config, 8192, monkeypatch)
 
 
 @pytest.mark.gpu

@@ -8,41 +8,61 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.runtime.devices import multiprocessors
+
+BLOCKS = 4  # of a program, at most: it finds the largest distances of all at once
+PROGRAMS = 3  # a multiprocessor: so many blocks fit into its registers
+PROGRAMS_A_PLACE = 8  # one after the other, so that all places end together
+BYTES_OF_WARP = 2**13  # of a block, in registers
 
 
-@triton.jit(do_not_specialize=["length", "blocks"])
+@triton.jit(do_not_specialize=["length", "blocks", "first_blocks", "each"])
 def farthest_kernel(
-    tensor_ptr, found_ptr, stride_b, stride_h, stride_s, stride_d, length, blocks, HEADS,
-    COUNT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr,
+    tensor_ptr, found_ptr, stride_b, stride_h, stride_s, stride_d, length, blocks, first_blocks, each, HEADS,
+    COUNT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """One block of [B, HEADS, S, D]: writes indices, int32 [B, HEADS, blocks, COUNT], as two_sided.farthest gives them.
+    """``each`` blocks of [B, HEADS, S, D], MOST at most. It does not look behind the first ``first_blocks``.
 
-    With VECTORS it writes the vectors themselves, [B, HEADS, blocks, COUNT, D].
+    Writes indices, int32 [B, HEADS, blocks, COUNT], as two_sided.farthest gives them. With VECTORS it writes the
+    vectors themselves, [B, HEADS, blocks, COUNT, D].
     """
-    block = tl.program_id(0)
+    first = tl.program_id(0) * each
     head = tl.program_id(1).to(tl.int64)
     s = tl.arange(0, BLOCK)
     d = tl.arange(0, D_PAD)
-    size = tl.minimum(length - block * BLOCK, BLOCK)
+    m = tl.arange(0, MOST)
     base = tensor_ptr + (head // HEADS) * stride_b + (head % HEADS) * stride_h
-    offsets = (block * BLOCK + s).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
-    vectors = tl.load(base + offsets, mask=(s[:, None] < size) & (d[None, :] < D), other=0.0).to(tl.float32)
-    difference = vectors - (tl.sum(vectors, 0) / size.to(tl.float32))[None, :]
-    distance = tl.sum(tl.where(d[None, :] < D, difference * difference, 0.0), 1)
-    distance = tl.where(s < size, distance, float("-inf"))
-    left = distance
+    distances = tl.zeros([MOST, BLOCK], tl.float32)
+    for own in tl.range(0, tl.minimum(each, first_blocks - first), num_stages=1):
+        row = (first + own) * BLOCK + s
+        size = tl.minimum(length - (first + own) * BLOCK, BLOCK)
+        offsets = row.to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+        vectors = tl.load(base + offsets, mask=(row[:, None] < length) & (d[None, :] < D), other=0.0).to(tl.float32)
+        difference = vectors - (tl.sum(vectors, 0) / size.to(tl.float32))[None, :]
+        distance = tl.sum(difference * difference, 1)
+        distances = tl.where(m[:, None] == own, distance[None, :], distances)
+    block = first + m
+    size = tl.maximum(tl.minimum(length - block * BLOCK, BLOCK), 1)
+    # distances are not negative, so their bits are in their order; what is not a number stands first
+    bits = tl.where(distances == distances, distances.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    # of as far ones the first is the largest, so a single maximum finds distance and index
+    order = tl.where(s[None, :] < size[:, None], bits, -1).to(tl.int64) * BLOCK + (BLOCK - 1 - s)[None, :]
+    left = order
     for i in tl.static_range(COUNT):
         # a block of fewer vectors names them again
-        left = tl.where((i % size) == 0, distance, left)
-        index = tl.argmax(left, 0)
-        found = (head * blocks + block) * COUNT + i
+        left = tl.where((i % size == 0)[:, None], order, left)
+        largest = tl.max(left, 1)
+        left = tl.where(left == largest[:, None], -BLOCK, left)
+        index = BLOCK - 1 - (largest % BLOCK).to(tl.int32)
+        inside = (m < each) & (block < first_blocks)
+        found = found_ptr + ((head * blocks + block) * COUNT + i) * (D if VECTORS else 1)
         if VECTORS:
-            place = base + (block * BLOCK + index).to(tl.int64) * stride_s
-            vector = tl.load(place + d * stride_d, mask=d < D, other=0.0)
-            tl.store(found_ptr + found * D + d, vector, mask=d < D)
+            places = base + (block * BLOCK + index).to(tl.int64)[:, None] * stride_s + d[None, :] * stride_d
+            wanted = inside[:, None] & (d[None, :] < D)
+            tl.store(found[:, None] + d[None, :], tl.load(places, mask=wanted, other=0.0), mask=wanted)
         else:
-            tl.store(found_ptr + found, index)
-        left = tl.where(s == index, float("-inf"), left)
+            tl.store(found, index, mask=inside)
 
 
 def farthest(
@@ -59,8 +79,13 @@ def farthest(
         found = tensor.new_empty(*shape, head_dim)
     else:
         found = torch.empty(shape, dtype=torch.int32, device=tensor.device)
-    farthest_kernel[(blocks if first_blocks is None else first_blocks, batch * heads)](
-        tensor, found, *tensor.stride(), length, blocks, heads, COUNT=count, D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim), BLOCK=block_size, VECTORS=vectors, num_warps=4,
+    first_blocks = blocks if first_blocks is None else first_blocks
+    places = PROGRAMS * multiprocessors(tensor.device)
+    each = max(1, min(BLOCKS, first_blocks * batch * heads // (PROGRAMS_A_PLACE * places)))
+    head_pad = triton.next_power_of_2(head_dim)
+    farthest_kernel[(ceil_div(first_blocks, each), batch * heads)](
+        tensor, found, *tensor.stride(), length, blocks, first_blocks, each, heads, COUNT=count, D=head_dim,
+        D_PAD=head_pad, BLOCK=block_size, MOST=BLOCKS, VECTORS=vectors,
+        num_warps=min(16, max(4, block_size * head_pad * tensor.element_size() // BYTES_OF_WARP)),
     )  # fmt: skip
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,14 +19,17 @@ from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.search.kernels.farthest import farthest
 from flexprefill.search.kernels.launch import SMALLEST_SCALE, hopper_copies
 from flexprefill.search.kernels.outliers import outliers_kernel
-from flexprefill.search.kernels.probes import probes_kernel
+from flexprefill.search.kernels.probes import SEGMENT, TILE_ROWS, decide_kernel, masses_kernel
 from flexprefill.search.rule import Rule
 from flexprefill.search.two_sided import FULL_SIGHT, NEIGHBOURS, SIGHT_STEP
 from flexprefill.variant.logits import LOG2_E
 
-TILE_ROWS = 128  # probed rows of a tile
-PROGRAMS = 2  # of the probes' kernel, a multiprocessor
-PROBE_WARPS, PROBE_STAGES, OUTLIER_WARPS, OUTLIER_STAGES = 8, 2, 4, 2
+SCRATCH_BYTES = 2**27  # of the probes' kernels, at a time
+PROGRAMS = 2  # of the masses' kernel, a multiprocessor
+PROGRAMS_A_PLACE = 4  # of those, one after the other, at least
+LARGEST_SPAN_LOG2 = 3  # segments of a program
+PROBE_WARPS, PROBE_STAGES, DECIDE_WARPS = 8, 2, 4
+OUTLIER_WARPS, OUTLIER_STAGES = 4, 2
 OUTLIER_REGISTERS = 168
 D_STEP = 32  # of the head dimension, a product, where all of it takes too much shared memory
 
@@ -49,8 +54,10 @@ def keep_more(
             words = torch.empty(batch, heads, geometry.rows, width, dtype=torch.int32, device=query.device)
     shared = {
         "words_ptr": words, "q_len": q_len, "kv_len": kv_len, "rows": geometry.rows, "width": width, "HEADS": heads,
-        "GROUP": heads // key.shape[1], "qk_scale": rule.scale * LOG2_E, "sink_blocks": rule.sink_blocks,
+        "GROUP": heads // key.shape[1], "sink_blocks": rule.sink_blocks,
         "window_blocks": rule.window_blocks, "last_full_blocks": rule.last_full_blocks, "D": query.shape[3],
+        # not 0: times a hidden product's -inf it would be NaN
+        "qk_scale": max(rule.scale * LOG2_E, SMALLEST_SCALE),
     }  # fmt: skip
     if outliers is not None:
         _look_at(outliers, query, key, found, rule, shared)
@@ -87,44 +94,49 @@ def _look_at(outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Ru
 def _probe(
     query: Tensor, key: Tensor, words: Tensor, held: Tensor | None, found: bool, rule: Rule, shared: dict[str, Any]
 ) -> None:
-    """Launches the probes' kernel for each stretch of query blocks with as many probes. The long rows come first."""
+    """Launches the probes' kernels, the one that weighs and the one that decides, for each band of the work."""
     group = query.shape[1] // key.shape[1]
     far_count = max(rule.probe_rows // 2, 1)
     geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
-    stretches = list(_stretches(geometry, rule.probe_rows))
-    # a single probe is an even one
-    with_far = max((end for _, end, probes in stretches if probes > 1), default=0)
-    far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
     members = min(triton.next_power_of_2(group), NEIGHBOURS)
-    sets = query.shape[0] * key.shape[1] * ceil_div(group, members)
-    on_hopper = hopper_takes_probes(query, key, rule)
-    for first, end, probes in reversed(stretches):
-        number = max(1, TILE_ROWS // (members * probes))
-        tiles = sets * ceil_div(end - first, number)
-        programs = min(tiles, PROGRAMS * multiprocessors(query.device))
-        # a mass for each key block, and the sum, of each row
-        stride = (words.shape[3] * WORD_BITS + 1) * members * number * probes
-        with room_for("the search", 4 * programs * stride, query.device, IN_CHUNKS):
-            scratch = torch.empty(programs, stride, dtype=torch.float32, device=query.device)
-        arguments = {
-            "far_ptr": far, "held_ptr": words if held is None else held, "scratch_ptr": scratch,
-            "scratch_stride": stride, "first": first, "end": end, "tiles": tiles, "probe_share": rule.probe_share,
-            "FAR": far_count, "MEMBERS": members, "NUMBER": number, "PROBES": probes, "FOUND": found,
-            "HELD": held is not None, **_pointers("query", query), **shared,
-        }  # fmt: skip
-        if on_hopper:
-            from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
+    # a single probe is an even one
+    stretches = _stretches(geometry, rule, members, 0, geometry.rows)
+    with_far = max((one.end for one in stretches if one.probes > 1), default=0)
+    far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
+    bands = list(_bands(geometry, rule, members, query.shape[0] * key.shape[1] * ceil_div(group, members)))
+    needed = max(band.bytes for band in bands)
+    with room_for("the search", needed, query.device, IN_CHUNKS):
+        scratch = torch.empty(needed // 4, dtype=torch.float32, device=query.device)
+    kernel, arguments = _masses_kernel(query, key, rule)
+    sizes = {
+        "scratch_ptr": scratch, "q_len": geometry.q_len, "kv_len": geometry.kv_len, "GROUP": group, "MEMBERS": members,
+        "PROBES_LOG2": rule.probe_rows.bit_length() - 1,
+    }  # fmt: skip
+    places = PROGRAMS * multiprocessors(query.device)
+    for band in bands:
+        span_log2 = band.span_log2(places)
+        sizes |= {"first": band.first, "end": band.end, "first_set": band.first_set, "sets": band.sets}
+        kernel[(band.programs(span_log2),)](
+            far_ptr=far, span_log2=span_log2, HEADS=query.shape[1], qk_scale=shared["qk_scale"], FAR=far_count,
+            D=query.shape[3], **_pointers("query", query), **arguments, **sizes,
+        )  # fmt: skip
+        decide_kernel[((band.end - band.first) * band.sets,)](
+            words_ptr=words, held_ptr=words if held is None else held, rows=geometry.rows, width=words.shape[3],
+            probe_share=rule.probe_share, sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks,
+            last_full_blocks=rule.last_full_blocks, BLOCK=rule.block_size, FOUND=found, HELD=held is not None,
+            num_warps=DECIDE_WARPS, **sizes,
+        )  # fmt: skip
 
-            hopper_probes.probes_kernel[(programs,)](
-                key=hopper_probes.describe_keys(key),
-                num_warps=hopper_probes.WARPS,
-                maxnreg=hopper_probes.REGISTERS,
-                **arguments,
-            )
-        else:
-            probes_kernel[(programs,)](
-                STAGES=PROBE_STAGES, num_warps=PROBE_WARPS, **arguments, **_pointers("key", key), **_sizes(key, rule)
-            )
+
+def _masses_kernel(query: Tensor, key: Tensor, rule: Rule) -> tuple[Any, dict[str, Any]]:
+    """The masses' kernel of a search, and what it alone is told."""
+    if not hopper_takes_probes(query, key, rule):
+        launch = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS}
+        return masses_kernel, {**_pointers("key", key), **_sizes(key, rule), **launch}
+    from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
+
+    launch = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
+    return hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key), **launch}
 
 
 def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
@@ -133,7 +145,7 @@ def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
 
 
 def hopper_takes_probes(query: Tensor, key: Tensor, rule: Rule) -> bool:
-    """Whether hopper_probes.probes_kernel can do this search."""
+    """Whether hopper_probes.masses_kernel can do this search."""
     members = min(triton.next_power_of_2(query.shape[1] // key.shape[1]), NEIGHBOURS)
     return hopper_copies(key) and rule.block_size == 128 and members * rule.probe_rows <= TILE_ROWS
 
@@ -151,17 +163,90 @@ def _pointers(name: str, tensor: Tensor) -> dict[str, Any]:
     return {f"{name}_ptr": tensor, **{f"{name}_{axis}": stride for axis, stride in strides}}
 
 
-def _stretches(geometry: Geometry, probe_rows: int) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring query blocks with as many probes each: their first, one behind their last, and the number.
+class _Stretch(NamedTuple):
+    """Neighbouring query blocks with as many probes each."""
 
-    As two_sided.probes_of counts them, in closed form, because the host must not go through all blocks.
+    first: int
+    end: int  # one behind the last
+    probes: int
+    tiles: int  # of a set of heads
+    columns: int  # key blocks that they can see
+
+    @property
+    def segments(self) -> int:
+        return ceil_div(self.columns, SEGMENT)
+
+    @property
+    def bytes(self) -> int:
+        """Of scratch, for a set of heads: each row's mass of each key block and sum of each segment."""
+        return 4 * TILE_ROWS * self.tiles * (self.columns + self.segments)
+
+
+class _Band(NamedTuple):
+    """Query blocks and sets of heads whose scratch is there at a time."""
+
+    first: int
+    end: int
+    first_set: int
+    sets: int
+    stretches: list[_Stretch]
+
+    @property
+    def bytes(self) -> int:
+        return self.sets * sum(one.bytes for one in self.stretches)
+
+    def programs(self, span_log2: int) -> int:
+        """Programs of the masses' kernel that take 2^span_log2 segments each."""
+        return self.sets * sum(one.tiles * ceil_div(one.segments, 1 << span_log2) for one in self.stretches)
+
+    def span_log2(self, places: int) -> int:
+        """The longest span, so that its start weighs little, with enough programs for all places to end together."""
+        spans = range(LARGEST_SPAN_LOG2, 0, -1)
+        return next((log2 for log2 in spans if self.programs(log2) >= PROGRAMS_A_PLACE * places), 0)
+
+
+def _bands(geometry: Geometry, rule: Rule, members: int, sets: int) -> Iterator[_Band]:
+    """Cuts the probes' work so that scratch does not grow with the length.
+
+    A band takes whole tiles of its last stretch where it can. Its sets are all, or where that is too much for one query
+    block, as many as fit.
     """
-    first, reach, b = 0, FULL_SIGHT, geometry.block_size
-    while first < geometry.rows:
-        end = geometry.rows
-        if probe_rows > 1 and geometry.kv_len > reach * b:
-            # the first query block whose last row stands behind the first ``reach`` key blocks
-            end = min(end, max(first, ceil_div(reach * b - geometry.offset + 1, b) - 1))
-        if end > first:
-            yield first, end, probe_rows
-        first, reach, probe_rows = end, reach * SIGHT_STEP, max(probe_rows // 2, 1)
+
+    def bytes_of(first: int, end: int) -> int:
+        return sum(one.bytes for one in _stretches(geometry, rule, members, first, end))
+
+    rows = geometry.rows
+    step = max(1, min(sets, SCRATCH_BYTES // bytes_of(rows - 1, rows)))
+    limit = SCRATCH_BYTES // step
+    first = 0
+    while first < rows:
+        end = rows
+        if bytes_of(first, end) > limit:
+            fitting = bisect.bisect_right(range(first + 1, rows), limit, key=functools.partial(bytes_of, first))
+            end = first + max(1, fitting)
+            *_, last = _stretches(geometry, rule, members, first, end)
+            whole = end - (end - last.first) % max(1, TILE_ROWS // (members * last.probes))
+            end = whole if whole > first else end
+        stretches = list(_stretches(geometry, rule, members, first, end))
+        for first_set in range(0, sets, step):
+            yield _Band(first, end, first_set, min(step, sets - first_set), stretches)
+        first = end
+
+
+def _stretches(geometry: Geometry, rule: Rule, members: int, first: int, end: int) -> Iterator[_Stretch]:
+    """The stretches of the query blocks from first to end.
+
+    As two_sided.probes_of counts them, in closed form, because the host must not go through all blocks. probes._stretch
+    does the same on the device.
+    """
+    keys, probes, b = FULL_SIGHT * rule.block_size, rule.probe_rows, rule.block_size
+    while first < end:
+        stop = end
+        if probes > 1 and geometry.kv_len > keys:
+            # the first query block whose last row stands behind those keys
+            stop = min(end, max(keys - geometry.offset, 0) // b)
+        if stop > first:
+            tiles = ceil_div((stop - first) * members * probes, TILE_ROWS)
+            columns = ceil_div(geometry.offset + min(stop * b, geometry.q_len), b)
+            yield _Stretch(first, stop, probes, tiles, columns)
+        first, keys, probes = max(first, stop), keys * SIGHT_STEP, max(probes // 2, 1)
