@@ -208,11 +208,14 @@ def test_a_map_that_does_not_fit_is_refused(shape, lengths, message):
 
 
 def test_a_hit_recompile_limit_is_an_error_that_says_so():
-    config = PrefillConfig(block_size=32)
+    def from_key(first):
+        return lambda b, h, q, k: k >= first  # a number that a mod closes over is compiled for
+
+    inputs = make_qkv(100, heads=2, head_dim=32)
     with torch._dynamo.config.patch(recompile_limit=1):
-        prefill_attention(*make_qkv(100, heads=2, head_dim=32), config)
+        prefill_attention(*inputs, mask_mod=from_key(1))
         with pytest.raises(FlexPrefillError, match="recompile limit"):
-            prefill_attention(*make_qkv(200, heads=2, head_dim=32), config)
+            prefill_attention(*inputs, mask_mod=from_key(2))
 
 
 def test_never_runs_eagerly_where_flex_attention_would_be_dense():
