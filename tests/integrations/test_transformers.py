@@ -30,7 +30,8 @@ EDGES = (0, 180, LENGTH)  # of a batch's chunks
 def registered():
     register(ALL_KEPT, name="all_kept")
     register(FEW_KEPT, name="few_kept")
-    with torch.no_grad():
+    # models that a test compiles itself share their code, and are compiled at once for all lengths
+    with torch._dynamo.config.patch(recompile_limit=64, assume_static_by_default=False), torch.no_grad():
         yield
     unregister("all_kept")
     unregister("few_kept")
@@ -323,7 +324,15 @@ def test_training_is_refused():
         model(prompts()[0])
 
 
+@pytest.fixture
+def default_compile():
+    """torch.compile as callers have it: for the first length alone, then for all."""
+    with torch._dynamo.config.patch(assume_static_by_default=True):
+        yield
+
+
 @pytest.mark.eager_flex
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
@@ -357,6 +366,7 @@ def with_any_length(*tensors):
 
 
 # one layer, which with gemma2 has a window, and one graph for all lengths: compiling takes the time
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("family", "padded"),
     [
@@ -382,6 +392,7 @@ def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded)
 
 
 @pytest.mark.eager_flex
+@pytest.mark.usefixtures("default_compile")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
