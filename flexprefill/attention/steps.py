@@ -78,7 +78,7 @@ def visible_blocks_of(call: Call, kept: BlockMap) -> tuple[BlockMap, Cut]:
     """The kept blocks that no mask empties, and what masks hide inside them."""
     hiding = hiding_masks(call.variant, kept.words, kept.geometry)
     words, cut = cut_by(kept.words, (*hiding, *masks_of(call.mask_mod, kept.words, kept.geometry)))
-    return replace(kept, words=words), cut
+    return kept if words is kept.words else replace(kept, words=words), cut
 
 
 def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> FlexResult:

@@ -11,7 +11,6 @@ from support.waits import waits_are_errors
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.blockmap.geometry import Geometry
-from flexprefill.search import operator as op
 from flexprefill.search.grid import Grid
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
@@ -219,7 +218,7 @@ def test_views_are_read_by_their_strides():
 def test_the_operator_passes_opcheck(implementation, sides):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
     torch.library.opcheck(
-        op.search_words,
+        torch.ops.flexprefill.search_words,
         (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], *sides, implementation),
     )
 
