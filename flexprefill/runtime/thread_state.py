@@ -1,7 +1,8 @@
 """Keeps the thread's state out of what is computed. Results depend on arguments alone (docs/reference/robustness.md).
 
 Private to torch 2.11 to 2.13: _len_torch_dispatch_stack, _len_torch_function_stack and _disable_current_modes (no
-public way asks for modes or runs without them), FakeTensor and is_batchedtensor (no public way asks what made a tensor).
+public way asks for modes or runs without them), FakeTensor and is_batchedtensor (no public way asks what made a
+tensor).
 """
 
 from __future__ import annotations
