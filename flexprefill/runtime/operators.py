@@ -33,7 +33,7 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
     """Makes a function the operator ``namespace::name`` on every device. It has no gradient.
 
     It is like torch.library.custom_op, but is dispatched in 6 µs instead of 13, because Python looks nothing up.
-    Where nothing stands between a call and the function, it is called right away. It takes positional arguments alone.
+    Where nothing stands between a call and the function, it is called right away.
     Add a fake implementation with torch.library.register_fake.
 
     Args:
@@ -51,8 +51,9 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
         overload = getattr(getattr(torch.ops, namespace), short).default
 
         @functools.wraps(function)
-        def call(*arguments: Any) -> Any:
-            return overload(*arguments) if is_tracing() or stands_between(arguments) else untraced(*arguments)
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen = is_tracing() or stands_between((*arguments, *named.values()))
+            return (overload if seen else untraced)(*arguments, **named)
 
         return call
 

@@ -545,3 +545,30 @@ def test_the_operator_takes_a_rules_settings_in_their_order():
 
     names = [argument.name for argument in torch.ops.flexprefill.search_words.default._schema.arguments]
     assert names[2 : 2 + len(Rule._fields)] == list(Rule._fields)
+
+
+def test_a_launch_that_is_kept_is_that_of_the_call_alone():
+    from flexprefill.search.kernels import launch
+    from flexprefill.search.rule import Rule
+
+    rule = Rule.of(PrefillConfig(), scale=0.1, last_chunk=True)
+    cpu, common = torch.device("cpu"), launch.SearchLaunch(True, 128, 1, 4, 128)
+    plain = (1, 8, 300, 64), cpu, 2, 300, rule, common
+    shape, kept = plain[0], launch._plan_search
+    others = [(*shape[:i], size, *shape[i + 1 :]) for i, size in enumerate((2, 4, 200, 128))]
+    changed = [(other, *plain[1:]) for other in others]
+    changed += [(*plain[:2], 4, *plain[3:]), (*plain[:3], 400, *plain[4:])]
+    settings = {
+        "log2_alpha": -1.0, "block_size": 64, "sink_blocks": 1, "window_blocks": 1, "last_full_blocks": 0,
+        "min_blocks": 1, "kv_masks": True, "first_key": True, "log2_alphas": (-1.0,) * 8,
+    }  # fmt: skip
+    changed += [(*plain[:4], rule._replace(**{name: setting}), common) for name, setting in settings.items()]
+    for name, setting in {"hopper": False, "d_step": 32, "stages": 2, "programs": 2, "registers": None}.items():
+        changed.append((*plain[:5], common._replace(**{name: setting})))
+    changed += [(*arguments[:5], common._replace(hopper=False)) for arguments in changed]
+    for _ in range(2):
+        for arguments in (plain, *changed):
+            assert kept(*arguments) == kept.__wrapped__(*arguments)
+    # a scale's sign is not told apart where it is 0, so no scale may be part of a launch
+    for scale in (0.0, -0.0, 0.5):
+        assert kept.__wrapped__(*plain[:4], rule._replace(scale=scale), common) == kept(*plain)
