@@ -67,8 +67,13 @@ def stands_between(arguments: Sequence[object]) -> bool:
     """
     if _len_torch_function_stack() > 0 or _profiler_enabled() or _dispatch_tls_local_include_set().raw_repr() & OTHERS:
         return True
-    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-    return any(type(tensor) is not Tensor or _dispatch_keys(tensor).raw_repr() & OTHERS for tensor in tensors)
+    for argument in arguments:
+        if type(argument) is Tensor:
+            if _dispatch_keys(argument).raw_repr() & OTHERS:
+                return True
+        elif isinstance(argument, Tensor):
+            return True
+    return False
 
 
 @operator("flexprefill::in_memory")
