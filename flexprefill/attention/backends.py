@@ -96,8 +96,11 @@ class Request(NamedTuple):
         compiling = is_tracing()
         # lengths are symbols while compiling: each question about them costs a compilation
         whole_tiles = not compiling and q_len % FLEX_TILE == 0 and kv_len % FLEX_TILE == 0
-        # an exported program has to take every length, also large ones
-        small = not is_exporting() and max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
+        # an exported program has to take every length, also large ones; another thread's export does not count
+        small = (
+            not (compiling and is_exporting())
+            and max(query.numel(), key.numel(), value.numel(), entries) < MAX_ELEMENTS
+        )
         return cls(
             query.device,
             query.dtype,

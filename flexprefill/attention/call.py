@@ -13,7 +13,13 @@ from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
 from flexprefill.config import PrefillConfig, check_config
 from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.search.scorers import find_scorer
-from flexprefill.variant.inputs import SCORE_MOD_ARGUMENTS, check_attention_inputs, check_last_chunk, resolve_scale
+from flexprefill.variant.inputs import (
+    SCORE_MOD_ARGUMENTS,
+    Layout,
+    check_attention_inputs,
+    check_last_chunk,
+    resolve_scale,
+)
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import ScoreMod, changing_mods
 from flexprefill.variant.paged_kv import PagedKV
@@ -108,10 +114,10 @@ def tensors_of(query: Tensor, key: Tensor | PagedKV, value: Tensor | None) -> tu
 
 def check_tensors(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, variant: AttentionVariant | None
-) -> tuple[float, AttentionVariant]:
-    """The scale and the variant with None resolved. Raises unless all arguments fit together."""
-    check_attention_inputs(query, key, value)
-    return resolve_scale(scale, query.shape[3]), check_variant(variant, query, key)
+) -> tuple[float, AttentionVariant, Layout | None]:
+    """The scale and the variant with None resolved, and the layout of the tensors. Raises unless all fit together."""
+    layout = check_attention_inputs(query, key, value)
+    return resolve_scale(scale, query.shape[3]), check_variant(variant, query, key), layout
 
 
 def check_call(call: Call) -> Call:

@@ -74,7 +74,7 @@ def flex_over(
         kind = (
             query.device.type,
             query.dtype,
-            (_layout(query), _layout(key), _layout(value)),
+            (_layout(query.stride()), _layout(key.stride()), _layout(value.stride())),
             (query.shape[1], key.shape[1]),
             (query.shape[3], value.shape[3]),
             (listed.offset is not None, listed.starts is not None),
@@ -108,9 +108,9 @@ def _let_lengths_change(query: Tensor, key: Tensor, value: Tensor, listed: Liste
         sizes_may_change(listed.starts, 1)
 
 
-def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+@remembered("layouts of strides", most=4096)
+def _layout(strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The dimensions ordered by their strides, and which strides are 0."""
-    strides = tensor.stride()
     return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
 
 

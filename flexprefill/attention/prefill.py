@@ -15,7 +15,7 @@ from flexprefill.attention.flex import with_lse
 from flexprefill.attention.log_sum_exp import log_sum_exp_over
 from flexprefill.attention.mean_correction import add_dropped_blocks
 from flexprefill.attention.paged import attend_paged, choose_paged
-from flexprefill.attention.steps import attend_kept, choose, kept_blocks, visible_blocks_of
+from flexprefill.attention.steps import attend_kept, choose, choose_by_layout, kept_blocks, visible_blocks_of
 from flexprefill.blockmap.block_mask import masks_of
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, block_mask_under
@@ -121,12 +121,12 @@ def prefill_attention(
     """
     paged = key if isinstance(key, PagedKV) else None
     tensors = tensors_of(query, key, value)
-    scale, variant = check_tensors(*tensors, scale, variant)
+    scale, variant, layout = check_tensors(*tensors, scale, variant)
     call = check_call(
         Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
     check_means(means, key)
-    choice = choose(call) if paged is None else choose_paged(call, paged)
+    choice = choose_by_layout(call, layout) if paged is None else choose_paged(call, paged)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(call.query.shape), list(call.key.shape), choice)
     if paged is not None:
@@ -182,7 +182,7 @@ def explain_backend(
         TypeError, ValueError, FlexPrefillError: As ``prefill_attention``, where that would not run.
     """
     tensors = tensors_of(query, key, value)
-    scale, variant = check_tensors(*tensors, scale, variant)
+    scale, variant, _ = check_tensors(*tensors, scale, variant)
     call = check_call(
         Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )

@@ -23,11 +23,26 @@ from flexprefill.errors import UnsupportedError
 from flexprefill.runtime.compiling import pass_on_when_compiled
 from flexprefill.runtime.listeners import is_recording
 from flexprefill.runtime.operators import operator
+from flexprefill.runtime.state import Remembered
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.key_means import KeyMeans
+from flexprefill.variant.inputs import Layout
 from flexprefill.variant.mods import hiding_masks
-from flexprefill.variant.variant import AttentionVariant
+from flexprefill.variant.variant import PLAIN, AttentionVariant
+
+_choices: Remembered[BackendChoice] = Remembered("choices of calls", most=1024)
+
+
+def choose_by_layout(call: Call, layout: Layout | None) -> BackendChoice:
+    """As choose, once for all calls that are alike."""
+    own = call.mask_mod, call.score_mod, call.return_aux
+    if layout is None or call.variant is not PLAIN or own != (None, None, None) or type(call.backend) is not str:
+        return choose(call)
+    size = None if call.block_map is None else call.block_map.block_size
+    # of the scale a choice takes the sign alone
+    key = layout, call.config, call.scale > 0, call.last_chunk, call.backend, size, is_recording()
+    return _choices.get(key, lambda: choose(call))
 
 
 def choose(call: Call) -> BackendChoice:
@@ -78,7 +93,7 @@ def visible_blocks_of(call: Call, kept: BlockMap) -> tuple[BlockMap, Cut]:
     """The kept blocks that no mask empties, and what masks hide inside them."""
     hiding = hiding_masks(call.variant, kept.words, kept.geometry)
     words, cut = cut_by(kept.words, (*hiding, *masks_of(call.mask_mod, kept.words, kept.geometry)))
-    return replace(kept, words=words), cut
+    return kept if words is kept.words else replace(kept, words=words), cut
 
 
 def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> FlexResult:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexprefill.blockmap.bits_kernel import bits_below
 from flexprefill.blockmap.geometry import Geometry
+from flexprefill.runtime.launching import launch
 
 LIST_ROWS = 4  # a program
 LIST_WORDS = 32  # a step, one a lane
@@ -134,9 +135,10 @@ def fill_lists(
     of_mask = words if uncut is None else uncut.expand(words.shape)
     pieces = 0 if names is None else names.shape[1] // geometry.columns
     # one warp: a loop ends when its lanes are done, without a barrier
-    lists_kernel[(triton.cdiv(total, LIST_ROWS),)](
-        words, of_mask, *lists, total, rows, geometry.columns, width, geometry.offset, geometry.q_len, heads,
-        *of_mask.stride(), words if names is None else names, 0 if pieces < 2 else missing_pieces(geometry, pieces),
-        BLOCK=geometry.block_size, PIECES=pieces, ALL_PARTIAL=all_partial, UNCUT=uncut is not None, REUSED=reused,
-        ROWS=LIST_ROWS, WORDS=LIST_WORDS, CHUNK=CHUNK, num_warps=1,
+    launch(
+        lists_kernel, (triton.cdiv(total, LIST_ROWS),), words, of_mask, *lists, total, rows, geometry.columns, width,
+        geometry.offset, geometry.q_len, heads, *of_mask.stride(), words if names is None else names,
+        0 if pieces < 2 else missing_pieces(geometry, pieces), BLOCK=geometry.block_size, PIECES=pieces,
+        ALL_PARTIAL=all_partial, UNCUT=uncut is not None, REUSED=reused, ROWS=LIST_ROWS, WORDS=LIST_WORDS, CHUNK=CHUNK,
+        num_warps=1,
     )  # fmt: skip

@@ -53,9 +53,10 @@ class BlockMap:
     block_size: int
 
     def __post_init__(self) -> None:
-        self.geometry.check()
+        geometry = self.geometry
+        geometry.check()
         _check_tensor("words", self.words, torch.int32, "an int32 tensor")
-        rows, width = self.geometry.rows, ceil_div(self.geometry.columns, WORD_BITS)
+        rows, width = geometry.rows, ceil_div(geometry.columns, WORD_BITS)
         if self.words.dim() != 4 or self.words.shape[2:] != (rows, width) or 0 in self.words.shape:
             raise ValueError(
                 f"words must be [B, H, {rows}, {width}] with no size of 0 for q_len={self.q_len}, "

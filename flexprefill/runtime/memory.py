@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +19,7 @@ class NotEnoughMemoryError(FlexPrefillError, torch.OutOfMemoryError):
     """A search or the lists of a map do not fit into memory. Nothing was begun. The message says what would fit."""
 
 
-@contextlib.contextmanager
-def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iterator[None]:
+def room_for(step: str, needed: int, device: torch.device, instead: str) -> AbstractContextManager[None]:
     """The block allocates a step's memory. Raises before it begins if the memory is not there.
 
     It does not wait for the device.
@@ -35,14 +34,21 @@ def room_for(step: str, needed: int, device: torch.device, instead: str) -> Iter
         NotEnoughMemoryError: There is less memory, or it is in pieces.
     """
     check_room(step, needed, device, instead)
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        if isinstance(error, NotEnoughMemoryError):
-            raise
-        raise NotEnoughMemoryError(
-            _message(step, needed, device, "the allocator does not find them in one piece", instead)
-        ) from error
+    return _Room(step, needed, device, instead)
+
+
+class _Room(AbstractContextManager[None]):
+    """A class, because each call of prefill_attention enters several, and a generator takes three times as long."""
+
+    def __init__(self, *wanted: Any) -> None:
+        self._wanted = wanted
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, NotEnoughMemoryError):
+            step, needed, device, instead = self._wanted
+            raise NotEnoughMemoryError(
+                _message(step, needed, device, "the allocator does not find them in one piece", instead)
+            ) from error
 
 
 def check_room(step: str, needed: int, device: torch.device, instead: str) -> None:

@@ -1,20 +1,39 @@
-"""Custom operators. torch.compile does not look inside: a graph holds one as a single call."""
+"""Custom operators. torch.compile does not look inside: a graph holds one as a single call.
+
+Private to torch 2.11 to 2.13 (no public way asks what an operator's call passes through): _dispatch_keys,
+_dispatch_tls_local_include_set, DispatchKeySet, _len_torch_function_stack and _profiler_enabled.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator as operators
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
 
 from flexprefill.runtime.tracing import is_tracing
 
+# what torch's dispatcher passes by on its way to an operator's function
+PASSED_BY = "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA ADInplaceOrView BackendSelect".split()
+OTHERS = ~functools.reduce(operators.or_, (DispatchKeySet(getattr(DispatchKey, key)) for key in PASSED_BY)).raw_repr()
 
-def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+
+def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the operator ``namespace::name`` on every device. It has no gradient.
 
     It is like torch.library.custom_op, but is dispatched in 6 µs instead of 13, because Python looks nothing up.
+    Where nothing stands between a call and the function, it is called right away.
     Add a fake implementation with torch.library.register_fake.
 
     Args:
@@ -22,15 +41,39 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
         mutates: The arguments that it writes into.
     """
 
-    def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         # it may run between a caller's compiled graphs, and must not be traced there
-        torch.library.impl(name, "default", torch._disable_dynamo(function))
+        untraced = torch._disable_dynamo(function)
+        torch.library.impl(name, "default", untraced)
         namespace, short = name.split("::")
-        return getattr(getattr(torch.ops, namespace), short).default
+        overload = getattr(getattr(torch.ops, namespace), short).default
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen = is_tracing() or stands_between((*arguments, *named.values()))
+            return (overload if seen else untraced)(*arguments, **named)
+
+        return call
 
     return register
+
+
+def stands_between(arguments: Sequence[object]) -> bool:
+    """Whether anything may have to see an operator's call before its function runs.
+
+    Such are modes, transforms, torch.jit.trace, a profiler, and tensors that are subclasses, wrapped, fake or meta.
+    """
+    if _len_torch_function_stack() > 0 or _profiler_enabled() or _dispatch_tls_local_include_set().raw_repr() & OTHERS:
+        return True
+    for argument in arguments:
+        if type(argument) is Tensor:
+            if _dispatch_keys(argument).raw_repr() & OTHERS:
+                return True
+        elif isinstance(argument, Tensor):
+            return True
+    return False
 
 
 @operator("flexprefill::in_memory")

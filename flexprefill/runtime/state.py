@@ -9,10 +9,12 @@ Everything that a result depends on is part of its key. So forgetting costs time
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 Remembering = TypeVar("Remembering", bound=Callable[..., Any])
+Thing = TypeVar("Thing")
 
 _forgetting: dict[str, Callable[[], object]] = {}
 _registries: dict[str, Callable[[], object]] = {}
@@ -27,6 +29,27 @@ def remembered(what: str, *, most: int) -> Callable[[Remembering], Remembering]:
         return cached  # type: ignore[return-value]  # callers see the function's own signature
 
     return decorate
+
+
+class Remembered(Generic[Thing]):
+    """As `remembered`, for what is made of things that cannot be kept, such as tensors, and depends on a key alone."""
+
+    def __init__(self, what: str, *, most: int) -> None:
+        self._most = most
+        self._held: dict[Hashable, Thing] = {}
+        self._turn = threading.Lock()
+        _forgetting[what] = self._held.clear
+
+    def get(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+        """What was made first for a key. Nothing is kept if it cannot be made. The oldest goes where there are more."""
+        found = self._held.get(key)
+        if found is None:
+            found = make()
+            with self._turn:
+                if len(self._held) >= self._most:
+                    self._held.pop(next(iter(self._held)))
+                found = self._held.setdefault(key, found)
+        return found
 
 
 def registered(what: str, reset: Callable[[], object]) -> None:

@@ -1,7 +1,8 @@
 """Keeps the thread's state out of what is computed. Results depend on arguments alone (docs/reference/robustness.md).
 
-Private to torch 2.11 to 2.13: _len_torch_dispatch_stack and _disable_current_modes (no public way asks for
-TorchDispatchModes or runs without them), FakeTensor and is_batchedtensor (no public way asks what made a tensor).
+Private to torch 2.11 to 2.13: _len_torch_dispatch_stack, _len_torch_function_stack and _disable_current_modes (no
+public way asks for modes or runs without them), FakeTensor and is_batchedtensor (no public way asks what made a
+tensor).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 from flexprefill.runtime.tracing import is_tracing
@@ -56,7 +58,8 @@ def what_graphs_guard() -> tuple[object, ...]:
     """The thread's state for which torch.compile compiles anew, besides the arguments (torch 2.13)."""
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        # only a function mode sets another, and asking for it takes longer than all the rest
+        torch.get_default_device() if _len_torch_function_stack() > 0 else None,
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),

@@ -11,6 +11,8 @@ from torch import Tensor
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
 from flexprefill.config import check_number, plain_number
 from flexprefill.runtime.layout import layout_hint, warn_of_layout
+from flexprefill.runtime.operators import stands_between
+from flexprefill.runtime.state import Remembered
 from flexprefill.runtime.thread_state import is_fake, is_in_vmap
 from flexprefill.runtime.tracing import is_tracing
 
@@ -20,13 +22,49 @@ LARGEST_SCALE = 1e38  # times log2(e) it still is a float32
 SCORE_MOD_ARGUMENTS = ("score", *MASK_MOD_ARGUMENTS)
 
 
-def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
+class Layout:
+    """Sizes, strides, dtypes and devices of tensors that fit together. What has the same ones is one object."""
+
+
+_layouts: Remembered[Layout] = Remembered("layouts that fit", most=1024)
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> Layout | None:
     """Raises unless query [B, Hq, S_q, D] and key [B, Hkv, S_kv, D] can be searched, and with value attended.
+
+    Returns:
+        Their layout, if nothing else decides what is done with them.
 
     Raises:
         TypeError: An argument is no tensor, or has an unsupported dtype or layout.
         ValueError: Shapes or devices do not fit together, or a gradient is asked for.
     """
+
+    def checked() -> Layout:
+        _check_together(query, key, *value)
+        return Layout()
+
+    facts = _facts_of(query, key, *value)
+    layout = None
+    if facts is None:
+        _check_together(query, key, *value)
+    else:
+        layout = _layouts.get(facts, checked)
+    warn_of_layout(query)
+    return layout
+
+
+def _facts_of(*tensors: Tensor) -> tuple[object, ...] | None:
+    """All that the checks look at. None where they are made in any case."""
+    if is_tracing() or not all(type(tensor) is Tensor for tensor in tensors):
+        return None
+    # a negated, nested or sparse tensor stands between too, and a vmap, and a device that does not compute
+    if stands_between(tensors) or any(tensor.requires_grad for tensor in tensors):
+        return None
+    return tuple((tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors)
+
+
+def _check_together(query: Tensor, key: Tensor, *value: Tensor) -> None:
     named = dict(zip(("query", "key", "value"), (query, key, *value), strict=False))
     for name, tensor in named.items():
         check_strided(name, tensor)
@@ -59,7 +97,6 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> None:
             f"value must have key's heads and length, got value {list(value[0].shape)} and key {list(key.shape)}"
             f"{layout_hint(key=key, value=value[0])}"
         )
-    warn_of_layout(query)
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

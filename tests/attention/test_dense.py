@@ -17,6 +17,7 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.attention import backends, steps
+from flexprefill.runtime.state import forget
 
 # keeps a row's own block alone: what differs from dense shows
 NARROW = {"alpha": 1, "sink_blocks": 0, "window_blocks": 1, "last_full_blocks": 0}
@@ -157,11 +158,11 @@ def test_dense_attention_is_right_on_a_gpu(monkeypatch, flash, dtype, head_dim, 
     if not flash:
         fault = "switched off for a test"
         monkeypatch.setattr(backends, "flash_attention_4_fault", lambda: fault)
-        backends._choose_dense_once.cache_clear()
+        forget("choices of calls", "choices of a dense kernel")
     elif explain_backend(query, key, value, config, last_chunk=False).name != "dense-flash":
         pytest.skip("FlashAttention-4 does not take it here")
     output = prefill_attention(query, key, value, config, last_chunk=False)
-    backends._choose_dense_once.cache_clear()
+    forget("choices of calls", "choices of a dense kernel")
     exact = dense(query, key, value)
     theirs = relative_error(dense(query, key, value, dtype=dtype), exact)
     assert relative_error(output, exact) <= max(2 * theirs, 1e-6)

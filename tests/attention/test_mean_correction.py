@@ -152,8 +152,10 @@ def test_the_operators_pass_opcheck():
     query, key, value = make_qkv(70, 90, heads=2, head_dim=16, device=DEVICE)
     words = random_map(1, 2, 70, 90, 16, density=0.5, seed=0).words.to(DEVICE)
     lse = kept_log_sum_exp_operator(query, key, words, 16, 0.25)
-    torch.library.opcheck(kept_log_sum_exp_operator, (query, key, words, 16, 0.25))
-    torch.library.opcheck(merge_means, (query, key, value, words, query.clone(), lse, 16, 0.25, "reference"))
+    torch.library.opcheck(torch.ops.flexprefill.kept_log_sum_exp, (query, key, words, 16, 0.25))
+    torch.library.opcheck(
+        torch.ops.flexprefill.merge_means, (query, key, value, words, query.clone(), lse, 16, 0.25, "reference")
+    )
 
 
 def test_a_dense_call_has_nothing_to_correct():

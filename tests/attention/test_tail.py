@@ -15,6 +15,7 @@ from flexprefill import BlockMap, ListBuffers, PrefillConfig, explain_backend, p
 from flexprefill.attention import steps, tail
 from flexprefill.attention.flex import FlexSettings
 from flexprefill.blockmap.block_mask import list_blocks
+from flexprefill.runtime.state import forget
 
 LN2 = math.log(2)
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
@@ -107,6 +108,9 @@ def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, kernel, va
 def always(monkeypatch):
     """Splits at every length."""
     monkeypatch.setattr(steps, "TAIL_SPLIT_FROM", 0)
+    forget("choices of calls")
+    yield
+    forget("choices of calls")
 
 
 @pytest.fixture(params=["triton", "flash"])

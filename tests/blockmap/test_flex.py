@@ -252,6 +252,6 @@ def test_masks_that_cannot_be_maps_are_refused():
 @pytest.mark.parametrize("all_partial", [False, True])
 def test_the_operator_passes_opcheck(all_partial):
     words = torch.full((1, 2, 5, 1), 3, dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(index_lists, (words, 70, 90, 16, all_partial))
+    torch.library.opcheck(torch.ops.flexprefill.index_lists, (words, 70, 90, 16, all_partial))
     names = torch.arange(12, dtype=torch.int32).repeat(words.shape[0], 1)
-    torch.library.opcheck(index_lists, (words, 70, 90, 16, all_partial, None, names))
+    torch.library.opcheck(torch.ops.flexprefill.index_lists, (words, 70, 90, 16, all_partial, None, names))

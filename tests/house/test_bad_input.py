@@ -355,7 +355,7 @@ def test_a_compiled_callers_rows_are_marked_too():
     query[0, 1, 40] = math.nan
     words = a_map().words
     arguments = query, key, words, value.expand(-1, HEADS, -1, -1).clone(), 16, 0.25
-    torch.library.opcheck(_marked, arguments)
+    torch.library.opcheck(torch.ops.flexprefill.mark_rows_not_finite, arguments)
     _marked(*arguments)
     assert arguments[3].isnan().all(-1).nonzero().tolist() == [[0, 1, 40]]
     with pytest.raises(ValueError, match="query and key must be finite.*mask_mod or score_mod"):

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 import torch
 
 import flexprefill
@@ -77,3 +78,37 @@ def test_each_cache_of_the_library_is_bounded():
     multiprocessors(torch.device("cpu"))
     assert multiprocessors.cache_info().maxsize == 64
     assert "compiled attention, by kind of call" in state._forgetting
+
+
+def test_what_depends_on_a_key_is_kept_up_to_a_number_and_forgotten(monkeypatch):
+    monkeypatch.setattr(state, "_forgetting", {})
+    roots, made = state.Remembered("roots", most=2), []
+
+    def root(number):
+        def make():
+            made.append(number)
+            return [number**0.5]
+
+        return roots.get(number, make)
+
+    first = root(4)
+    assert root(4) is first and made == [4]
+    root(9), root(16)
+    assert len(roots._held) == 2 and root(16) == [4.0] and made == [4, 9, 16]
+    assert root(4) == [2.0] and made[-1] == 4, "the oldest went"
+    forget("roots")
+    assert root(16) == [4.0] and made[-1] == 16
+
+
+def test_what_cannot_be_made_is_tried_again(monkeypatch):
+    monkeypatch.setattr(state, "_forgetting", {})
+    kept, tries = state.Remembered("things", most=2), []
+
+    def fails():
+        tries.append(1)
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            kept.get(1, fails)
+    assert len(tries) == 2 and kept.get(1, lambda: "made") == "made"

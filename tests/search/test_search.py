@@ -11,7 +11,6 @@ from support.waits import waits_are_errors
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.blockmap.geometry import Geometry
-from flexprefill.search import operator as op
 from flexprefill.search.grid import Grid
 
 SPARSE = PrefillConfig(block_size=16, alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1)
@@ -219,7 +218,7 @@ def test_views_are_read_by_their_strides():
 def test_the_operator_passes_opcheck(implementation, sides):
     query, key, _ = make_qkv(70, 90, heads=2, device=DEVICE)
     torch.library.opcheck(
-        op.search_words,
+        torch.ops.flexprefill.search_words,
         (query, key, 0.125, -1.0, 16, 1, 1, 1, 0, False, False, "flashprefill", [], *sides, implementation),
     )
 
@@ -546,3 +545,30 @@ def test_the_operator_takes_a_rules_settings_in_their_order():
 
     names = [argument.name for argument in torch.ops.flexprefill.search_words.default._schema.arguments]
     assert names[2 : 2 + len(Rule._fields)] == list(Rule._fields)
+
+
+def test_a_launch_that_is_kept_is_that_of_the_call_alone():
+    from flexprefill.search.kernels import launch
+    from flexprefill.search.rule import Rule
+
+    rule = Rule.of(PrefillConfig(), scale=0.1, last_chunk=True)
+    cpu, common = torch.device("cpu"), launch.SearchLaunch(True, 128, 1, 4, 128)
+    plain = (1, 8, 300, 64), cpu, 2, 300, rule, common
+    shape, kept = plain[0], launch._plan_search
+    others = [(*shape[:i], size, *shape[i + 1 :]) for i, size in enumerate((2, 4, 200, 128))]
+    changed = [(other, *plain[1:]) for other in others]
+    changed += [(*plain[:2], 4, *plain[3:]), (*plain[:3], 400, *plain[4:])]
+    settings = {
+        "log2_alpha": -1.0, "block_size": 64, "sink_blocks": 1, "window_blocks": 1, "last_full_blocks": 0,
+        "min_blocks": 1, "kv_masks": True, "first_key": True, "log2_alphas": (-1.0,) * 8,
+    }  # fmt: skip
+    changed += [(*plain[:4], rule._replace(**{name: setting}), common) for name, setting in settings.items()]
+    for name, setting in {"hopper": False, "d_step": 32, "stages": 2, "programs": 2, "registers": None}.items():
+        changed.append((*plain[:5], common._replace(**{name: setting})))
+    changed += [(*arguments[:5], common._replace(hopper=False)) for arguments in changed]
+    for _ in range(2):
+        for arguments in (plain, *changed):
+            assert kept(*arguments) == kept.__wrapped__(*arguments)
+    # a scale's sign is not told apart where it is 0, so no scale may be part of a launch
+    for scale in (0.0, -0.0, 0.5):
+        assert kept.__wrapped__(*plain[:4], rule._replace(scale=scale), common) == kept(*plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,9 @@ from torch import Tensor
 from flexprefill.blockmap.bits import WORD_BITS
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.runtime.devices import is_hopper, multiprocessors
+from flexprefill.runtime.launching import launch
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.runtime.state import remembered
 from flexprefill.search.kernels.pooling import pool_kernel, pool_pages_kernel, pool_sequences_kernel
 from flexprefill.search.kernels.scoring import SMALLEST_LOG2_ALPHA, search_kernel
 from flexprefill.search.rule import Rule, log2_alphas_on
@@ -97,9 +98,10 @@ def pool_keys(key: Tensor, block_size: int, sequences: Sequences | None = None) 
     sizes = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "BLOCK": block_size}
     # one warp reads at 4.2 TB/s on an H200, 4 at 3.2
     ends = (means, 0) if sequences is None else (sequences.ends, _entry_stride(sequences.ends))
-    pool_kernel[(columns, batch * heads)](*arguments, *ends, **sizes, SEQUENCES=sequences is not None, num_warps=1)
+    grid = columns, batch * heads
+    launch(pool_kernel, grid, *arguments, *ends, **sizes, SEQUENCES=sequences is not None, num_warps=1)
     if sequences is not None:
-        pool_sequences_kernel[(columns, batch * heads)](*arguments, sequences.starts, *ends, **sizes, num_warps=8)
+        launch(pool_sequences_kernel, grid, *arguments, sequences.starts, *ends, **sizes, num_warps=8)
     return means.to(key.dtype)
 
 
@@ -138,45 +140,73 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: 
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
-    (batch, heads, q_len, head_dim), head_pad = query.shape, triton.next_power_of_2(query.shape[3])
-    rows, columns = ceil_div(q_len, rule.block_size), ceil_div(kv_len, rule.block_size)
-    width = ceil_div(columns, WORD_BITS)
-    launch = _launch(query, rule, plain=not variant.changes_search)
-    query_blocks = max(1, QUERY_ROWS // rule.block_size)
-    members = heads // means.shape[1] if rule.kv_masks else 1
-    tiles = batch * heads // members * ceil_div(rows, query_blocks)
-    programs = min(tiles, launch.programs * multiprocessors(query.device))
-    scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
-    shapes = (batch, heads, rows, width), (programs, members, query_blocks, scratch_stride)
-    with room_for("the search", 4 * sum(map(math.prod, shapes)), query.device, IN_CHUNKS):
-        words = torch.empty(shapes[0], dtype=torch.int32, device=query.device)
-        scratch = torch.empty(shapes[1], dtype=torch.float32, device=query.device)
-    if launch.hopper:
+    kind = _launch(query, rule, plain=not variant.changes_search)
+    plan = _plan_search(tuple(query.shape), query.device, means.shape[1], kv_len, rule, kind)
+    with room_for("the search", plan.needed, query.device, IN_CHUNKS):
+        words = torch.empty(plan.words, dtype=torch.int32, device=query.device)
+        scratch = torch.empty(plan.scratch, dtype=torch.float32, device=query.device)
+    # where all heads have one alpha, a tensor that is not read
+    alphas = log2_alphas_on(query.device, rule) if rule.log2_alphas else words
+    if kind.hopper:
         from flexprefill.search.kernels import hopper
 
         query_tiles, means_tiles = hopper.describe_tensors(query, means)
-        run = functools.partial(
-            hopper.search_kernel[(programs,)], query=query_tiles, means=means_tiles, offset=kv_len - q_len,
-            heads=batch * heads, rows_step=programs // (batch * heads), heads_step=programs % (batch * heads),
-            qk_scale=_log2_scale(rule), WORDS=min(LARGEST_STEP, max(8, triton.next_power_of_2(width))),
+        launch(
+            hopper.search_kernel, plan.grid, query=query_tiles, means=means_tiles, qk_scale=_log2_scale(rule),
+            words_ptr=words, scratch_ptr=scratch, log2_alphas_ptr=alphas, **plan.arguments,
         )  # fmt: skip
     else:
-        run = functools.partial(
-            search_kernel[(programs,)], query_ptr=query, means_ptr=means, stride_b=query.stride(0),
-            stride_h=query.stride(1), stride_s=query.stride(2), stride_d=query.stride(3), tiles=tiles,
-            min_blocks=rule.min_blocks, D=head_dim, D_PAD=head_pad, BLOCK=rule.block_size, QUERY_BLOCKS=query_blocks,
-            TILE=TILE, D_STEP=min(launch.d_step, head_pad), WORDS=max(1, 32 // query_blocks), MEMBERS=members,
-            num_stages=launch.stages, **_terms_of(variant, rule, words, kv_len),
+        launch(
+            search_kernel, plan.grid, query_ptr=query, means_ptr=means, stride_b=query.stride(0),
+            stride_h=query.stride(1), stride_s=query.stride(2), stride_d=query.stride(3), words_ptr=words,
+            scratch_ptr=scratch, log2_alphas_ptr=alphas, **plan.arguments, **_terms_of(variant, rule, words, kv_len),
         )  # fmt: skip
-    run(
-        words_ptr=words, scratch_ptr=scratch, scratch_stride=scratch_stride, q_len=q_len, kv_len=kv_len, rows=rows,
-        columns=columns, width=width, HEADS=heads, GROUP=heads // means.shape[1], log2_alpha=rule.log2_alpha,
-        # where all heads have one alpha, a tensor that is not read
-        log2_alphas_ptr=log2_alphas_on(query.device, rule) if rule.log2_alphas else words,
-        sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks, last_full_blocks=rule.last_full_blocks,
-        FIRST_KEY=rule.first_key, ALPHAS=bool(rule.log2_alphas), num_warps=WARPS, maxnreg=launch.registers,
-    )  # fmt: skip
     return words
+
+
+class _SearchPlan(NamedTuple):
+    """What a launch of the search needs besides tensors."""
+
+    grid: tuple[int]
+    words: tuple[int, ...]  # a shape
+    scratch: tuple[int, ...]  # a shape
+    needed: int  # bytes of both
+    arguments: dict[str, Any]
+
+
+@remembered("launches of the search", most=1024)
+def _plan_search(
+    shape: tuple[int, ...], device: torch.device, kv_heads: int, kv_len: int, rule: Rule, kind: SearchLaunch
+) -> _SearchPlan:
+    """A launch for queries of a shape. No argument depends on the sign of a scale of 0, which no key tells apart."""
+    (batch, heads, q_len, head_dim), head_pad = shape, triton.next_power_of_2(shape[3])
+    rows, columns = ceil_div(q_len, rule.block_size), ceil_div(kv_len, rule.block_size)
+    width = ceil_div(columns, WORD_BITS)
+    query_blocks = max(1, QUERY_ROWS // rule.block_size)
+    members = heads // kv_heads if rule.kv_masks else 1
+    tiles = batch * heads // members * ceil_div(rows, query_blocks)
+    programs = min(tiles, kind.programs * multiprocessors(device))
+    scratch_stride = ceil_div(width, LARGEST_STEP) * LARGEST_STEP * WORD_BITS
+    shapes = (batch, heads, rows, width), (programs, members, query_blocks, scratch_stride)
+    arguments = {
+        "scratch_stride": scratch_stride, "q_len": q_len, "kv_len": kv_len, "rows": rows, "columns": columns,
+        "width": width, "HEADS": heads, "GROUP": heads // kv_heads, "log2_alpha": rule.log2_alpha,
+        "sink_blocks": rule.sink_blocks, "window_blocks": rule.window_blocks, "FIRST_KEY": rule.first_key,
+        "last_full_blocks": rule.last_full_blocks, "ALPHAS": bool(rule.log2_alphas), "num_warps": WARPS,
+        "maxnreg": kind.registers,
+    }  # fmt: skip
+    if kind.hopper:
+        arguments |= {
+            "offset": kv_len - q_len, "heads": batch * heads, "rows_step": programs // (batch * heads),
+            "heads_step": programs % (batch * heads), "WORDS": min(LARGEST_STEP, max(8, triton.next_power_of_2(width))),
+        }  # fmt: skip
+    else:
+        arguments |= {
+            "tiles": tiles, "min_blocks": rule.min_blocks, "D": head_dim, "D_PAD": head_pad, "BLOCK": rule.block_size,
+            "QUERY_BLOCKS": query_blocks, "TILE": TILE, "D_STEP": min(kind.d_step, head_pad),
+            "WORDS": max(1, 32 // query_blocks), "MEMBERS": members, "num_stages": kind.stages,
+        }  # fmt: skip
+    return _SearchPlan((programs,), *shapes, 4 * sum(map(math.prod, shapes)), arguments)
 
 
 def _terms_of(variant: AttentionVariant, rule: Rule, words: Tensor, kv_len: int) -> dict[str, Any]:
