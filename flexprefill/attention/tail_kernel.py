@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexprefill.blockmap.bits_kernel import bits_below
 from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.runtime.launching import launch
 
 PART_WORDS = 64  # a program
 MERGED_ROWS = 16  # queries a program
@@ -41,9 +42,10 @@ def part_words(words: Tensor, first: int, columns: int, parts: int) -> Tensor:
     out = words.new_empty(batch, heads * parts, rows, width)
     grid = batch * heads * parts * rows, ceil_div(width, PART_WORDS)
     share = ceil_div(columns, parts)
-    part_words_kernel[grid](
-        words, out, rows, first, width, columns, share, PARTS=parts, PART_WORDS=PART_WORDS, num_warps=1
-    )
+    launch(
+        part_words_kernel, grid, words, out, rows, first, width, columns, share, PARTS=parts, PART_WORDS=PART_WORDS,
+        num_warps=1,
+    )  # fmt: skip
     return out
 
 
@@ -97,8 +99,9 @@ def merge_parts(
     """
     batch, heads, q_len, value_dim = output.shape
     sums = sums.contiguous()
-    merge_parts_kernel[(ceil_div(length, MERGED_ROWS), batch * heads)](
-        outputs, sums, output, sums if lse is None else lse, *outputs.stride()[:3], *output.stride()[:3], heads,
-        q_len, outputs.shape[2] // parts, length, factor, PARTS=parts, D=value_dim,
+    launch(
+        merge_parts_kernel, (ceil_div(length, MERGED_ROWS), batch * heads), outputs, sums, output,
+        sums if lse is None else lse, *outputs.stride()[:3], *output.stride()[:3], heads, q_len,
+        outputs.shape[2] // parts, length, factor, PARTS=parts, D=value_dim,
         D_PAD=triton.next_power_of_2(value_dim), MERGED_ROWS=MERGED_ROWS, LSE=lse is not None, num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.runtime.devices import multiprocessors
+from flexprefill.runtime.launching import launch
 
 BLOCKS = 4  # of a program, at most: it finds the largest distances of all at once
 PROGRAMS = 3  # a multiprocessor: so many blocks fit into its registers
@@ -83,9 +84,10 @@ def farthest(
     places = PROGRAMS * multiprocessors(tensor.device)
     each = max(1, min(BLOCKS, first_blocks * batch * heads // (PROGRAMS_A_PLACE * places)))
     head_pad = triton.next_power_of_2(head_dim)
-    farthest_kernel[(ceil_div(first_blocks, each), batch * heads)](
-        tensor, found, *tensor.stride(), length, blocks, first_blocks, each, heads, COUNT=count, D=head_dim,
-        D_PAD=head_pad, BLOCK=block_size, MOST=BLOCKS, VECTORS=vectors,
+    launch(
+        farthest_kernel, (ceil_div(first_blocks, each), batch * heads), tensor, found, *tensor.stride(), length,
+        blocks, first_blocks, each, heads, COUNT=count, D=head_dim, D_PAD=head_pad, BLOCK=block_size, MOST=BLOCKS,
+        VECTORS=vectors,
         num_warps=min(16, max(4, block_size * head_pad * tensor.element_size() // BYTES_OF_WARP)),
     )  # fmt: skip
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexprefill.blockmap.bits import WORD_BITS
 from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.devices import multiprocessors
+from flexprefill.runtime.launching import launch
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.search.kernels.farthest import farthest
 from flexprefill.search.kernels.launch import SMALLEST_SCALE, hopper_copies
@@ -79,14 +80,14 @@ def _look_at(outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Ru
 
         query_blocks, keys, vectors = hopper_outliers.describe(query, key, outliers)
         programs = min(tiles, hopper_outliers.programs(outliers) * multiprocessors(query.device))
-        hopper_outliers.outliers_kernel[(programs,)](
-            query=query_blocks, key=keys, outliers=vectors, num_warps=hopper_outliers.warps(outliers),
-            maxnreg=hopper_outliers.REGISTERS, **arguments,
+        launch(
+            hopper_outliers.outliers_kernel, (programs,), query=query_blocks, key=keys, outliers=vectors,
+            num_warps=hopper_outliers.warps(outliers), maxnreg=hopper_outliers.REGISTERS, **arguments,
         )  # fmt: skip
         return
-    outliers_kernel[(tiles,)](
-        outliers_ptr=outliers, columns=outliers.shape[2], STAGES=OUTLIER_STAGES, num_warps=OUTLIER_WARPS,
-        maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **arguments,
+    launch(
+        outliers_kernel, (tiles,), outliers_ptr=outliers, columns=outliers.shape[2], STAGES=OUTLIER_STAGES,
+        num_warps=OUTLIER_WARPS, maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **arguments,
         **_pointers("query", query), **_pointers("key", key), **_sizes(key, rule),
     )  # fmt: skip
 
@@ -116,12 +117,14 @@ def _probe(
     for band in bands:
         span_log2 = band.span_log2(places)
         sizes |= {"first": band.first, "end": band.end, "first_set": band.first_set, "sets": band.sets}
-        kernel[(band.programs(span_log2),)](
-            far_ptr=far, span_log2=span_log2, HEADS=query.shape[1], qk_scale=shared["qk_scale"], FAR=far_count,
-            D=query.shape[3], **_pointers("query", query), **arguments, **sizes,
+        launch(
+            kernel, (band.programs(span_log2),), far_ptr=far, span_log2=span_log2, HEADS=query.shape[1],
+            qk_scale=shared["qk_scale"], FAR=far_count, D=query.shape[3], **_pointers("query", query), **arguments,
+            **sizes,
         )  # fmt: skip
-        decide_kernel[((band.end - band.first) * band.sets,)](
-            words_ptr=words, held_ptr=words if held is None else held, rows=geometry.rows, width=words.shape[3],
+        launch(
+            decide_kernel, ((band.end - band.first) * band.sets,), words_ptr=words,
+            held_ptr=words if held is None else held, rows=geometry.rows, width=words.shape[3],
             probe_share=rule.probe_share, sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks,
             last_full_blocks=rule.last_full_blocks, BLOCK=rule.block_size, FOUND=found, HELD=held is not None,
             num_warps=DECIDE_WARPS, **sizes,
@@ -131,12 +134,12 @@ def _probe(
 def _masses_kernel(query: Tensor, key: Tensor, rule: Rule) -> tuple[Any, dict[str, Any]]:
     """The masses' kernel of a search, and what it alone is told."""
     if not hopper_takes_probes(query, key, rule):
-        launch = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS}
-        return masses_kernel, {**_pointers("key", key), **_sizes(key, rule), **launch}
+        options = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS}
+        return masses_kernel, {**_pointers("key", key), **_sizes(key, rule), **options}
     from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
 
-    launch = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
-    return hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key), **launch}
+    options = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
+    return hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key), **options}
 
 
 def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
