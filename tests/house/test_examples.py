@@ -103,6 +103,7 @@ def test_record_and_inspect(tmp_path):
     assert len(load_masks(tmp_path / "masks.safetensors")) == 3
 
 
+@pytest.mark.release
 def test_long_range_heads(tmp_path):
     lines = run(EXAMPLES / "long_range_heads.py", tmp_path / "heads.png").splitlines()
     found = [
@@ -113,6 +114,7 @@ def test_long_range_heads(tmp_path):
     assert (tmp_path / "heads.png").stat().st_size > 5000
 
 
+@pytest.mark.release
 def test_train_needle_model(tmp_path):
     sizes = ["--width", 32, "--layers", 1, "--heads", 1, "--kv-heads", 1, "--hidden", 32, "--device", "cpu"]
     quick = [*sizes, "--batch-tokens", 512, "--lengths", 256, "--samples", 2]

@@ -334,7 +334,9 @@ def default_compile():
 @pytest.mark.eager_flex
 @pytest.mark.usefixtures("default_compile")
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.release) for family in ("gemma2", "gpt_oss"))]
+)
 def test_a_model_is_compiled_at_most_twice_over_lengths(family):
     graphs = []
 
@@ -372,7 +374,7 @@ def with_any_length(*tensors):
     [
         pytest.param("llama", False, marks=pytest.mark.slow),
         ("llama", True),
-        pytest.param("gemma2", True, marks=pytest.mark.slow),
+        pytest.param("gemma2", True, marks=pytest.mark.release),
     ],
 )
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):
