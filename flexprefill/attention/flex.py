@@ -70,7 +70,7 @@ def flex_over(
             return _attend((query, key, value, *listed, score_mods), settings)
         query, key, value = map(_of_a_common_kind, (query, key, value))
         _let_lengths_change(query, key, value, listed)
-        # what is compiled statically; lengths, batch sizes and the other strides are dynamic
+        # what is compiled statically; lengths, batch sizes and strides of heads are dynamic
         kind = (
             query.device.type,
             query.dtype,
@@ -109,9 +109,12 @@ def _let_lengths_change(query: Tensor, key: Tensor, value: Tensor, listed: Liste
 
 
 @remembered("layouts of strides", most=4096)
-def _layout(strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The dimensions ordered by their strides, and which strides are 0."""
-    return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides)
+def _layout(strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+    """The dimensions ordered by their strides, which strides are 0, and the stride of rows.
+
+    Triton's kernel runs at half speed where the stride of rows is a symbol.
+    """
+    return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides), strides[2]
 
 
 def _sizes_of_one(query: Tensor, key: Tensor, listed: ListedBlocks) -> tuple[bool, ...]:

@@ -89,10 +89,12 @@ def test_the_strides_of_rows_stay_constants(monkeypatch):
     forget("compiled attention, by kind of call")
     for length in (200, 300, 257):
         prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=16, device=DEVICE), CONFIG)
-        projected = torch.randn(1, length, 8 * 16, device=DEVICE).unflatten(2, (8, 16)).transpose(1, 2)
-        prefill_attention(projected[:, :4], projected[:, 4:6], projected[:, 6:], CONFIG)
+        for heads in (8, 10):
+            projected = torch.randn(1, length, heads * 16, device=DEVICE).unflatten(2, (heads, 16)).transpose(1, 2)
+            prefill_attention(projected[:, :4], projected[:, 4:6], projected[:, 6:8], CONFIG)
         prefill_attention(*make_qkv(length, heads=2, head_dim=32, device=DEVICE), CONFIG)
-    assert [[stride[2:] for stride in graph] for graph in strides] == [[(16, 1)] * 3, [(128, 1)] * 3, [(32, 1)] * 3]
+    found = [[stride[2:] for stride in graph] for graph in strides]
+    assert found == [[(row, 1)] * 3 for row in (16, 8 * 16, 10 * 16, 32)]
     assert all(type(number) is int for graph in strides for stride in graph for number in stride[2:])
 
 
