@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap.geometry import Geometry, ceil_div
+from flexprefill.search.kernels.launch import hopper_copies
 from flexprefill.variant.logits import LOG2_E
 
 LN_2 = tl.constexpr(math.log(2))
@@ -147,6 +148,17 @@ def _launch(query: Tensor, value_dim: int) -> dict[str, int | bool]:
     return {"ROWS": 128, "TILE": 64, "MASKED": False, "num_warps": 8, "num_stages": 3}
 
 
+def hopper_merges(query: Tensor, output: Tensor, block_size: int, scale: float) -> bool:
+    """Whether hopper_mean_correction.merge_means_kernel can do this call."""
+    return (
+        hopper_copies(query)
+        and hopper_copies(output)
+        and query.shape == output.shape
+        and block_size == 128
+        and scale > 0
+    )
+
+
 def merge(
     query: Tensor,
     key_means: Tensor,
@@ -171,6 +183,14 @@ def merge(
         "columns": columns, "width": words.shape[3], "HEADS": heads, "GROUP": heads // key_means.shape[1],
         "qk_scale": max(abs(scale) * LOG2_E, SMALLEST_SCALE), "D": head_dim,
     }  # fmt: skip
+    if hopper_merges(query, output, geometry.block_size, scale):
+        from flexprefill.attention import hopper_mean_correction as hopper  # imports triton's Gluon
+
+        hopper.merge_means_kernel[(geometry.rows * batch * heads,)](
+            **hopper.describe(query, key_means, value_means, output, merged), rows=geometry.rows, heads=batch * heads,
+            num_warps=hopper.WARPS, maxnreg=hopper.REGISTERS, **shared,
+        )  # fmt: skip
+        return merged, sums
     launch = _launch(query, value_dim)
     launch["ROWS"] = min(launch["ROWS"], geometry.block_size)
     tiles = ceil_div(q_len, launch["ROWS"])
