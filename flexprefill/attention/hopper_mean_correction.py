@@ -134,6 +134,9 @@ def merge_means_kernel(
         _copy(key_means, kv_head, first, i, k_smem, k_ready, i < steps)
     _copy(value_means, kv_head, first, 0, v_smem, v_ready, steps > 0)
 
+    row = I * BLOCK + gl.arange(0, BLOCK, OF_MEANS)
+    of_rows = batch_head.to(gl.int64) * q_len + row
+    kept = gl.load(lse_ptr + of_rows, mask=row < q_len, other=0.0) * (1 / LN_2)
     words_row = words_ptr + (batch_head.to(gl.int64) * rows + I) * width
     w = first >> 5
     words = (_word(words_row, w, width), _word(words_row, w + 1, width), _word(words_row, w + 2, width))
@@ -187,9 +190,6 @@ def merge_means_kernel(
         mean = warpgroup_mma(shares, values, mean)
         words = next_words
 
-    row = I * BLOCK + gl.arange(0, BLOCK, OF_MEANS)
-    of_rows = batch_head.to(gl.int64) * q_len + row
-    kept = gl.load(lse_ptr + of_rows, mask=row < q_len, other=0.0) * (1 / LN_2)
     best = gl.convert_layout(best, OF_MEANS) + BLOCK_LOG2
     higher = gl.maximum(best, kept)
     shift = gl.where(higher == float("-inf"), 0.0, higher)
