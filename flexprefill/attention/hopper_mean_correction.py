@@ -98,7 +98,7 @@ def merge_means_kernel(
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
     k_smem = gl.allocate_shared_memory(key_means.dtype, [2, 1, TILE, D], key_means.layout)
     v_smem = gl.allocate_shared_memory(value_means.dtype, [2, 1, TILE, D], value_means.layout)
-    # each of its own, because what uses one in turn takes a barrier of all warps in between
+    # several, because between two uses of the same memory the compiler puts a barrier of all warps
     block_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -151,11 +151,11 @@ def merge_means_kernel(
         slot = t & 1
         # these arrive while the tile is multiplied
         next_words = (words[2], _word(words_row, w + 2 * t + 3, width), _word(words_row, w + 2 * t + 4, width))
-        mbarrier.wait(k_ready.index(slot), (t >> 1) & 1)
         # every warp has read the values before
         _barrier()
         _copy(value_means, kv_head, first, t + 1, v_smem, v_ready, t + 1 < steps)
-        # here, and not before the copy, because that would take one more barrier
+        mbarrier.wait(k_ready.index(slot), (t >> 1) & 1)
+        # both are expected half a step before their copies, because there it would take one more barrier
         mbarrier.expect(k_ready.index(slot), key_means.block_type.nbytes, pred=t + 2 < steps)
         keys = k_smem.index(slot).reshape([TILE, D]).permute((1, 0))
         zeros = gl.zeros([BLOCK, TILE], gl.float32, LOGITS)

@@ -73,7 +73,7 @@ def merge_means_kernel(
     """ROWS rows of one query block and head: an online softmax over the means of its dropped blocks.
 
     merged has output's strides. lse and sums are contiguous. qk_scale is above 0, and the opposite where NEGATIVE.
-    MASKED tiles are all taken for the last one: less code.
+    Where MASKED, every tile is treated as the last one, which is less code.
     """
     # the longest rows start first
     first_row = (tiles - 1 - tl.program_id(0)) * ROWS
