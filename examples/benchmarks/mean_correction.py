@@ -5,12 +5,14 @@
 
 The first form builds the demo's heads, attends with and without correction over the same maps, and compares sampled
 rows with exact dense attention; some minutes on two CPU cores, seconds on a GPU. The second one (one GPU) times
-prefill_attention with and without it at given densities, in turns. Both print tables. --output keeps
-the figures.
+prefill_attention with and without it at given densities, in turns, and the correction alone. On a Hopper GPU both are
+timed with the portable kernel too. Both forms print tables. --output keeps the figures.
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from flexprefill import PrefillConfig, UnsupportedError, prefill_attention, search_blocks
+from flexprefill.attention.mean_correction import merge_means
 from flexprefill.bench.inputs import make_case, make_qkv
 from flexprefill.bench.timing import make_watch, repeats_within_budget, take_turns
 from flexprefill.evaluation.built_heads import HEADS, Prompt, build_prompt, read_tokens
@@ -27,7 +30,8 @@ from flexprefill.runtime.machine import describe_machine, versions
 from flexprefill.search.operator import pool_keys
 
 ALPHAS = (0.02, 0.1, 0.5, 0.9)
-DENSITIES = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
+DENSITIES = {4096: 0.47, 8192: 0.25, 32768: 0.07, 131072: 0.025, 262144: 0.017}
+COLUMNS = ("without", "with", "portable")
 
 
 @dataclass
@@ -118,36 +122,70 @@ def measure_errors(settings: argparse.Namespace, device: torch.device) -> list[d
     return found
 
 
+@contextlib.contextmanager
+def portable_kernel() -> Iterator[None]:
+    """The correction takes its portable kernel, also on a Hopper GPU."""
+    from flexprefill.attention import mean_correction_kernel as kernels  # imports triton
+
+    takes, kernels.hopper_merges = kernels.hopper_merges, lambda *arguments: False
+    try:
+        yield
+    finally:
+        kernels.hopper_merges = takes
+
+
+def portably(call: Callable[[], Any]) -> Callable[[], Any]:
+    def portable() -> Any:
+        with portable_kernel():
+            return call()
+
+    return portable
+
+
+def measure_calls(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of every repeat of each call, in turns."""
+    for one in calls.values():
+        one()
+    watches = {name: make_watch(one, device, graph=True) for name, one in calls.items()}
+    often = {name: repeats_within_budget(repeats, watch, watch.measure()) for name, watch in watches.items()}
+    times, failed = take_turns(watches, often, lambda steps: None)
+    assert not failed, failed
+    return times
+
+
 def measure_cost(settings: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    print("tokens   density  backend       without         with  more")
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    print("tokens   density  backend     without         with   portable")
     found = []
     for length, density in DENSITIES.items():
         qkv = make_qkv(length, 32, 8, 128, torch.bfloat16, device)
         case = make_case(qkv, density, PrefillConfig(dense_below=0))
+        kept = case.block_map.density().mean().item()
+
+        def add(backend: str, calls: dict[str, Callable[[], Any]], length: int = length, kept: float = kept) -> None:
+            if hopper:
+                calls["portable"] = portably(calls["with"])
+            try:
+                times = measure_calls(calls, settings.repeats, device)
+            except UnsupportedError as error:
+                print(f"{length:>7,}  {backend} not measured: {error}")
+                return
+            columns = (f"{median(times[name]):8.3f} ms" if name in times else "" for name in COLUMNS)
+            print(f"{length:>7,}  {kept:6.1%}  {backend:<7}", *(f"{one:>11}" for one in columns), sep="  ", flush=True)
+            found.append({"length": length, "density": kept, "backend": backend, "times_ms": times})
+
         for backend in ("flash", "triton"):
 
-            def call(correct: bool, backend: str = backend, case: Any = case) -> Any:
+            def call(correct: bool, backend: str = backend, case: Any = case) -> Callable[[], Any]:
                 config = replace(case.config, mean_correction=correct)
                 return lambda: prefill_attention(case.query, case.key, case.value, config, backend=backend)
 
-            calls = {"without": call(False), "with": call(True)}
-            try:
-                for one in calls.values():
-                    one()
-            except UnsupportedError as error:
-                print(f"{length:>7,}  {backend} not measured: {error}")
-                continue
-            watches = {name: make_watch(one, device, graph=True) for name, one in calls.items()}
-            repeats = {
-                name: repeats_within_budget(settings.repeats, watch, watch.measure()) for name, watch in watches.items()
-            }
-            times, failed = take_turns(watches, repeats, lambda steps: None)
-            assert not failed, failed
-            without, with_ = median(times["without"]), median(times["with"])
-            kept = case.block_map.density().mean().item()
-            line = f"{length:>7,}  {kept:6.1%}  {backend:<7}  {without:8.3f} ms  {with_:8.3f} ms"
-            print(line, f"{with_ / without - 1:.0%}", sep="  ", flush=True)
-            found.append({"length": length, "density": kept, "backend": backend, "times_ms": times})
+            add(backend, {"without": call(False), "with": call(True)})
+        # what it reads of the first attention, with made-up numbers, and pooling
+        lse = torch.full(case.query.shape[:3], 5.0, device=device)
+        arguments = *qkv, case.block_map.words, torch.zeros_like(case.query), lse
+        sizes = case.block_map.block_size, qkv[0].shape[3] ** -0.5, "triton"
+        add("alone", {"with": lambda arguments=arguments, sizes=sizes: merge_means(*arguments, *sizes)})
     return found
 
 

@@ -212,3 +212,70 @@ def test_the_last_rows_split_over_their_keys_are_corrected_too():
         for last in (0, 1)
     ]
     assert relative_error(both[1], both[0]) <= 5e-3
+
+
+def test_the_kernel_for_hopper_takes_the_common_shape_alone(monkeypatch):
+    from flexprefill.attention import mean_correction_kernel as kernels
+
+    query = torch.empty(1, 2, 300, 128, dtype=torch.bfloat16)
+    assert not kernels.hopper_merges(query, query, 128, 0.1)  # not on CUDA
+    monkeypatch.setattr(kernels, "hopper_copies", lambda tensor: tensor.dtype == torch.bfloat16)
+    assert kernels.hopper_merges(query, query, 128, 0.1)
+    for arguments in (
+        (query.float(), query, 128, 0.1),
+        (query, query.float(), 128, 0.1),
+        (query, query[..., :64], 128, 0.1),
+        (query, query, 64, 0.1),
+        (query, query, 128, -0.1),
+        (query, query, 128, 0.0),
+    ):
+        assert not kernels.hopper_merges(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "q_len, kv_len, heads, kv_heads, head_dim, dtype",
+    [
+        (2000, 2000, 8, 2, 128, torch.bfloat16),
+        (700, 9001, 7, 1, 64, torch.float16),
+        (300, 30_000, 4, 4, 128, torch.float16),
+        (257, 16_400, 8, 2, 128, torch.bfloat16),  # the last row sees a short block whole
+        (1, 8193, 4, 1, 64, torch.bfloat16),
+    ],
+)
+def test_the_kernel_for_hopper_merges_what_the_others_merge(
+    q_len, kv_len, heads, kv_heads, head_dim, dtype, density, monkeypatch
+):
+    from flexprefill.attention import mean_correction_kernel as kernels
+
+    sizes = {"batch": 2, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype, "device": "cuda"}
+    query, key, value = make_qkv(q_len, kv_len, **sizes)
+    output, lse = torch.randn_like(query), 3 * torch.randn(query.shape[:3], device="cuda")
+    empty = torch.rand_like(lse) < 0.2
+    lse[empty], output[empty] = -torch.inf, torch.nan
+    words = random_map(2, heads, q_len, kv_len, 128, density=density, seed=kv_len).words.cuda()
+    inputs = query, key, value, words, output, lse, 128, head_dim**-0.5
+    if not kernels.hopper_merges(query, output, 128, 1.0):
+        pytest.skip("needs a Hopper GPU")
+    merged, sums = merge_means(*inputs, "triton")
+    monkeypatch.setattr(kernels, "hopper_merges", lambda *arguments: False)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    for other in ("triton", "reference"):
+        expected, expected_sums = merge_means(*inputs, other)
+        finite = expected_sums.isfinite()
+        assert torch.equal(finite, sums.isfinite()) and (merged[~finite] == 0).all()
+        assert relative_error(merged[finite], expected[finite]) <= tolerance
+        assert (sums - expected_sums)[finite].abs().max() <= 1e-4 * (1 + expected_sums[finite].abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16])
+def test_later_keys_that_are_not_finite_stay_out_of_earlier_rows(dtype):
+    query, key, value = make_qkv(700, heads=2, head_dim=64, dtype=dtype, device=DEVICE)
+    words = random_map(1, 2, 700, 700, 128, density=0.3, seed=0).words.to(DEVICE)
+    inputs = words, torch.randn_like(query), torch.randn(query.shape[:3], device=DEVICE), 128, 0.1, "triton"
+    expected = merge_means(query, key, value, *inputs)
+    key[:, :, 384:], value[:, :, 384:] = torch.nan, torch.inf
+    for found, clean in zip(merge_means(query, key, value, *inputs), expected, strict=True):
+        assert torch.equal(found[:, :, :384], clean[:, :, :384])

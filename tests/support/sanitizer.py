@@ -37,7 +37,7 @@ def run_kernels(device="cuda"):
         Sequences,
         search_blocks,
     )
-    from flexprefill.attention import tail_kernel
+    from flexprefill.attention import mean_correction_kernel, tail_kernel
     from flexprefill.attention.mean_correction import merge_means
     from flexprefill.blockmap.places import lists_in_places
     from flexprefill.search.kernels import launch as kernels
@@ -67,8 +67,12 @@ def run_kernels(device="cuda"):
                 assert BlockMap.from_block_mask(block_map.to_block_mask(buffers=buffers)) == block_map
             output, lse = torch.zeros_like(query), torch.zeros(query.shape[:3], device=device)
             sizes = config.block_size, head_dim**-0.5, "triton"
-            merged, _ = merge_means(query, key, value, block_map.words, output, lse, *sizes)
-            assert merged.isfinite().all()
+            takes = mean_correction_kernel.hopper_merges
+            for hopper in (takes, lambda *arguments: False):
+                mean_correction_kernel.hopper_merges = hopper
+                merged, _ = merge_means(query, key, value, block_map.words, output, lse, *sizes)
+                assert merged.isfinite().all()
+            mean_correction_kernel.hopper_merges = takes
             ran += 1
         for page_size, means in ((128, PageMeans()), (48, None)):
             paged = in_pages(key, value, page_size)
