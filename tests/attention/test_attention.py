@@ -150,6 +150,7 @@ def test_score_mod_and_scale_reach_the_attention():
     assert relative_error(output, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_mask_works_in_a_callers_own_compiled_model():
     @torch.compile(fullgraph=True)
     def model(query, key, value):

@@ -103,6 +103,7 @@ def test_prefill_attention_adds_the_means_of_what_is_dropped(prompt):
     assert relative_error(prefill_attention(*prompt, CORRECTED, block_map=given_map).cpu(), expected) <= tolerance
 
 
+@pytest.mark.slow
 def test_the_output_of_chunks_is_that_of_the_whole(prompt):
     whole = prefill_attention(*prompt, CORRECTED)
     means, outputs = KeyMeans(), []

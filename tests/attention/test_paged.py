@@ -43,6 +43,7 @@ def check(query, key, value, paged, config, **call):
     return block_map
 
 
+@pytest.mark.slow
 def test_chunks_over_shuffled_pages_that_hold_whole_blocks():
     densities = []
     # chunks begin inside blocks and pages, and the last page is short

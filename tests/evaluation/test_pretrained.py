@@ -197,6 +197,7 @@ def test_a_table_of_one_task():
     assert rows[0][5] == "90.0 % (82.6 – 94.5)"  # of two prompts: by the answers
 
 
+@pytest.mark.slow
 def test_the_command_on_a_folder(folder, tmp_path, capsys):
     output = tmp_path / "new"
     arguments = ["eval", "--model", folder, "--lengths", "1024", "--alphas", "0.9", "--tasks", "prose,copy"]

@@ -97,7 +97,9 @@ def test_tokens_before_heads_get_a_hint(name):
             CALLS[name](query, key, *tokens_before_heads(value))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "prefill_attention" else ()) for name in CALLS]
+)
 def test_tokens_before_heads_that_fit_together_get_a_warning_or_a_hint(name):
     query, key, value = make_qkv(300, heads=2, kv_heads=2, head_dim=DIM, device=DEVICE)
     with warnings.catch_warnings(record=True) as caught:
@@ -218,7 +220,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK_LAYOUTS = ("part of a cache", "at an odd address", "a parameter")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in QUICK_LAYOUTS else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_attention_of_a_view_is_that_of_its_copy(layout):
     views = [LAYOUTS[layout](tensor) for tensor in inputs()]
     copies = [view.detach().clone(memory_format=torch.contiguous_format) for view in views]

@@ -83,7 +83,7 @@ def logits_padded(model, side, cache):
     return logits[real.bool()]
 
 
-QUICK = ("llama", "gpt_oss")  # layers that are searched and windows
+QUICK = ("llama",)
 EACH_FAMILY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
@@ -372,11 +372,12 @@ def with_any_length(*tensors):
 @pytest.mark.parametrize(
     ("family", "padded"),
     [
-        pytest.param("llama", False, marks=pytest.mark.slow),
+        ("llama", False),
         ("llama", True),
         pytest.param("gemma2", True, marks=pytest.mark.release),
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_logits_of_the_uncompiled_one(family, padded):
     model = make_model(family, "few_kept", num_hidden_layers=1).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True)

@@ -179,6 +179,7 @@ def test_classes_that_declare_nothing_and_go_through_the_interface_work(family):
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 @pytest.mark.parametrize("last", [40, 1])
+@pytest.mark.slow
 def test_a_cache_that_returns_more_keys_than_it_told_the_mask_is_refused(family, last):
     model = make_model(family, "kept").to(DEVICE)
     cache = hf.DynamicCache(config=model.config)
@@ -224,9 +225,7 @@ def test_keys_without_a_mask_have_to_be_as_many_as_queries():
     ("family", "name"),
     [
         ("llama", "kept"),
-        ("mistral", "kept"),
-        pytest.param("gemma2", "kept", marks=pytest.mark.slow),
-        pytest.param("gpt_oss", "kept", marks=pytest.mark.slow),
+        *(pytest.param(family, "kept", marks=pytest.mark.slow) for family in ("mistral", "gemma2", "gpt_oss")),
         ("llama", "all_dense"),
     ],
 )
@@ -448,9 +447,8 @@ def logits_alone(model, tokens):
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("llama", "kept"),
         ("mistral", "kept"),
-        pytest.param("llama", "layer_dense", marks=pytest.mark.slow),
+        *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("kept", "layer_dense")),
         *(
             pytest.param(family, name, marks=pytest.mark.slow)
             for family in ("gemma2", "gpt_oss")
@@ -557,7 +555,9 @@ def turns_of(family, name):
     return answered
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["mistral", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "gpt_oss"))]
+)
 def test_further_turns_of_a_padded_batch(family):
     assert torch.equal(turns_of(family, "kept"), turns_of(family, reference_of(family)))
 

@@ -57,7 +57,7 @@ def test_the_reference_follows_the_rule(case):
     assert_follows_rule(block_map, query, key, **arguments)
 
 
-@settings(deadline=None, max_examples=25 if DEVICE == "cpu" else 100)
+@settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 100)
 @given(
     cases(
         max_length=300 if DEVICE == "cpu" else 1300,

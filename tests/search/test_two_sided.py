@@ -255,6 +255,7 @@ def check_the_bits_of_other_cuts(query, key, config, chunk, monkeypatch):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_how_the_work_is_cut(monkeypatch):
     query, key, _ = make_qkv(70, 1070, heads=6, kv_heads=2, head_dim=16, device=DEVICE)
     check_the_bits_of_other_cuts(query, key, BOTH, 32, monkeypatch)
