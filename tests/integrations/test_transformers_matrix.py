@@ -27,6 +27,7 @@ FAST = {
     ("gpt2", "left padding"),
 }
 COMPILED = ("llama", "gemma2", "gpt_oss")  # transformers compiles the whole model, which takes the time
+COMPILE_MORE = ("dynamic cache", "beams", "lookup", "packed", "second turn")  # a kind of attention of each family
 LENGTH, EDGES = 140, (0, 90, 140)
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 
@@ -167,6 +168,8 @@ def shown_by(family, column):
 
 def marks_of(family, column):
     if column == "compiled steps" and family not in COMPILED:
+        return pytest.mark.release
+    if column in COMPILE_MORE and family in MORE_FAMILIES:
         return pytest.mark.release
     return () if (family, column) in FAST else pytest.mark.slow
 
