@@ -41,7 +41,9 @@ def need_packages(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [(2, "--models"), (4, "--attend")])  # the example attends by two
+@pytest.mark.parametrize(
+    "arguments", [(2, "--models"), pytest.param((4, "--attend"), marks=pytest.mark.release)]
+)  # the example attends by two
 def test_processes_on_the_cpu_are_like_one(arguments):
     need_packages(arguments)
     run(*arguments)
