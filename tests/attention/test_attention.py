@@ -244,6 +244,7 @@ def test_never_runs_eagerly_when_dynamo_is_switched_off():
     assert "without torch.compile" in error_in_a_process(TORCHDYNAMO_DISABLE="1")
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_named(tmp_path):
     error = error_in_a_process(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert "found no C++ compiler" in error

@@ -69,6 +69,7 @@ def check_attention(backend, dtype, block_size, dims, q_len, kv_len, correct):
     assert relative_error(output, exact) <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiles for the CPU")
 @pytest.mark.parametrize("dtype, block_size, dims", ON_THE_CPU, ids=name_of)
 def test_attention_on_the_cpu(dtype, block_size, dims):

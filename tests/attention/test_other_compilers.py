@@ -38,6 +38,7 @@ def test_every_backend_gives_the_sparse_result(prompt, backend):
     assert relative_error(found, sparse) <= CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_windows_caps_and_sinks_are_those_of_the_call(backend):
     inputs = make_qkv(300, **SHAPE)

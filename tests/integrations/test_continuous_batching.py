@@ -74,7 +74,9 @@ def test_it_is_sdpa_where_all_is_dense(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3"])  # a GPU compiles faster, and takes more of them
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gemma3", marks=pytest.mark.release)]
+)  # a GPU compiles faster, and takes more of them
 def test_tokens_are_those_of_transformers_own_where_all_blocks_are_kept(family):
     # a batch of 96 tokens takes the long prompts in chunks, beside steps of decoding
     for batch_tokens in (512, 96):

@@ -105,6 +105,7 @@ def test_logits_are_those_of_the_models_own_attention_where_all_blocks_are_kept(
         assert error <= allowed, (side, type(cache).__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("llama", torch.float16)])
 def test_logits_in_low_precision(family, dtype):
     exact = logits_alone(model_of(family, reference_of(family), torch.float64))
@@ -128,7 +129,7 @@ def test_generate_gives_the_same_tokens_where_all_blocks_are_kept(family):
         assert torch.equal(model_of(family, "all_kept").generate(tokens, **settings), expected), cache
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_generate_prefills_in_chunks(family):
     settings = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 64}
     expected = model_of(family, reference_of(family)).generate(prompts()[0], **settings)

@@ -26,8 +26,8 @@ FAST = {
     *(("mistral", column) for column in ("whole prompt", "left padding", "packed", "static greedy", "second turn")),
     ("gpt2", "left padding"),
 }
-COMPILED = ("llama", "gemma2", "gpt_oss")  # transformers compiles the whole model, which takes the time
-COMPILE_MORE = ("dynamic cache", "beams", "lookup", "packed", "second turn")  # a kind of attention of each family
+IN_CI = ("llama", "mistral", "gpt_oss")
+COMPILE_MUCH = ("dynamic cache", "beams", "lookup", "packed", "second turn", "compiled steps")
 LENGTH, EDGES = 140, (0, 90, 140)
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 
@@ -167,11 +167,9 @@ def shown_by(family, column):
 
 
 def marks_of(family, column):
-    if column == "compiled steps" and family not in COMPILED:
-        return pytest.mark.release
-    if column in COMPILE_MORE and family in MORE_FAMILIES:
-        return pytest.mark.release
-    return () if (family, column) in FAST else pytest.mark.slow
+    if (family, column) in FAST:
+        return ()
+    return pytest.mark.release if column in COMPILE_MUCH and family not in IN_CI else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,8 @@ def test_keys_without_a_mask_have_to_be_as_many_as_queries():
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("llama", "kept"),
-        *(pytest.param(family, "kept", marks=pytest.mark.slow) for family in ("mistral", "gemma2", "gpt_oss")),
+        *(pytest.param(family, "kept", marks=pytest.mark.slow) for family in ("llama", "mistral")),
+        *(pytest.param(family, "kept", marks=pytest.mark.release) for family in ("gemma2", "gpt_oss")),
         ("llama", "all_dense"),
     ],
 )
@@ -278,7 +278,7 @@ def test_autocast_casts_whatever_differs(name, q_len, given):
 # 10: numbers that are tensors
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_assisted_decoding_with_a_sliding_window(family):
     tokens = tokens_of(1, 65).repeat(1, 2)
     settings = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 4}
@@ -450,7 +450,7 @@ def logits_alone(model, tokens):
         ("mistral", "kept"),
         *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("kept", "layer_dense")),
         *(
-            pytest.param(family, name, marks=pytest.mark.slow)
+            pytest.param(family, name, marks=pytest.mark.release)
             for family in ("gemma2", "gpt_oss")
             for name in ("kept", "layer_dense")
         ),
@@ -466,6 +466,7 @@ def test_packed_sequences_are_attended_as_if_alone(family, name):
         assert relative_error(model(tokens, position_ids=PACKED, **given).logits, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_packed_differently():
     tokens, model = tokens_of(2, LENGTH), make_model("llama", "kept").to(DEVICE)
     positions = torch.cat([PACKED, torch.arange(LENGTH, device=DEVICE)[None]])

@@ -147,6 +147,7 @@ def matmul_precision():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 def test_no_state_uses_up_the_recompiles_of_a_kind_of_call(inputs):
     query, key, value, _, _ = inputs
     forget("compiled attention, by kind of call")
