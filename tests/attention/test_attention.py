@@ -50,6 +50,7 @@ def test_equals_dense_attention_under_the_same_mask(q_len, kv_len):
     assert q_len < 1000 or block_map.density().mean() < 0.9  # really sparse
 
 
+@pytest.mark.slow
 def test_equals_dense_attention_for_small_blocks_batches_and_other_value_dims():
     query, key, _ = make_qkv(500, batch=2, heads=4, kv_heads=2)
     value = torch.randn(2, 2, 500, 64)

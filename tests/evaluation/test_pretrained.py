@@ -90,6 +90,7 @@ def test_every_block_kept_is_dense_and_dense_is_the_models_own(family, corpus, t
             subject.answer(prompt, attenders(subject, Method("prism-own", RULE, "prism", own_rule=True)))
 
 
+@pytest.mark.slow
 def test_a_comparison_pairs_prompts_and_leaves_out_what_dense_cannot_do(subject, tmp_path):
     methods = make_methods([1.0], ["dense", "flashprefill", "random"], RULE)
     plan = Plan([1024], ["prose", "single"], methods, 3, 0, least_share=0.4)

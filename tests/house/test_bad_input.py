@@ -338,6 +338,7 @@ def test_numbers_that_are_not_finite_on_each_backend(which, bad, backend, reques
         check_not_finite(output, **tensors, block_map=block_map)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1])
 def test_what_is_not_finite_under_a_mod_reaches_the_rows_that_see_it(place):
     tensors = list(inputs())

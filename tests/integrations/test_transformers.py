@@ -113,7 +113,8 @@ def test_logits_in_low_precision(family, dtype):
     assert relative_error(logits_alone(model_of(family, "all_kept", dtype)), exact) <= allowed
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_a_batch_without_padding_shares_its_calls(family):
     tokens = torch.cat([prompt[:, :160] for prompt in prompts()])
     expected = model_of(family, reference_of(family))(tokens).logits

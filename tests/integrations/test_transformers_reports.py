@@ -251,10 +251,9 @@ CAPPED, WINDOWED, WITH_SINKS = {"softcap": 20.0}, {"sliding_window": 16}, {"s_au
 @pytest.mark.parametrize(
     ("name", "q_len", "given"),
     [
-        ("kept", 40, {}),
         *(("kept", 1, given) for given in ({}, CAPPED, WINDOWED, WITH_SINKS)),
         ("all_dense", 40, {}),
-        *(pytest.param("kept", 40, given, marks=pytest.mark.slow) for given in (CAPPED, WINDOWED, WITH_SINKS)),
+        *(pytest.param("kept", 40, given, marks=pytest.mark.slow) for given in ({}, CAPPED, WINDOWED, WITH_SINKS)),
         *(pytest.param("all_dense", 40, given, marks=pytest.mark.slow) for given in (CAPPED, WINDOWED, WITH_SINKS)),
     ],
 )
@@ -556,9 +555,8 @@ def turns_of(family, name):
     return answered
 
 
-@pytest.mark.parametrize(
-    "family", ["mistral", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "gpt_oss"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
 def test_further_turns_of_a_padded_batch(family):
     assert torch.equal(turns_of(family, "kept"), turns_of(family, reference_of(family)))
 
