@@ -59,6 +59,7 @@ def test_use_block_mask():
         assert float(density) < 60 and float(error) < 0.1
 
 
+@pytest.mark.release
 def test_compile_model():
     assert run(EXAMPLES / "compile_model.py").count("next-token logits (1, 256)") == 4
 
@@ -87,6 +88,7 @@ def test_transformers_generate():
     assert re.findall(r"^(\d+) tokens → \[(?:\d+, ){15}\d+\]$", printed, re.MULTILINE) == ["600", "450"]
 
 
+@pytest.mark.release
 def test_calibrate_transformers(tmp_path):
     file = tmp_path / "calibrated.json"
     printed = run(EXAMPLES / "calibrate_transformers.py", file)
@@ -152,6 +154,7 @@ def test_read_masks_with_numpy():
     assert modules == {"argparse", "json", "zlib", "numpy"}
 
 
+@pytest.mark.release
 def test_time_to_first_token(tmp_path):
     sizes = {"lengths": "600", "layers": 2, "hidden": 64, "intermediate": 64, "heads": 4, "kv-heads": 2}
     sizes |= {"vocabulary": 64, "repeats": 1, "device": "cpu", "output": tmp_path / "times.json"}

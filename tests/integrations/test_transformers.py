@@ -374,7 +374,7 @@ def with_any_length(*tensors):
 @pytest.mark.parametrize(
     ("family", "padded"),
     [
-        ("llama", False),
+        pytest.param("llama", False, marks=pytest.mark.release),
         ("llama", True),
         pytest.param("gemma2", True, marks=pytest.mark.release),
     ],

@@ -26,7 +26,7 @@ FAST = {
     *(("mistral", column) for column in ("whole prompt", "left padding", "packed", "static greedy", "second turn")),
     ("gpt2", "left padding"),
 }
-IN_CI = ("llama", "mistral", "gpt_oss")
+IN_CI = ("llama", "mistral")
 COMPILE_MUCH = ("dynamic cache", "beams", "lookup", "packed", "second turn", "compiled steps")
 LENGTH, EDGES = 140, (0, 90, 140)
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
