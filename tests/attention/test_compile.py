@@ -43,7 +43,10 @@ def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
 
 
 @pytest.mark.eager_flex
-@pytest.mark.parametrize("variant", [None, "window", "padding", "packed", "soft cap"])
+@pytest.mark.parametrize(
+    "variant",
+    [None, "padding", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "packed", "soft cap"))],
+)
 def test_each_kind_of_call_is_compiled_once_for_all_lengths(monkeypatch, variant):
     # what is counted is traced alike, and faster to come by, without code for a device
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

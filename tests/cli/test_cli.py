@@ -290,6 +290,7 @@ ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 COLOUR = re.compile(r"\x1b\[[\d;]*3\d[\d;]*m")
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_colour_unless_it_has_none(files):
     pytest.importorskip("rich")
     arguments = ["diff", files["a"], files["changed"]]

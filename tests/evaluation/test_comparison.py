@@ -223,6 +223,7 @@ def test_a_picture_has_a_panel_for_each_length(tmp_path):
         plot_trade_off([], tmp_path / "none.png", title="", value_label="")
 
 
+@pytest.mark.slow
 def test_the_command(model, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     save_model(model, file)

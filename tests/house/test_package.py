@@ -40,6 +40,7 @@ def test_importing_the_library_stays_light():
     )
 
 
+@pytest.mark.slow
 def test_public_names_are_loaded_when_one_is_asked_for():
     code = "import flexprefill, pickle; print(pickle.loads(pickle.dumps(flexprefill.PrefillConfig(alpha=0.5))).alpha)"
     assert run_fresh(code) == "0.5"

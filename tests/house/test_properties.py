@@ -207,7 +207,7 @@ def test_recall_is_a_share_that_grows_with_the_map(block_map, data):
     assert torch.allclose(ours + rest, torch.ones_like(ours), rtol=1e-4)
 
 
-@examples(50)
+@examples(30)
 @given(prompts(most=130), configs)
 def test_the_kernels_find_what_the_reference_finds(prompt, config):
     query, key, _ = prompt

@@ -121,6 +121,7 @@ def two_heads(length=2000, dtype=torch.float32):
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+@pytest.mark.slow
 def test_the_search_and_the_attention_guard_by_themselves():
     query, key, value = two_heads()
     config = replace(LEAN, block_size=64, alpha=0.05, guard=0.95)
