@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexprefill.runtime.state import Remembered
 
+NOT_COMPILED_FOR = frozenset(("base", "shape", "strides"))  # of a tensor descriptor
 NUMBERS = frozenset((int, float, bool, type(None)))
 
 
@@ -59,5 +60,10 @@ def _kind_of(argument: Any) -> tuple[object, ...]:
     """What Triton compiles for of a tensor or of a tensor descriptor."""
     if type(argument) is Tensor:
         return argument.dtype, argument.device, argument.data_ptr() % 16 == 0
-    base = argument.base
-    return base.dtype, base.device, *argument.block_shape, argument.layout, argument.padding, argument.round_f32_to_tf32
+    # Triton's versions have other settings of a descriptor
+    settings = [value for name, value in vars(argument).items() if name not in NOT_COMPILED_FOR]
+    return argument.base.dtype, argument.base.device, *map(_hashable, settings)
+
+
+def _hashable(setting: object) -> object:
+    return tuple(setting) if isinstance(setting, list) else setting

@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from flexprefill.runtime import launching
 from flexprefill.runtime.launching import launch
 from flexprefill.runtime.state import forget
@@ -54,14 +57,14 @@ def test_the_same_kind_is_compiled_once_and_given_its_own_arguments(kernel):
     assert grid == (7, 2, 1) and arguments[0] is other and arguments[1] is y and arguments[2:] == (5, 0.5, 16)
 
 
-class Descriptor:
-    def __init__(self, base, block_shape=(1, 64), layout="swizzled", padding="zero"):
-        self.base, self.block_shape, self.layout, self.padding = base, block_shape, layout, padding
-        self.round_f32_to_tf32 = False
+def described(base, block_shape=(1, 64), swizzle=64, **settings):
+    """Triton's own descriptor, whose settings differ between its versions."""
+    layout = gl.NVMMASharedLayout(swizzle, 16, 2)
+    return TensorDescriptor(base, [4, 64], [64, 1], list(block_shape), layout, **settings)
 
 
 def test_whatever_triton_compiles_for_makes_another_kind(kernel):
-    x = torch.zeros(64)
+    x, rows = torch.zeros(64), torch.zeros(4, 64, dtype=torch.float16)
     common = {"x": x, "y": x, "n": 1, "scale": 1.0, "BLOCK": 16, "num_warps": 1}
     others = [
         {"x": torch.zeros(64, dtype=torch.float16)},
@@ -77,11 +80,11 @@ def test_whatever_triton_compiles_for_makes_another_kind(kernel):
         {"BLOCK": 32},
         {"num_warps": 2},
         {"maxnreg": 128},
-        {"x": Descriptor(x)},
-        {"x": Descriptor(x.half())},
-        {"x": Descriptor(x, block_shape=(1, 32))},
-        {"x": Descriptor(x, layout="plain")},
-        {"x": Descriptor(x, padding="nan")},
+        {"x": described(rows)},
+        {"x": described(rows.bfloat16())},
+        {"x": described(rows, block_shape=(1, 32))},
+        {"x": described(rows, swizzle=32)},
+        {"x": described(rows, padding="nan")},
     ]
     for _ in range(2):
         for changes in ({}, *others):
