@@ -17,14 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2
 
 BLOCK = gl.constexpr(128)
 BLOCK_LOG2 = gl.constexpr(7)
 TILE = gl.constexpr(64)  # means a step, of two words
 LN_2 = gl.constexpr(math.log(2))
 WARPS, REGISTERS = 8, 128  # a cap for each thread, so that two programs share a multiprocessor
-
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 
 
 @remembered("blocks of a head dimension, as the tensor memory accelerator copies them for mean correction", most=16)
@@ -49,12 +48,6 @@ def describe(
     return {name: TensorDescriptor.from_tensor(tensor, *block) for name, tensor in tensors.items()} | {
         name: TensorDescriptor.from_tensor(tensor, *tile) for name, tensor in means.items()
     }
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x. What is too small for a normal number is 0, which saves three instructions."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -107,7 +100,7 @@ def merge_means_kernel(
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     # the long rows first
     I = rows - 1 - gl.program_id(0) // heads
@@ -152,7 +145,7 @@ def merge_means_kernel(
         # these arrive while the tile is multiplied
         next_words = (words[2], _word(words_row, w + 2 * t + 3, width), _word(words_row, w + 2 * t + 4, width))
         # every warp has read the values before
-        _barrier()
+        barrier()
         _copy(value_means, kv_head, first, t + 1, v_smem, v_ready, t + 1 < steps)
         mbarrier.wait(k_ready.index(slot), (t >> 1) & 1)
         # both are expected half a step before their copies, because there it would take one more barrier
@@ -162,7 +155,7 @@ def merge_means_kernel(
         products = warpgroup_mma(q_smem.reshape([BLOCK, D]), keys, zeros, use_acc=False)
         mbarrier.wait(v_ready.index(slot), (t >> 1) & 1)
         # every warp has read the queries and these keys
-        _barrier()
+        barrier()
         _copy(key_means, kv_head, first, t + 2, k_smem, k_ready, t + 2 < steps)
         mbarrier.expect(v_ready.index(slot), value_means.block_type.nbytes, pred=t + 2 < steps)
         if t + 1 == steps:
@@ -180,8 +173,8 @@ def merge_means_kernel(
             products = gl.where((bits & (1 << (j & 25)))[None, :] == 0, products, float("-inf"))
         higher = gl.maximum(best, gl.max(products, 1) * qk_scale)
         shift = gl.where(higher == float("-inf"), 0.0, higher)
-        shares = _exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift[:, None]))
-        fading = _exp2(best - shift)
+        shares = fast_exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift[:, None]))
+        fading = fast_exp2(best - shift)
         best = higher
         total = gl.fma(total, fading, gl.sum(shares, 1))
         shares = gl.convert_layout(shares.to(value_means.dtype), SHARES)
@@ -208,6 +201,6 @@ def merge_means_kernel(
     old = gl.where(of_kept[:, None] > 0, old * of_kept[:, None], 0.0)
     block.store(gl.fma(mean, gl.zeros_like(mean) + (of_means * share)[:, None], old).to(merged.dtype))
     fence_async_shared()
-    _barrier()
+    barrier()
     tma.async_copy_shared_to_global(merged, place, q_smem)
     tma.store_wait(0)

@@ -14,12 +14,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.hopper_parts import barrier
 from flexprefill.search.kernels.sums import LARGE
 
 BLOCK = gl.constexpr(128)
 TILE = gl.constexpr(64)
 IN_EACH_WARP = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 
 
 @remembered("blocks of a head dimension, as the tensor memory accelerator copies them", most=16)
@@ -85,7 +85,7 @@ def _multiply(q_smem, k_smem, ready, phase, ACC: gl.constexpr):
     zeros = gl.zeros([TILE, BLOCK], gl.float32, ACC)
     products = warpgroup_mma(k_smem.reshape([TILE, D]), queries, zeros, use_acc=False)
     # every warp has read the buffer
-    _barrier()
+    barrier()
     return products, phase ^ 1
 
 
@@ -136,7 +136,7 @@ def _score_exactly(products, t, scratch, scored, best, qk_scale, ACC: gl.constex
 def _share(smem, values):
     """Values [TILE] of all warps, given to each warp."""
     smem.store(values)
-    _barrier()
+    barrier()
     return smem.load(IN_EACH_WARP)
 
 
@@ -248,7 +248,7 @@ def search_kernel(
                 if next_steps > 0:
                     mbarrier.wait(ready, phase)
                     phase ^= 1
-                _barrier()
+                barrier()
                 _start(I, batch_head, query, means, HEADS, GROUP, q_smem, k_smem, ready)
                 best = gl.full([TILE], float("-inf"), gl.float32, gl.SliceLayout(1, ACC))
                 for t in range(0, steps):

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2, fast_log2
 from flexprefill.search.two_sided import OUTLIER_GROUP
 
 BLOCK = gl.constexpr(128)
@@ -22,8 +23,6 @@ GROUP_BLOCKS = gl.constexpr(OUTLIER_GROUP)  # a step looks at the outliers of so
 STEPS = gl.constexpr(32)  # steps whose words are written together: one for each lane
 LARGE = gl.constexpr(1e38)  # more than any log2 weight
 REGISTERS = 128  # a cap for each thread
-
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 
 
 def warps(outliers: Tensor) -> int:
@@ -105,7 +104,7 @@ def _multiply(step, more, another, query, key, q_smem, k_smem, ready, ACC: gl.co
     zeros = gl.zeros([BLOCK, TILE], gl.float32, ACC)
     products = warpgroup_mma(q_smem.reshape([BLOCK, D]), k_smem.permute((1, 0)), zeros, use_acc=False)
     # every warp has read the buffer
-    _barrier()
+    barrier()
     return products
 
 
@@ -121,18 +120,6 @@ def _copy_outliers(t, far_steps, kv_head, next_tile, sizes, query, key, outliers
         tma.async_copy_global_to_shared(outliers, place, ready, k_smem.reshape(outliers.block_type.shape))
     elif next_tile < sizes[0]:
         _start(next_tile, sizes, query, key, q_smem, k_smem, ready)
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x. What is too small for a normal number is 0, which saves three instructions."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _log2(x):
-    """log2 of a sum that _exp2 made, so no number below the normal ones."""
-    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -165,8 +152,8 @@ def _weigh(products, first, position, split, best, total, qk_scale, ACC: gl.cons
         products = gl.where(n[None, :] >= (position // BLOCK * BLOCK - first)[:, None], products, float("-inf"))
     top = gl.maximum(best, gl.max(products, 1) * qk_scale)
     shift = gl.where(top == float("-inf"), 0.0, top)
-    terms = _exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift[:, None]))
-    return top, gl.fma(total, _exp2(best - shift), gl.sum(terms, 1))
+    terms = fast_exp2(gl.fma(products, qk_scale, gl.full_like(products, 0.0) - shift[:, None]))
+    return top, gl.fma(total, fast_exp2(best - shift), gl.sum(terms, 1))
 
 
 @gluon.jit
@@ -179,7 +166,7 @@ def _hide(products, t, position, COUNT: gl.constexpr, ACC: gl.constexpr):
 @gluon.jit
 def _add(near, far):
     """log2 of 2^near + 2^far."""
-    return gl.maximum(near, far) + _log2(1.0 + _exp2(0.0 - gl.abs(near - far)))
+    return gl.maximum(near, far) + fast_log2(1.0 + fast_exp2(0.0 - gl.abs(near - far)))
 
 
 @gluon.jit
@@ -266,7 +253,7 @@ def outliers_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     sizes = (tiles, q_len, kv_len, rows, HEADS, GROUP)
     offset = kv_len - q_len
@@ -299,7 +286,7 @@ def outliers_kernel(
             best, total = _weigh(products, at, position, visible - 1 > first_own, best, total, qk_scale, ACC)
         step += near_steps
         # a key must reach log2_share more than what the row sees in all, so both sides are raised by that
-        near = best + _log2(total) + log2_share
+        near = best + fast_log2(total) + log2_share
         # rows behind the end decide nothing
         near = gl.where(position < kv_len, near, LARGE)
         largest = gl.full([BLOCK], float("-inf"), gl.float32, OF_ROWS)

@@ -16,13 +16,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexprefill.runtime.state import remembered
 from flexprefill.search.kernels import probes
+from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2, fast_log2
 
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(probes.TILE_ROWS)
 SEGMENT = gl.constexpr(probes.SEGMENT)
 WARPS, REGISTERS = 8, 128  # a cap for each thread, so that two programs share a multiprocessor
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since triton 3.7
 _tile_of, _probed_rows = gluon.jit(probes.tile_of.fn), gluon.jit(probes.probed_rows.fn)
 
 
@@ -58,21 +58,9 @@ def _multiply(q_smem, key, batch, head, J, J0, stop, k_smem, ready, ACC: gl.cons
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
     products = warpgroup_mma(q_smem, keys, zeros, use_acc=False)
     # every warp has read the buffer
-    _barrier()
+    barrier()
     _copy_keys(key, batch, head, J + 2, slot, k_smem, ready, J + 2 < stop)
     return products
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x. What is too small for a normal number is 0, which saves three instructions."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _log2(x):
-    """log2 of a sum that _exp2 made, so no number below the normal ones."""
-    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -91,8 +79,8 @@ def _weigh(products, best, total, factor, OF_ROWS: gl.constexpr):
     top = gl.maximum(best, gl.max(products, 1) * factor)
     shift = gl.where(top == float("-inf"), 0.0, top)
     # fused by name, because the compiler may choose otherwise elsewhere
-    mass = _sum(_exp2(gl.fma(products, factor, gl.full_like(products, 0.0) - shift[:, None])), OF_ROWS)
-    return top, gl.fma(total, _exp2(best - shift), mass), shift + _log2(mass)
+    mass = _sum(fast_exp2(gl.fma(products, factor, gl.full_like(products, 0.0) - shift[:, None])), OF_ROWS)
+    return top, gl.fma(total, fast_exp2(best - shift), mass), shift + fast_log2(mass)
 
 
 # without this, each value of these parameters would be compiled for
@@ -124,7 +112,7 @@ def masses_kernel(
     mbarrier.init(ready.index(0), count=1)
     mbarrier.init(ready.index(1), count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     own_set += first_set
     kv_head = own_set // SETS
@@ -143,7 +131,7 @@ def masses_kernel(
     of_rows += row.to(gl.int64) * query_s
     q_smem.store(gl.load(of_rows[:, None] + d[None, :] * query_d))
     fence_async_shared()
-    _barrier()
+    barrier()
 
     r = gl.arange(0, ROWS, OF_ROWS)
     c = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
@@ -160,4 +148,4 @@ def masses_kernel(
                 products = gl.where(c[None, :] <= (position - J * BLOCK)[:, None], products, float("-inf"))
             best, total, mass = _weigh(products, best, total, qk_scale, OF_ROWS)
             gl.store(masses + J * ROWS, mass)
-        gl.store(sums + segment * ROWS, best + _log2(total))
+        gl.store(sums + segment * ROWS, best + fast_log2(total))
