@@ -58,7 +58,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
 
 def _kind_of(argument: Any) -> tuple[object, ...]:
     """What Triton compiles for of a tensor or of a tensor descriptor."""
-    if type(argument) is Tensor:
+    if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.data_ptr() % 16 == 0
     # Triton's versions have other settings of a descriptor
     settings = [value for name, value in vars(argument).items() if name not in NOT_COMPILED_FOR]

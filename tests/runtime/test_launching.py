@@ -69,6 +69,7 @@ def test_whatever_triton_compiles_for_makes_another_kind(kernel):
     others = [
         {"x": torch.zeros(64, dtype=torch.float16)},
         {"x": x.to("meta")},
+        {"x": torch.nn.Parameter(x)},
         {"x": x[1:]},
         {"y": x[1:]},
         {"n": 16},
