@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill.blockmap.geometry import Geometry, ceil_div
+from flexprefill.runtime.launching import launch
 from flexprefill.search.kernels.launch import hopper_copies
 from flexprefill.variant.logits import LOG2_E
 
@@ -137,7 +138,7 @@ def merge_means_kernel(
     tl.store(sums_ptr + batch_head * q_len + row, (shift + tl.log2(total)) * LN_2, mask=inside)
 
 
-def _launch(query: Tensor, value_dim: int) -> dict[str, int | bool]:
+def _options(query: Tensor, value_dim: int) -> dict[str, int | bool]:
     """ROWS at most, TILE, MASKED, warps and stages."""
     wide = max(query.shape[3], value_dim) > 128
     if query.dtype == torch.float32 and query.is_cuda:
@@ -186,20 +187,21 @@ def merge(
     if hopper_merges(query, output, geometry.block_size, scale):
         from flexprefill.attention import hopper_mean_correction as hopper  # imports triton's Gluon
 
-        hopper.merge_means_kernel[(geometry.rows * batch * heads,)](
-            **hopper.describe(query, key_means, value_means, output, merged), rows=geometry.rows, heads=batch * heads,
+        launch(
+            hopper.merge_means_kernel, (geometry.rows * batch * heads,), rows=geometry.rows, heads=batch * heads,
+            **hopper.describe(query, key_means, value_means, output, merged),
             num_warps=hopper.WARPS, maxnreg=hopper.REGISTERS, **shared,
         )  # fmt: skip
         return merged, sums
-    launch = _launch(query, value_dim)
-    launch["ROWS"] = min(launch["ROWS"], geometry.block_size)
-    tiles = ceil_div(q_len, launch["ROWS"])
-    merge_means_kernel[(tiles, batch * heads)](
-        query, key_means, value_means, output_ptr=output, merged_ptr=merged,
+    options = _options(query, value_dim)
+    options["ROWS"] = min(options["ROWS"], geometry.block_size)
+    tiles = ceil_div(q_len, options["ROWS"])
+    launch(
+        merge_means_kernel, (tiles, batch * heads), query, key_means, value_means, output_ptr=output, merged_ptr=merged,
         **{f"query_stride_{name}": stride for name, stride in zip("bhsd", query.stride(), strict=True)},
         **{f"output_stride_{name}": stride for name, stride in zip("bhsd", output.stride(), strict=True)},
         tiles=tiles, NEGATIVE=scale < 0, D_PAD=triton.next_power_of_2(head_dim), DV=value_dim,
         DV_PAD=triton.next_power_of_2(value_dim), BLOCK=geometry.block_size,
-        BLOCK_LOG2=geometry.block_size.bit_length() - 1, **launch, **shared,
+        BLOCK_LOG2=geometry.block_size.bit_length() - 1, **options, **shared,
     )  # fmt: skip
     return merged.to(dtype), sums

@@ -114,10 +114,10 @@ def pool_pages(paged: PagedKV, block_size: int, wanted: Tensor | None = None) ->
     means = torch.empty(paged.batch, heads, columns, head_dim, dtype=dtype, device=pages.device)
     table = table if table.stride(1) == 1 else table.contiguous()
     of_blocks = table if wanted is None else wanted.view(torch.uint8)
-    pool_pages_kernel[(columns, paged.batch * heads)](
-        pages, means, *pages.stride(), table, table.stride(0), of_blocks, paged.kv_len, columns, heads,
-        PAGE=paged.page_size, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block_size,
-        WANTED=wanted is not None, num_warps=1,
+    launch(
+        pool_pages_kernel, (columns, paged.batch * heads), pages, means, *pages.stride(), table, table.stride(0),
+        of_blocks, paged.kv_len, columns, heads, PAGE=paged.page_size, D=head_dim,
+        D_PAD=triton.next_power_of_2(head_dim), BLOCK=block_size, WANTED=wanted is not None, num_warps=1,
     )  # fmt: skip
     return means.to(pages.dtype)
 
