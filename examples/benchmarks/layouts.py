@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from flexprefill import BlockMap, FlexPrefillError, explain_backend, prefill_attention
+from flexprefill import prefill_attention
+from flexprefill.bench.contestants import sparse_backends
+from flexprefill.bench.inputs import random_map
 from flexprefill.bench.timing import WARM_UPS, make_watch, take_turns
 from flexprefill.runtime.machine import describe_machine, versions
 from flexprefill.runtime.progress import stage
@@ -53,29 +55,13 @@ def layouts(length):
     }
 
 
-def backends():
-    if device.type != "cuda":
-        return ["auto"]
-    small = torch.zeros(1, 1, 128, 128, device=device, dtype=dtype)
-    try:
-        explain_backend(small, small, small, backend="flash")
-    except FlexPrefillError:
-        return ["triton"]
-    return ["triton", "flash"]
-
-
 def measure(length, density):
-    causal = BlockMap.causal(1, HEADS, q_len=length, kv_len=length, block_size=128, device=device)
-    blocks = causal.shape[2]
-    generator = torch.Generator(device).manual_seed(1)
-    chosen = torch.rand(1, HEADS, blocks, blocks, generator=generator, device=device) < density
-    chosen |= torch.eye(blocks, dtype=torch.bool, device=device)
-    block_map = causal & BlockMap.from_dense(chosen, q_len=length, kv_len=length, block_size=128)
+    block_map = random_map(HEADS, length, density, torch.Generator(device).manual_seed(1))
     calls = {
         f"{backend}, {name}": lambda tensors=tensors, backend=backend: prefill_attention(
             *tensors, block_map=block_map, backend=backend
         )
-        for backend in backends()
+        for backend in sparse_backends(device)
         for name, tensors in layouts(length).items()
     }
     expected = next(iter(calls.values()))().float()

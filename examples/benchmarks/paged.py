@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from flexprefill import FlexPrefillError, PagedKV, PageMeans, PrefillConfig, explain_backend, prefill_attention
+from flexprefill import PagedKV, PageMeans, PrefillConfig, explain_backend, prefill_attention
 from flexprefill import search_blocks as search
+from flexprefill.bench.contestants import sparse_backends
 from flexprefill.bench.timing import WARM_UPS, make_watch
 from flexprefill.runtime.machine import describe_machine, versions
 
@@ -62,18 +63,6 @@ def in_pages(key, value, page_size):
         held[page, slot] = tensor[0].transpose(0, 1)
         pages.append(held.transpose(1, 2))
     return PagedKV(*pages, table.to(torch.int32), length)
-
-
-def kernels():
-    """The backends to compare: FlexAttention's own, and FlashAttention-4 where it is there."""
-    if device.type != "cuda":
-        return ["auto"]
-    small = torch.zeros(1, 1, 128, 128, device=device, dtype=dtype)
-    try:
-        explain_backend(small, small, small, backend="flash")
-    except FlexPrefillError:
-        return ["triton"]
-    return ["triton", "flash"]
 
 
 def time_in_turns(calls):
@@ -124,7 +113,7 @@ def measure(length, page_size, q_len):
     if means is not None:
         calls["in place, earlier means kept"] = lambda: prefill_attention(query, paged, config=config, means=means)
         calls["search over pages, earlier means kept"] = lambda: search(query, paged, config, means=means)
-    for backend in kernels():
+    for backend in sparse_backends(device):
         calls[f"gathered, {backend}"] = lambda backend=backend: prefill_attention(
             query, *paged.gather(), config, backend=backend
         )
@@ -134,7 +123,7 @@ def measure(length, page_size, q_len):
         calls[f"never in pages, {backend}, attention alone"] = lambda backend=backend: prefill_attention(
             query, key, value, block_map=found, backend=backend
         )
-    expected = calls[f"never in pages, {kernels()[0]}"]()
+    expected = calls[f"never in pages, {sparse_backends(device)[0]}"]()
     errors = {
         name: relative_error(call(), expected)
         for name, call in calls.items()

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from flexprefill import BlockMap, PrefillConfig, prefill_attention, search_blocks
+from flexprefill import PrefillConfig, prefill_attention, search_blocks
+from flexprefill.bench.inputs import random_map
 from flexprefill.bench.timing import WARM_UPS, make_watch
 from flexprefill.runtime.machine import describe_machine, versions
 
@@ -44,15 +45,6 @@ def random(generator, heads, length):
     return torch.randn(1, heads, length, 128, generator=generator, device=device, dtype=dtype)
 
 
-def random_map(generator, length, density):
-    """Causal blocks by chance, and the diagonal."""
-    causal = BlockMap.causal(1, settings.heads, q_len=length, kv_len=length, block_size=128, device=device)
-    blocks = causal.shape[2]
-    chosen = torch.rand(1, settings.heads, blocks, blocks, generator=generator, device=device) < density
-    chosen |= torch.eye(blocks, dtype=torch.bool, device=device)
-    return causal & BlockMap.from_dense(chosen, q_len=length, kv_len=length, block_size=128)
-
-
 def kernels_of(call):
     """Device milliseconds of each kernel of a call."""
     if device.type != "cuda":
@@ -69,7 +61,7 @@ def measure(length):
     generator = torch.Generator(device).manual_seed(0)
     heads = settings.heads, settings.kv_heads, settings.kv_heads
     query, key, value = (random(generator, count, length) for count in heads)
-    maps = {density: random_map(generator, length, density) for density in settings.densities}
+    maps = {density: random_map(settings.heads, length, density, generator) for density in settings.densities}
 
     def attend(density):
         return prefill_attention(query, key, value, RECOMMENDED, block_map=maps[density])

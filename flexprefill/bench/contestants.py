@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexprefill.attention.prefill import prefill_attention
+from flexprefill.attention.prefill import explain_backend, prefill_attention
 from flexprefill.bench import floors
 from flexprefill.bench.inputs import Case
 from flexprefill.bench.timing import reason
@@ -65,6 +65,18 @@ def _sdpa_reasons(error: Exception, said: list[warnings.WarningMessage]) -> list
         return []
     messages = [str(warning.message).split(" (Triggered")[0] for warning in said]
     return [text for text in messages if "runtime disabled" not in text and "not used because" not in text]
+
+
+def sparse_backends(device: torch.device) -> list[str]:
+    """The backends of prefill_attention to compare on a device: FlexAttention's own, and flash where it is there."""
+    if device.type != "cuda":
+        return ["auto"]
+    small = torch.zeros(1, 1, 128, 128, device=device, dtype=torch.bfloat16)
+    try:
+        explain_backend(small, small, small, backend="flash")
+    except FlexPrefillError:
+        return ["triton"]
+    return ["triton", "flash"]
 
 
 def _pooling(case: Case) -> Callable[[], Any]:

@@ -71,6 +71,16 @@ def make_qkv(
     return query, key, normal(1, kv_heads, length, head_dim)
 
 
+def random_map(heads: int, length: int, density: float, generator: torch.Generator) -> BlockMap:
+    """Causal blocks of 128 by chance, and the diagonal, on the generator's device: [1, heads, M, M]."""
+    device = generator.device
+    causal = BlockMap.causal(1, heads, q_len=length, kv_len=length, block_size=128, device=device)
+    blocks = causal.shape[2]
+    chosen = torch.rand(1, heads, blocks, blocks, generator=generator, device=device) < density
+    chosen |= torch.eye(blocks, dtype=torch.bool, device=device)
+    return causal & BlockMap.from_dense(chosen, q_len=length, kv_len=length, block_size=128)
+
+
 def make_case(qkv: tuple[Tensor, Tensor, Tensor], density: float, settings: PrefillConfig) -> Case:
     """The case whose map is nearest to a density, with ``settings`` except for alpha.
 
