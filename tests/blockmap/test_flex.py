@@ -63,7 +63,7 @@ def test_the_lists_are_ascending_contiguous_equally_wide_with_zero_tails(all_par
     check()
 
 
-@settings(deadline=None, max_examples=6 if DEVICE == "cpu" else 40)
+@settings(deadline=None, max_examples=10 if DEVICE == "cpu" else 40)
 @given(maps(), st.booleans())
 def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
     from flexprefill.blockmap import index_lists_kernel as lists_kernel

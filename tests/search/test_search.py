@@ -57,20 +57,32 @@ def test_the_reference_follows_the_rule(case):
     assert_follows_rule(block_map, query, key, **arguments)
 
 
-@settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 100)
-@given(
-    cases(
-        max_length=300 if DEVICE == "cpu" else 1300,
-        dtypes=[torch.float32, torch.bfloat16, torch.float16],
-        head_dims=[16, 64, 96, 128] if DEVICE == "cpu" else [16, 64, 72, 96, 128, 192, 256],
-        max_group=2,
-    )
-)
-def test_the_kernels_follow_the_rule(case):
+def check_kernels(case):
     query, key, arguments = case
     query, key = query.to(DEVICE), key.to(DEVICE)
     block_map = search_blocks(query, key, implementation="triton", **arguments)
     assert_follows_rule(block_map, query, key, **arguments)
+
+
+FOR_KERNELS = cases(
+    max_length=300 if DEVICE == "cpu" else 1300,
+    dtypes=[torch.float32, torch.bfloat16, torch.float16],
+    head_dims=[16, 64, 96, 128] if DEVICE == "cpu" else [16, 64, 72, 96, 128, 192, 256],
+    max_group=2,
+)
+
+
+@settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 100)
+@given(FOR_KERNELS)
+def test_the_kernels_follow_the_rule(case):
+    check_kernels(case)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=25)
+@given(FOR_KERNELS)
+def test_the_kernels_follow_the_rule_in_more_cases(case):
+    check_kernels(case)
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(40, 40), (48, 48), (5, 40), (17, 50), (1, 33), (1, 1)])

@@ -136,7 +136,7 @@ def test_random_searches_follow_the_definition(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_many_random_searches_follow_the_definition(case):
     check_against_the_oracle(case)
