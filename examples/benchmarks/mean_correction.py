@@ -10,14 +10,14 @@ timed with the portable kernel too. Both forms print tables. --output keeps the 
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -122,21 +122,12 @@ def measure_errors(settings: argparse.Namespace, device: torch.device) -> list[d
     return found
 
 
-@contextlib.contextmanager
-def portable_kernel() -> Iterator[None]:
-    """The correction takes its portable kernel, also on a Hopper GPU."""
+def portably(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with the correction's portable kernel, also on a Hopper GPU."""
     from flexprefill.attention import mean_correction_kernel as kernels  # imports triton
 
-    takes, kernels.hopper_merges = kernels.hopper_merges, lambda *arguments: False
-    try:
-        yield
-    finally:
-        kernels.hopper_merges = takes
-
-
-def portably(call: Callable[[], Any]) -> Callable[[], Any]:
     def portable() -> Any:
-        with portable_kernel():
+        with mock.patch.object(kernels, "hopper_merges", return_value=False):
             return call()
 
     return portable
