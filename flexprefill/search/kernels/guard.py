@@ -162,9 +162,9 @@ def guard_words(
     parts = ceil_div(columns, blocks_a_part)
     sums = torch.empty(3, batch * heads, samples, parts, dtype=torch.float32, device=query.device)
     launch(
-        mass_kernel, (tiles * parts, batch * kv_heads), *(query, key, words, sums, *query.stride(), *key.stride()),
-        *(q_len, kv_len, sampling.rows, columns, width, query_blocks, blocks_a_part, parts, kv_heads, scale * LOG2_E),
-        D=head_dim, D_PAD=head_pad, D_STEP=head_pad if head_pad * query.element_size() <= 256 else 64,
+        mass_kernel, (tiles * parts, batch * kv_heads), query, key, words, sums, *query.stride(), *key.stride(), q_len,
+        kv_len, sampling.rows, columns, width, query_blocks, blocks_a_part, parts, kv_heads, scale * LOG2_E, D=head_dim,
+        D_PAD=head_pad, D_STEP=head_pad if head_pad * query.element_size() <= 256 else 64,
         BLOCK=block_size, GROUP=group, GROUP_PAD=group_pad, ROWS=samples, TILE=tile, TILES=tiles, num_warps=4,
         num_stages=3,
     )  # fmt: skip
@@ -172,10 +172,9 @@ def guard_words(
     recall = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
     lowest, widened = torch.empty_like(recall), torch.empty_like(recall, dtype=torch.bool)
     launch(
-        widen_kernel, (batch * heads, ceil_div(query_blocks, WORD_ROWS)),
-        *(sums, words, guarded, recall, lowest, widened.view(torch.int8)),
-        *(q_len, kv_len, query_blocks, width, parts, sums.stride(0), sampling.guard, sampling.margin),
-        BLOCK=block_size, MEMBERS=group if sampling.kv_masks else 1, ROWS=samples,
+        widen_kernel, (batch * heads, ceil_div(query_blocks, WORD_ROWS)), sums, words, guarded, recall, lowest,
+        widened.view(torch.int8), q_len, kv_len, query_blocks, width, parts, sums.stride(0), sampling.guard,
+        sampling.margin, BLOCK=block_size, MEMBERS=group if sampling.kv_masks else 1, ROWS=samples,
         PARTS=triton.next_power_of_2(parts), WORD_ROWS=WORD_ROWS, WORDS=min(32, triton.next_power_of_2(width)),
         num_warps=4,
     )  # fmt: skip
