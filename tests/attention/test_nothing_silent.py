@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from support.device_calls import kernels_of
 from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from support.watch import NotContiguous, RanEagerly, check_lists, eager_flex_raises
@@ -157,16 +158,6 @@ def assert_ran(choice, names):
     for other in others:
         found = [name for name in names if re.search(KERNELS[other], name)]
         assert not found, f"{choice.name} was reported, but {found} ran"
-
-
-def kernels_of(call):
-    """Names of the kernels that ran on the device."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
 
 
 @pytest.mark.gpu

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.device_calls import waits_are_errors
 from support.inputs import DEVICE, as_variant, make_qkv
 from support.oracle import evaluate_cut_rule, relative_error
 from support.sequences import LEAN, assert_follows, cases, spoil
-from support.waits import waits_are_errors
 
 from flexprefill import (
     AttentionVariant,

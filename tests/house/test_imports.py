@@ -131,3 +131,11 @@ def test_the_checks_find_what_they_are_for():
         "flexprefill.runtime.a: flexprefill.cli.b._hidden",
         "flexprefill.runtime.a: flexprefill.cli.b._x",
     ]
+
+
+def test_no_test_imports_another_test():
+    """It would run after the other one alone: pytest puts a folder on the path when it reads a file there."""
+    tests = Path(__file__).parents[1]
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in tests.rglob("test_*.py")}
+    names = {path.stem for path in trees}
+    assert not [path.name for path, tree in trees.items() if any(imports_of(tree, names))]

@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from support.device_calls import kernels_of
 from support.inputs import DEVICE, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
@@ -314,8 +315,6 @@ def test_flash_reads_lists_under_the_librarys_mask_mods_and_may_not_under_a_triv
 @pytest.mark.gpu
 def test_short_queries_get_another_kernel_unless_triton_is_named():
     """2.11: fewer than 128 queries get FlexAttention's kernel for decoding; BACKEND="TRITON" names the other."""
-    from test_nothing_silent import kernels_of
-
     query, key, value = make_qkv(64, 1024, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
     mask = search_blocks(query, key, PrefillConfig()).to_block_mask()
     named = torch.compile(functools.partial(flex_attention, enable_gqa=True, kernel_options={"BACKEND": "TRITON"}))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.device_calls import waits_are_errors
 from support.inputs import DEVICE, make_qkv
-from support.waits import waits_are_errors
 
 from flexprefill import (
     AttentionVariant,

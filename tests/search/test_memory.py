@@ -3,8 +3,8 @@ import sys
 
 import pytest
 import torch
+from support.device_calls import waits_are_errors
 from support.inputs import DEVICE, make_qkv
-from support.waits import waits_are_errors
 
 from flexprefill import (
     BlockMap,

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.device_calls import waits_are_errors
 from support.inputs import DEVICE, make_qkv
 from support.oracle import assert_follows_rule
-from support.waits import waits_are_errors
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, attention_recall, prefill_attention, search_blocks
 from flexprefill.blockmap.geometry import Geometry
