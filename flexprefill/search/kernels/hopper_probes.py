@@ -127,16 +127,19 @@ def masses_kernel(
     head, row = _probed_rows(
         first_row + gathered_r, own_set, start, count, probes_log2, far_ptr, q_len, FAR, GROUP, MEMBERS, BLOCK
     )
+    # before the queries are waited for, so that all loads are on their way
+    r = gl.arange(0, ROWS, OF_ROWS)
+    _, own_row = _probed_rows(
+        first_row + r, own_set, start, count, probes_log2, far_ptr, q_len, FAR, GROUP, MEMBERS, BLOCK
+    )
+    position = kv_len - q_len + own_row
     of_rows = query_ptr + batch.to(gl.int64) * query_b + (head - batch * HEADS).to(gl.int64) * query_h
     of_rows += row.to(gl.int64) * query_s
     q_smem.store(gl.load(of_rows[:, None] + d[None, :] * query_d))
     fence_async_shared()
     barrier()
 
-    r = gl.arange(0, ROWS, OF_ROWS)
     c = gl.arange(0, BLOCK, gl.SliceLayout(0, ACC))
-    _, row = _probed_rows(first_row + r, own_set, start, count, probes_log2, far_ptr, q_len, FAR, GROUP, MEMBERS, BLOCK)
-    position = kv_len - q_len + row
     masses = scratch_ptr + line.to(gl.int64) * ROWS + r
     sums = scratch_ptr + sums_line.to(gl.int64) * ROWS + r
     for segment in range(J0 // SEGMENT, (stop + SEGMENT - 1) // SEGMENT):

@@ -60,18 +60,21 @@ def keep_more(
         # not 0: times a hidden product's -inf it would be NaN
         "qk_scale": max(rule.scale * LOG2_E, SMALLEST_SCALE),
     }  # fmt: skip
+    far = None
     if outliers is not None:
-        _look_at(outliers, query, key, found, rule, shared)
+        far = _look_at(outliers, query, key, found, rule, shared)
         found = True
     if not rule.probe_rows:
         return words, None
     held = torch.empty(batch, heads, geometry.rows, dtype=torch.float32, device=query.device) if measured else None
-    _probe(query, key, words, held, found, rule, shared)
+    _probe(query, key, far, words, held, found, rule, shared)
     return words, held
 
 
-def _look_at(outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Rule, shared: dict[str, Any]) -> None:
-    """Launches the outliers' kernel."""
+def _look_at(
+    outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Rule, shared: dict[str, Any]
+) -> Tensor | None:
+    """Launches the outliers' kernel. Where that picks the farthest rows of query blocks too, it returns them."""
     tiles = shared["rows"] * query.shape[0] * query.shape[1]
     log2_share = math.log2(rule.outlier_share)
     arguments = {"tiles": tiles, "log2_share": log2_share, "COUNT": outliers.shape[3], "FOUND": found, **shared}
@@ -80,30 +83,44 @@ def _look_at(outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Ru
 
         query_blocks, keys, vectors = hopper_outliers.describe(query, key, outliers)
         programs = min(tiles, hopper_outliers.programs(outliers) * multiprocessors(query.device))
+        far, far_blocks = None, _far_blocks(query, key, rule)
+        if far_blocks:
+            shape = *query.shape[:2], shared["rows"], rule.probe_rows // 2
+            far = torch.empty(shape, dtype=torch.int32, device=query.device)
         launch(
             hopper_outliers.outliers_kernel, (programs,), query=query_blocks, key=keys, outliers=vectors,
-            num_warps=hopper_outliers.warps(outliers), maxnreg=hopper_outliers.REGISTERS, **arguments,
+            far_ptr=shared["words_ptr"] if far is None else far, far_blocks=far_blocks,
+            FAR=0 if far is None else far.shape[3], num_warps=hopper_outliers.warps(outliers),
+            maxnreg=hopper_outliers.REGISTERS, **arguments,
         )  # fmt: skip
-        return
+        return far
     launch(
         outliers_kernel, (tiles,), outliers_ptr=outliers, columns=outliers.shape[2], STAGES=OUTLIER_STAGES,
         num_warps=OUTLIER_WARPS, maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **arguments,
         **_pointers("query", query), **_pointers("key", key), **_sizes(key, rule),
     )  # fmt: skip
+    return None
+
+
+def _far_blocks(query: Tensor, key: Tensor, rule: Rule) -> int:
+    """Of how many query blocks the farthest rows are probed, the first ones. A single probe is an even one."""
+    geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
+    stretches = _stretches(geometry, rule, 1, 0, geometry.rows) if rule.probe_rows > 1 else ()
+    return max((one.end for one in stretches if one.probes > 1), default=0)
 
 
 def _probe(
-    query: Tensor, key: Tensor, words: Tensor, held: Tensor | None, found: bool, rule: Rule, shared: dict[str, Any]
-) -> None:
+    query: Tensor, key: Tensor, far: Tensor | None, words: Tensor, held: Tensor | None, found: bool, rule: Rule,
+    shared: dict[str, Any],
+) -> None:  # fmt: skip
     """Launches the probes' kernels, the one that weighs and the one that decides, for each band of the work."""
     group = query.shape[1] // key.shape[1]
     far_count = max(rule.probe_rows // 2, 1)
     geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
     members = min(triton.next_power_of_2(group), NEIGHBOURS)
-    # a single probe is an even one
-    stretches = _stretches(geometry, rule, members, 0, geometry.rows)
-    with_far = max((one.end for one in stretches if one.probes > 1), default=0)
-    far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
+    if far is None:
+        with_far = _far_blocks(query, key, rule)
+        far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
     bands = list(_bands(geometry, rule, members, query.shape[0] * key.shape[1] * ceil_div(group, members)))
     needed = max(band.bytes for band in bands)
     with room_for("the search", needed, query.device, IN_CHUNKS):
