@@ -2,8 +2,9 @@
 
     python examples/benchmarks/two_sided.py
 
-Times all calls of a length in turns by the device's clock; prints medians and spreads, and what each kernel of the
-search takes. The attention is timed over random maps of some densities. --output keeps every repeat.
+Times calls of a length in turns by the device's clock; prints medians and spreads, and what each kernel of the search
+takes. The attention is timed over random maps of some densities. Searches and the whole call at the least density come
+first, at all lengths: after dense attention a GPU at its power limit is slower. --output keeps every repeat.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flexprefill import PrefillConfig, prefill_attention, search_blocks
 from flexprefill.bench.inputs import random_map
-from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.bench.timing import WARM_UPS, make_watch, take_turns
 from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,48 +58,60 @@ def kernels_of(call):
     return {event.key: event.self_device_time_total / 1000 / WARM_UPS for event in events}
 
 
-def measure(length):
+def prompt(length):
+    """Queries, keys and values of a length, and a map of each density."""
     generator = torch.Generator(device).manual_seed(0)
     heads = settings.heads, settings.kv_heads, settings.kv_heads
-    query, key, value = (random(generator, count, length) for count in heads)
-    maps = {density: random_map(settings.heads, length, density, generator) for density in settings.densities}
+    qkv = [random(generator, count, length) for count in heads]
+    return qkv, {density: random_map(settings.heads, length, density, generator) for density in settings.densities}
 
-    def attend(density):
-        return prefill_attention(query, key, value, RECOMMENDED, block_map=maps[density])
 
-    calls = {
-        "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
-        "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
-    }
-    for density in settings.densities:
-        calls[f"attention at {density:g}"] = lambda density=density: attend(density)
-    if settings.densities:
-        least = min(settings.densities)
-        calls["dense attention"] = lambda: scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=True
-        )
-        calls[f"two-sided search and attention at {least:g}"] = lambda: (
-            search_blocks(query, key, RECOMMENDED),
-            attend(least),
-        )
+def measure(length, calls):
+    """Milliseconds of every repeat of each call, in turns."""
     for call in calls.values():
         call()
     watches = {name: make_watch(call, device, graph=True) for name, call in calls.items()}
-    times = {name: [] for name in watches}
-    for turn in range(WARM_UPS + settings.repeats):
-        for name, watch in watches.items():
-            took = watch.measure()
-            if turn >= WARM_UPS:
-                times[name].append(took)
+    often = dict.fromkeys(watches, WARM_UPS + settings.repeats)
+    times, failed = take_turns(watches, often, lambda steps: None)
+    assert not failed, failed
+    times = {name: repeats[WARM_UPS:] for name, repeats in times.items()}
     print(f"{length:,} tokens")
     for name, repeats in times.items():
         median = statistics.median(repeats)
         print(f"    {name:<44} {median:8.3f} ms  ({min(repeats):.3f} – {max(repeats):.3f})", flush=True)
+    return times
+
+
+def measure_searches(length):
+    (query, key, value), maps = prompt(length)
+    calls = {
+        "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
+        "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
+    }
+    if maps:
+        least = min(maps)
+        calls[f"two-sided search and attention at {least:g}"] = lambda: (
+            search_blocks(query, key, RECOMMENDED),
+            prefill_attention(query, key, value, RECOMMENDED, block_map=maps[least]),
+        )
+    times = measure(length, calls)
     kernels = kernels_of(calls["two-sided search"])
     for name, took in sorted(kernels.items(), key=lambda item: -item[1]):
         print(f"        {name[:60]:<60} {took:8.3f} ms", flush=True)
-    densities = {density: block_map.density().mean().item() for density, block_map in maps.items()}
-    return {"densities": densities, "times_ms": times, "kernels_ms": kernels}
+    return {"times_ms": times, "kernels_ms": kernels}
+
+
+def measure_attention(length):
+    (query, key, value), maps = prompt(length)
+    calls = {
+        f"attention at {density:g}": lambda block_map=block_map: prefill_attention(
+            query, key, value, RECOMMENDED, block_map=block_map
+        )
+        for density, block_map in maps.items()
+    }
+    calls["dense attention"] = lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    found = {density: block_map.density().mean().item() for density, block_map in maps.items()}
+    return {"densities": found, "times_ms": measure(length, calls)}
 
 
 record = {
@@ -108,9 +121,19 @@ record = {
     "settings": {name: getattr(settings, name) for name in ("lengths", "densities", "heads", "kv_heads", "repeats")},
     "by_length": {},
 }
-for length in settings.lengths:
-    record["by_length"][length] = measure(length)
+by_length = record["by_length"]
+
+
+def keep():
     if settings.output:
         settings.output.write_text(json.dumps(record, indent=1) + "\n")
-if settings.output:
-    print(f"written to {settings.output}")
+
+
+for length in settings.lengths:
+    by_length[length] = measure_searches(length)
+    keep()
+for length in settings.lengths if settings.densities else ():
+    found = measure_attention(length)
+    by_length[length]["densities"] = found["densities"]
+    by_length[length]["times_ms"] |= found["times_ms"]
+    keep()
