@@ -26,9 +26,13 @@ for name in ("evaluation", "times", "picture"):
 arguments = parser.parse_args()
 SEARCHES = {"flashprefill": "FlashPrefill's search", "two-sided": "two-sided search"}
 
-cells = [Cell(**cell) for path in arguments.evaluation for cell in json.loads(path.read_text())["cells"]]
+# of a cell that several files have, the last one counts
+cells = {}
+for path in arguments.evaluation:
+    for cell in map(lambda values: Cell(**values), json.loads(path.read_text())["cells"]):
+        cells[cell.task, cell.length, cell.method] = cell
 timed = json.loads(arguments.times.read_text())["by_length"]
-points = loss_points(cells)
+points = loss_points(list(cells.values()))
 
 
 def medians(column):
