@@ -57,6 +57,21 @@ def machine(monkeypatch):
 
 
 @pytest.fixture
+def compile_with(monkeypatch):
+    """Lets a test say what torch.compile makes of a graph. What was made of one is forgotten before and behind."""
+    from flexprefill.runtime.state import forget
+
+    compiled = "compiled attention, by kind of call"
+
+    def say(backend):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        forget(compiled)
+
+    yield say
+    forget(compiled)
+
+
+@pytest.fixture
 def flash():
     """Skips a test where FlashAttention-4 cannot be used."""
     from flexprefill.attention.backends import HOPPER

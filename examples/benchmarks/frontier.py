@@ -29,7 +29,7 @@ SEARCHES = {"flashprefill": "FlashPrefill's search", "two-sided": "two-sided sea
 # of a cell that several files have, the last one counts
 cells = {}
 for path in arguments.evaluation:
-    for cell in map(lambda values: Cell(**values), json.loads(path.read_text())["cells"]):
+    for cell in (Cell(**values) for values in json.loads(path.read_text())["cells"]):
         cells[cell.task, cell.length, cell.method] = cell
 timed = json.loads(arguments.times.read_text())["by_length"]
 points = loss_points(list(cells.values()))

@@ -20,7 +20,6 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.attention import flex
-from flexprefill.runtime.state import forget
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 SMALL = dataclasses.replace(CONFIG, block_size=16)
@@ -47,10 +46,9 @@ def test_a_callers_model_is_compiled_at_most_twice_for_ten_lengths():
     "variant",
     [None, "padding", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "packed", "soft cap"))],
 )
-def test_each_kind_of_call_is_compiled_once_for_all_lengths(monkeypatch, variant):
+def test_each_kind_of_call_is_compiled_once_for_all_lengths(compile_with, variant):
     # what is counted is traced alike, and faster to come by, without code for a device
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    forget("compiled attention, by kind of call")
+    compile_with("eager")
 
     def attend(q_len, kv_len, batch=2):
         tensors = make_qkv(q_len, kv_len, batch=batch, heads=4, kv_heads=2, head_dim=16, device=DEVICE)
@@ -80,7 +78,7 @@ def test_each_kind_of_call_is_compiled_once_for_all_lengths(monkeypatch, variant
 
 
 @pytest.mark.eager_flex
-def test_the_strides_of_rows_stay_constants(monkeypatch):
+def test_the_strides_of_rows_stay_constants(compile_with):
     strides = []
 
     def note(graph, inputs):
@@ -88,8 +86,7 @@ def test_the_strides_of_rows_stay_constants(monkeypatch):
         strides.append([tuple(tensor.stride()) for tensor in tensors])
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note))
-    forget("compiled attention, by kind of call")
+    compile_with(note)
     for length in (200, 300, 257):
         prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=16, device=DEVICE), CONFIG)
         for heads in (8, 10):
@@ -200,7 +197,7 @@ def test_chunks_replay_as_one_cuda_graph():
 @pytest.mark.parametrize(
     "message, tries", [("‘cur_kvSplitSize1’ was not declared in this scope", 2), ("something else", 1)]
 )
-def test_attention_whose_sizes_torch_mixes_up_is_compiled_with_other_names(monkeypatch, message, tries):
+def test_attention_whose_sizes_torch_mixes_up_is_compiled_with_other_names(monkeypatch, compile_with, message, tries):
     names, ran = [], []
 
     def compile_whole(function, name):
@@ -217,17 +214,13 @@ def test_attention_whose_sizes_torch_mixes_up_is_compiled_with_other_names(monke
 
     compile_once = flex.compile_whole
     monkeypatch.setattr(flex, "compile_whole", compile_whole)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compile_with("eager")
     query, key, value = make_qkv(300, heads=2, kv_heads=1, head_dim=16, device=DEVICE)
     config = PrefillConfig(dense_below=0, alpha=0.123)
-    forget("compiled attention, by kind of call")
-    try:
-        if tries == 1:
-            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
-                prefill_attention(query, key, value, config)
-        else:
-            for _ in range(2):
-                prefill_attention(query, key, value, config)
-            assert names == ["inputs_0", "inputs_1"] and ran == ["inputs_0", "inputs_1", "inputs_1"]
-    finally:
-        forget("compiled attention, by kind of call")
+    if tries == 1:
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+            prefill_attention(query, key, value, config)
+    else:
+        for _ in range(2):
+            prefill_attention(query, key, value, config)
+        assert names == ["inputs_0", "inputs_1"] and ran == ["inputs_0", "inputs_1", "inputs_1"]

@@ -1,6 +1,5 @@
 """Sliding windows, soft caps, ALiBi and sinks, alone, together and with sequences: the search and the attention."""
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -336,9 +335,9 @@ def test_the_cost_of_a_window_grows_with_the_window():
 
 
 @pytest.fixture
-def without_code(monkeypatch):
+def without_code(compile_with):
     """Compiles to no code for a device: fast, and FlexAttention is then dense under its mods, the map beside it."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compile_with("eager")
 
 
 @pytest.mark.eager_flex
