@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flexprefill.search.kernels.visibility import sees_block
+from flexprefill.search.kernels.visibility import sees_block, sequences_of
 from flexprefill.variant import logits
 
 LOG2_E = tl.constexpr(logits.LOG2_E)
@@ -65,7 +65,7 @@ def tile_products(j0, inputs, queries, prompt, fixed, MASKED: tl.constexpr):
     if fixed.SEQUENCES and MASKED:
         products = _of_own_sequences(products, j0, inputs, queries, prompt, fixed)
     if fixed.SOFT_CAP or fixed.ALIBI:
-        products = _modified(products, j[:, None], inputs, queries, fixed, MASKED)
+        products = _modified(products, j[:, None], inputs, queries, prompt, fixed, MASKED)
     if MASKED:
         products = tl.where(sees_block(j, queries, prompt, fixed), products, inputs.scales.hidden)
     return tl.reshape(products, [fixed.TILE, fixed.QUERY_BLOCKS, fixed.BLOCK])
@@ -102,21 +102,17 @@ def _query_part(d, query_base, stride_s, stride_d, row, q_len, fixed):
 
 @triton.jit
 def rows_alone(queries, prompt, fixed):
-    """Whether each row's sequence begins and ends inside the row's own block. Also whether any row's does."""
-    alone = queries.row < 0
-    some_alone = False
-    if fixed.SEQUENCES:
-        start, end = queries.start, queries.end
-        block_start = queries.position // fixed.BLOCK * fixed.BLOCK
-        block_end = tl.minimum(block_start + fixed.BLOCK, prompt.kv_len)
-        alone = (start > block_start) & (start < end) & (end < block_end)
-        some_alone = tl.max(alone.to(tl.int32), 0) > 0
-    return alone, some_alone
+    """Whether each row's sequence begins and ends inside the row's own block."""
+    start, end = sequences_of(queries, prompt, fixed)
+    block_start = queries.position // fixed.BLOCK * fixed.BLOCK
+    block_end = tl.minimum(block_start + fixed.BLOCK, prompt.kv_len)
+    return (start > block_start) & (start < end) & (end < block_end)
 
 
 @triton.jit
-def own_products(alone, own_base, query_base, stride_s, stride_d, row, prompt, fixed):
+def own_products(own_base, query_base, stride_s, stride_d, queries, prompt, fixed):
     """Products of rows with the means of their own sequences, where these lie in one block alone: [rows]."""
+    row, alone = queries.row, rows_alone(queries, prompt, fixed)
     products = tl.zeros([fixed.QUERY_BLOCKS * fixed.BLOCK], tl.float32)
     for d0 in range(0, fixed.D_PAD, fixed.D_STEP):
         d = d0 + tl.arange(0, fixed.D_STEP)
@@ -130,11 +126,12 @@ def own_products(alone, own_base, query_base, stride_s, stride_d, row, prompt, f
 @triton.jit
 def _of_own_sequences(products, j0, inputs, queries, prompt, fixed):
     """The products, with the means of the rows' own sequences where a block's first key is in another sequence."""
-    start, end = queries.start, queries.end
-    j = j0 + tl.arange(0, fixed.TILE)
-    first_block = tl.where((start % fixed.BLOCK != 0) & (start < end), start // fixed.BLOCK, -1)
     # a sequence lacks a block's first key only in the block in which it starts
-    if tl.max(((first_block >= j0) & (first_block < j0 + fixed.TILE)).to(tl.int32), 0) > 0:
+    first_block = queries.first_start // fixed.BLOCK
+    lacks = (queries.first_start % fixed.BLOCK != 0) & (first_block >= j0) & (first_block < j0 + fixed.TILE)
+    if lacks | (j0 + fixed.TILE > queries.starts_from):
+        start, end = sequences_of(queries, prompt, fixed)
+        j = j0 + tl.arange(0, fixed.TILE)
         means_of_last = inputs.means_base + prompt.columns * fixed.D
         of_last = _dots(j, inputs, means_of_last, queries, prompt, fixed, True)
         starts_inside = start[None, :] > j[:, None] * fixed.BLOCK
@@ -145,7 +142,7 @@ def _of_own_sequences(products, j0, inputs, queries, prompt, fixed):
 
 
 @triton.jit
-def _modified(products, j, inputs, queries, fixed, MASKED: tl.constexpr):
+def _modified(products, j, inputs, queries, prompt, fixed, MASKED: tl.constexpr):
     """Log2 scores of products [J, rows] with a soft cap and ALiBi, as in reference.log_scores."""
     factor = inputs.scales.inner_scale
     if fixed.SOFT_CAP:
@@ -153,7 +150,7 @@ def _modified(products, j, inputs, queries, fixed, MASKED: tl.constexpr):
         products = 1 - 2 / (tl.exp2(products * factor * (2 * LOG2_E)) + 1)
         factor = inputs.scales.soft_cap
     if fixed.ALIBI:
-        nearest, ratio = _distances(j, inputs.slope, queries, fixed, MASKED)
+        nearest, ratio = _distances(j, inputs.slope, queries, prompt, fixed, MASKED)
         # an explicit fma, so whole blocks get the same bits in every tile, masked or not
         scores = tl.fma(products, factor, tl.fma(nearest, inputs.slope.slope * (-LOG2_E), ratio))
     else:
@@ -162,14 +159,15 @@ def _modified(products, j, inputs, queries, fixed, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _distances(j, alibi, queries, fixed, MASKED: tl.constexpr):
+def _distances(j, alibi, queries, prompt, fixed, MASKED: tl.constexpr):
     """Each row's distance to the nearest key of block j, and log2 of the keys' mean share where that key has 1."""
     position = queries.position[None, :]
     seen_end = (j + 1) * fixed.BLOCK
     ratio = alibi.whole_ratio
     if MASKED:
-        start, end = queries.start, queries.end
-        if fixed.CUT:
+        start, end = 0, prompt.kv_len
+        if fixed.SEQUENCES:
+            start, end = sequences_of(queries, prompt, fixed)
             start, end = start[None, :], end[None, :]
         seen_first = tl.maximum(j * fixed.BLOCK, start)
         seen_end = tl.minimum(seen_end, end)

@@ -85,8 +85,7 @@ class TileTask(NamedTuple):
     whole_rows: Any  # what load_queries gives of the first one
     means_base: Any
     own_base: Any  # means of sequences in their own blocks, from the first query's
-    alone: Any  # what rows_alone gives
-    some_alone: Any
+    some_alone: Any  # whether some row's sequence lies in one block alone
     unmasked: Any  # what unmasked_end gives
 
 
@@ -272,14 +271,16 @@ def _task_of(I0, batch_head, call, queries, bounds, fixed):
         means_rows = 2 * prompt.columns + prompt.kv_len
     means_base = tensors.means_ptr + (batch_head // tensors.GROUP) * means_rows * fixed.D
     own_base = means_base + (2 * prompt.columns + prompt.offset).to(tl.int64) * fixed.D
-    alone, some_alone = rows_alone(queries, prompt, fixed)
+    some_alone = False
+    if fixed.SEQUENCES:
+        some_alone = tl.max(rows_alone(queries, prompt, fixed).to(tl.int32), 0) > 0
     unmasked = unmasked_end(I0, queries, bounds, prompt, fixed)
     whole_rows = 0.0
     if fixed.D_STEP == fixed.D_PAD:
         # for both passes: to load it again would cost the hot loop registers
         first_base = query_base + head * tensors.stride_h
         whole_rows = load_queries(first_base, tensors.stride_s, tensors.stride_d, queries.row, prompt.q_len, fixed)
-    return TileTask(query_base, head, log2_alpha, whole_rows, means_base, own_base, alone, some_alone, unmasked)
+    return TileTask(query_base, head, log2_alpha, whole_rows, means_base, own_base, some_alone, unmasked)
 
 
 @triton.jit
@@ -292,7 +293,7 @@ def _inputs_of(member, own, task, call, queries, fixed):
         whole_rows = load_queries(query_base, stride_s, stride_d, queries.row, prompt.q_len, fixed)
     if fixed.SEQUENCES:  # noqa: SIM102
         if task.some_alone:
-            own = own_products(task.alone, task.own_base, query_base, stride_s, stride_d, queries.row, prompt, fixed)
+            own = own_products(task.own_base, query_base, stride_s, stride_d, queries, prompt, fixed)
     slope = _slope_of(member, task.head, call.tensors, fixed)
     return HeadInputs(query_base, stride_s, stride_d, whole_rows, task.means_base, own, call.scales, slope)
 

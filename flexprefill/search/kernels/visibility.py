@@ -58,13 +58,18 @@ class Cuts(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The rows of a tile of query blocks, [rows] each."""
+    """The rows of a tile of query blocks."""
 
-    row: Any
-    position: Any
-    start: Any  # of the row's sequence; a number where there are none
-    end: Any
-    sliding_window: Any  # keys that a row sees, a number
+    row: Any  # [rows]
+    position: Any  # [rows]
+    starts_ptr: Any  # of each position's sequence, in the rows' batch entry
+    ends_ptr: Any
+    several: Any  # whether the rows are of several sequences
+    first_start: Any  # of the first row's sequence
+    starts_from: Any  # the first block in which the others may start
+    sliding_window: Any  # keys that a row sees
+    first_scored: Any  # the first block to which the row gives a score, [rows]; a number where there are no sequences
+    scored: Any  # and to how many it does
 
 
 class Bounds(NamedTuple):
@@ -116,7 +121,7 @@ def whole_prompt(I, row, prompt, rule, cuts, fixed):
         seen = tl.where(last + 1 == prompt.kv_len, prompt.columns, (last + 1) // fixed.BLOCK)
     scored = tl.where(compares, seen, 0)
     base = tl.zeros([fixed.QUERY_BLOCKS], tl.int32)
-    queries = Queries(row, position, 0, prompt.kv_len, cuts.sliding_window)
+    queries = Queries(row, position, 0, 0, False, 0, prompt.columns, cuts.sliding_window, 0, 0)
     return queries, Bounds(I, visible, window_start, scored, base, tl.max(scored, 0), 0, 0)
 
 
@@ -135,9 +140,14 @@ def unmasked_end(I0, queries, bounds, prompt, fixed):
 @triton.jit
 def sees_block(j, queries, prompt, fixed):
     """Whether each row sees all of block j (FIRST_KEY: its first key) and so gives it a score: [J, rows]."""
-    if fixed.CUT:
-        start, end = queries.start[None, :], queries.end[None, :]
-        sees = _gives_score(j[:, None], queries.position[None, :], start, end, queries.sliding_window, fixed)
+    if fixed.SEQUENCES:
+        # in one comparison: a block before the first one wraps to a huge number
+        sees = (j[:, None] - queries.first_scored[None, :]).to(tl.uint32) < queries.scored.to(tl.uint32)[None, :]
+    elif fixed.CUT:
+        _, _, nearest, farthest = _scoring_positions(j, 0, prompt.kv_len, queries.sliding_window, fixed)
+        # rows behind the end give no score
+        count = tl.maximum(tl.minimum(farthest, prompt.kv_len - 1) - nearest + 1, 0)
+        sees = (queries.position[None, :] - nearest[:, None]).to(tl.uint32) < count.to(tl.uint32)[:, None]
     else:
         needed = j * fixed.BLOCK if fixed.FIRST_KEY else tl.minimum((j + 1) * fixed.BLOCK, prompt.kv_len) - 1
         first_to_see = needed - prompt.offset
@@ -179,9 +189,8 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
     last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
     visible = last // BLOCK + 1
     first_row = prompt.offset + I * BLOCK
-    start, end = _sequence_of(row < prompt.q_len, position, batch, prompt, cuts, fixed)
-    first_start, first_end = _sequence_of(I < prompt.rows, first_row, batch, prompt, cuts, fixed)
-    queries = Queries(row, position, start, end, cuts.sliding_window)
+    queries = _queries_of(I0, row, position, batch, prompt, cuts, fixed)
+    first_start, first_end = _sequence_of(I < prompt.rows, first_row, queries, prompt, fixed)
     # only rows of the first row's own sequence see blocks before the first row's
     low = first_row // BLOCK
     inside = first_start < first_end
@@ -196,11 +205,15 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
     last_rows = (tl.maximum(first_end - prompt.offset, 0) + BLOCK - 1) // BLOCK
     all_kept = (I >= last_rows - rule.last_full_blocks) | (own_visible <= sinks_end)
     window_start = tl.where(all_kept, 0, own_visible - rule.window_blocks)
-    # block low and the next one, row by row
-    I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
-    low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
-    here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
-    behind, behind_kept = _row_by_row(low_of_row + 1, I_of_row, queries, prompt, rule, fixed)
+    rows, sequence, always = (first_row, last), (first_start, first_end), (sinks_end, window_start)
+    here, here_kept = _of_one_sequence(low, rows, sequence, always, cuts.sliding_window, fixed)
+    behind, behind_kept = _of_one_sequence(low + 1, rows, sequence, always, cuts.sliding_window, fixed)
+    if fixed.SEQUENCES:  # noqa: SIM102
+        if queries.several:
+            I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
+            low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
+            here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
+            behind, behind_kept = _row_by_row(low_of_row + 1, I_of_row, queries, prompt, rule, fixed)
     compares = (tl.minimum(window_start, low) > lowest) | (here & (here_kept == 0))
     compares = (I < prompt.rows) & (compares | (behind & (behind_kept == 0)))
     scored = tl.where(compares, visible, 0)
@@ -214,12 +227,11 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
 
 
 @triton.jit
-def _sequence_of(inside, position, batch, prompt, cuts, fixed):
+def _sequence_of(inside, position, queries, prompt, fixed):
     """Start and end of the sequences at positions. Where not inside, those of no sequence."""
     if fixed.SEQUENCES:
-        starts, ends = cuts.starts_ptr + batch * cuts.sequence_stride, cuts.ends_ptr + batch * cuts.sequence_stride
-        start = tl.load(starts + position, mask=inside, other=prompt.kv_len)
-        end = tl.load(ends + position, mask=inside, other=0)
+        start = tl.load(queries.starts_ptr + position, mask=inside, other=prompt.kv_len)
+        end = tl.load(queries.ends_ptr + position, mask=inside, other=0)
     else:
         start = tl.where(inside, 0, prompt.kv_len)
         end = tl.where(inside, prompt.kv_len, 0)
@@ -227,10 +239,71 @@ def _sequence_of(inside, position, batch, prompt, cuts, fixed):
 
 
 @triton.jit
+def sequences_of(queries, prompt, fixed):
+    """Start and end of each row's sequence, [rows]. They are read where they are needed, for they take registers."""
+    return _sequence_of(queries.row < prompt.q_len, queries.position, queries, prompt, fixed)
+
+
+@triton.jit
+def _queries_of(I0, row, position, batch, prompt, cuts, fixed):
+    """The Queries of a tile's rows, from query block I0. Without sequences they are of one."""
+    starts, ends = cuts.starts_ptr + batch * cuts.sequence_stride, cuts.ends_ptr + batch * cuts.sequence_stride
+    sliding_window = cuts.sliding_window
+    queries = Queries(row, position, starts, ends, False, 0, prompt.columns, sliding_window, 0, 0)
+    if fixed.SEQUENCES:
+        start, end = sequences_of(queries, prompt, fixed)
+        first_start = tl.min(start, 0)
+        several = tl.max(tl.where(row < prompt.q_len, start, 0), 0) != first_start
+        starts_from = tl.where(several, (prompt.offset + I0 * fixed.BLOCK) // fixed.BLOCK, prompt.columns)
+        first_scored, scored = _blocks_scored(position, start, end, sliding_window, fixed)
+        queries = Queries(
+            row, position, starts, ends, several, first_start, starts_from, sliding_window, first_scored, scored
+        )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def _blocks_scored(position, start, end, sliding_window, fixed):
+    """The first block to which each row gives a score, and to how many it does: they stand in a row."""
+    far_edge = position - sliding_window + 1
+    first = tl.maximum(start, far_edge) // fixed.BLOCK
+    last = position // fixed.BLOCK
+    if not fixed.FIRST_KEY:
+        first = tl.where(start < far_edge, (far_edge + fixed.BLOCK - 1) // fixed.BLOCK, first)
+        last = tl.where(position + 1 < end, (position + 1) // fixed.BLOCK - 1, last)
+    return first, tl.where(start < end, tl.maximum(last - first + 1, 0), 0)
+
+
+@triton.jit
+def _of_one_sequence(j, rows, sequence, always, sliding_window, fixed):
+    """Whether each query block's block j gets a score, and whether it is kept anyway: [query blocks] both.
+
+    All of a query block's rows, first and last position, are of one sequence, start and end. Blocks before the first of
+    always and from the second on are kept if a row sees them.
+    """
+    first_row, last = rows
+    start, end = sequence
+    sinks_end, window_start = always
+    scores = _some_row_scores(j, first_row, last, start, end, sliding_window, fixed)
+    first_key, end_key = tl.maximum(j * fixed.BLOCK, start), tl.minimum((j + 1) * fixed.BLOCK, end)
+    sees = tl.maximum(first_key, first_row) <= tl.minimum(end_key + sliding_window - 2, last)
+    kept = (first_key < end_key) & sees & ((j < sinks_end) | (j >= window_start))
+    return scores, kept
+
+
+@triton.jit
+def _some_row_scores(j, first_row, last, start, end, sliding_window, fixed):
+    """Whether some position from first_row to last, all of one sequence, gives a score to block j."""
+    own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, sliding_window, fixed)
+    return (own_first <= own_last) & (tl.maximum(nearest, first_row) <= tl.minimum(farthest, last))
+
+
+@triton.jit
 def _row_by_row(j, I, queries, prompt, rule, fixed):
     """Whether each query block's block j, [rows], gets a score, and whether it is kept anyway: [query blocks] both."""
     BLOCK: tl.constexpr = fixed.BLOCK
-    position, start, end, sliding_window = queries.position, queries.start, queries.end, queries.sliding_window
+    position, sliding_window = queries.position, queries.sliding_window
+    start, end = sequences_of(queries, prompt, fixed)
     last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
     scores = _gives_score(j, position, start, end, sliding_window, fixed)
     first_seen = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
@@ -250,10 +323,9 @@ def _any_row(flags, fixed):
 @triton.jit
 def _see_unlike(I0, queries, bounds, prompt, fixed):
     """Whether there are rows of several sequences, or the far edge of a row's window lies behind the first tile."""
-    last = tl.max(queries.start, 0)
-    farthest = tl.maximum(last, prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK - queries.sliding_window)
-    several = tl.min(queries.start, 0) != last
-    return several | (farthest > (bounds.first_tile + fixed.TILE) * fixed.BLOCK)
+    end = prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK
+    farthest = tl.maximum(queries.first_start, end - queries.sliding_window)
+    return queries.several | (farthest > (bounds.first_tile + fixed.TILE) * fixed.BLOCK)
 
 
 @triton.jit
@@ -277,9 +349,8 @@ def _gives_score(j, position, start, end, sliding_window, fixed):
 def _is_inside(j, edges, fixed):
     """Whether some row of a query block gives a score to block j, if any block has one."""
     start, end = _beside(edges.first_start, j), _beside(edges.first_end, j)
-    own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, edges.sliding_window, fixed)
     first_row, last, low = _beside(edges.first_row, j), _beside(edges.last, j), _beside(edges.low, j)
-    before = (own_first <= own_last) & (tl.maximum(nearest, first_row) <= tl.minimum(farthest, last))
+    before = _some_row_scores(j, first_row, last, start, end, edges.sliding_window, fixed)
     here, behind = _beside(edges.here, j), _beside(edges.behind, j)
     return ((j < low) & before) | ((j == low) & here) | ((j == low + 1) & behind)
 
