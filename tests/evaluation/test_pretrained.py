@@ -69,8 +69,13 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow if family in ("soft cap", "sinks") else pytest.mark.release)
+        for family in FAMILIES
+    ],
+)
 def test_every_block_kept_is_dense_and_dense_is_the_models_own(family, corpus, tmp_path):
     save_model(tmp_path, FAMILIES[family])
     model, _ = load_pretrained(str(tmp_path), CPU, "float32")

@@ -106,7 +106,10 @@ def test_logits_are_those_of_the_models_own_attention_where_all_blocks_are_kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("llama", torch.float16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.bfloat16), pytest.param("llama", torch.float16, marks=pytest.mark.release)],
+)
 def test_logits_in_low_precision(family, dtype):
     exact = logits_alone(model_of(family, reference_of(family), torch.float64))
     allowed = 2 * relative_error(logits_alone(model_of(family, reference_of(family), dtype)), exact)
@@ -114,7 +117,7 @@ def test_logits_in_low_precision(family, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.release)])
 def test_a_batch_without_padding_shares_its_calls(family):
     tokens = torch.cat([prompt[:, :160] for prompt in prompts()])
     expected = model_of(family, reference_of(family))(tokens).logits

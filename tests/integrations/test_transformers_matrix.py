@@ -27,7 +27,6 @@ FAST = {
     ("gpt2", "left padding"),
 }
 IN_CI = ("llama", "mistral")
-COMPILE_MUCH = ("dynamic cache", "beams", "lookup", "packed", "second turn", "compiled steps")
 LENGTH, EDGES = 140, (0, 90, 140)
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
 
@@ -169,7 +168,7 @@ def shown_by(family, column):
 def marks_of(family, column):
     if (family, column) in FAST:
         return ()
-    return pytest.mark.release if column in COMPILE_MUCH and family not in IN_CI else pytest.mark.slow
+    return pytest.mark.slow if family in IN_CI or column == "whole prompt" else pytest.mark.release
 
 
 @pytest.mark.parametrize(
