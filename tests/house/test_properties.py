@@ -222,7 +222,7 @@ def test_the_kernels_find_what_the_reference_finds(prompt, config):
     check_kernels(prompt, config)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @examples(100)
 @given(prompts(most=130), configs)
 def test_the_kernels_find_what_the_reference_finds_on_more_prompts(prompt, config):

@@ -168,7 +168,7 @@ def shown_by(family, column):
 def marks_of(family, column):
     if (family, column) in FAST:
         return ()
-    return pytest.mark.slow if family in IN_CI or column == "whole prompt" else pytest.mark.release
+    return pytest.mark.slow if family in IN_CI else pytest.mark.release
 
 
 @pytest.mark.parametrize(

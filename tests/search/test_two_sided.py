@@ -135,7 +135,7 @@ def test_random_searches_follow_the_definition(case):
     check_against_the_oracle(case)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @settings(max_examples=50, deadline=None)
 @given(cases())
 def test_many_random_searches_follow_the_definition(case):

@@ -585,7 +585,14 @@ def random_change(generator, whole):
     return start, bytes(piece)
 
 
-@pytest.mark.parametrize(("version", "times"), [(1, 1000), pytest.param(2, 10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("version", "times"),
+    [
+        (1, 1000),
+        pytest.param(2, 2000, marks=pytest.mark.slow),
+        pytest.param(2, 10_000, marks=pytest.mark.release),
+    ],
+)
 def test_random_damage_is_refused_and_crashes_nothing(tmp_path, version, times):
     path = tmp_path / "masks"
     whole = (DATA / f"masks_v{version}.safetensors").read_bytes()
