@@ -141,18 +141,24 @@ def unmasked_end(I0, queries, bounds, prompt, fixed):
 def sees_block(j, queries, prompt, fixed):
     """Whether each row sees all of block j (FIRST_KEY: its first key) and so gives it a score: [J, rows]."""
     if fixed.SEQUENCES:
-        # in one comparison: a block before the first one wraps to a huge number
-        sees = (j[:, None] - queries.first_scored[None, :]).to(tl.uint32) < queries.scored.to(tl.uint32)[None, :]
+        sees = _is_among(j[:, None], queries.first_scored[None, :], queries.scored[None, :])
     elif fixed.CUT:
         _, _, nearest, farthest = _scoring_positions(j, 0, prompt.kv_len, queries.sliding_window, fixed)
         # rows behind the end give no score
         count = tl.maximum(tl.minimum(farthest, prompt.kv_len - 1) - nearest + 1, 0)
-        sees = (queries.position[None, :] - nearest[:, None]).to(tl.uint32) < count.to(tl.uint32)[:, None]
+        sees = _is_among(queries.position[None, :], nearest[:, None], count[:, None])
     else:
         needed = j * fixed.BLOCK if fixed.FIRST_KEY else tl.minimum((j + 1) * fixed.BLOCK, prompt.kv_len) - 1
         first_to_see = needed - prompt.offset
         sees = (queries.row[None, :] >= first_to_see[:, None]) & (queries.row[None, :] < prompt.q_len)
     return sees
+
+
+@triton.jit
+def _is_among(x, first, count):
+    """Whether x is one of ``count`` numbers from ``first`` on."""
+    # in one comparison: what is before them wraps to a huge number
+    return (x - first).to(tl.uint32) < count.to(tl.uint32)
 
 
 @triton.jit
@@ -302,11 +308,11 @@ def _some_row_scores(j, first_row, last, start, end, sliding_window, fixed):
 def _row_by_row(j, I, queries, prompt, rule, fixed):
     """Whether each query block's block j, [rows], gets a score, and whether it is kept anyway: [query blocks] both."""
     BLOCK: tl.constexpr = fixed.BLOCK
-    position, sliding_window = queries.position, queries.sliding_window
+    position = queries.position
     start, end = sequences_of(queries, prompt, fixed)
     last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
-    scores = _gives_score(j, position, start, end, sliding_window, fixed)
-    first_seen = tl.maximum(tl.maximum(j * BLOCK, start), position - sliding_window + 1)
+    scores = _is_among(j, queries.first_scored, queries.scored)
+    first_seen = tl.maximum(tl.maximum(j * BLOCK, start), position - queries.sliding_window + 1)
     sees = first_seen < tl.minimum(tl.minimum((j + 1) * BLOCK, end), position + 1)
     last_own = tl.minimum(last, end - 1)
     last_rows = I * BLOCK + rule.last_full_blocks * BLOCK > end - 1 - prompt.offset
@@ -336,13 +342,6 @@ def _scoring_positions(j, start, end, sliding_window, fixed):
     nearest = own_first if fixed.FIRST_KEY else own_last
     farthest = (own_last if fixed.FIRST_KEY else own_first) + sliding_window - 1
     return own_first, own_last, nearest, farthest
-
-
-@triton.jit
-def _gives_score(j, position, start, end, sliding_window, fixed):
-    """Whether a row gives block j a score: it sees all keys of its own sequence there (FIRST_KEY: one)."""
-    own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, sliding_window, fixed)
-    return (own_first <= own_last) & (position >= nearest) & (position <= farthest)
 
 
 @triton.jit
