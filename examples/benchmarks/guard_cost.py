@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from flexprefill import PrefillConfig, guard_blocks, prefill_attention, search_blocks
-from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.bench.timing import time_in_turns
 from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,15 +70,7 @@ def measure(length):
         "attention alone": lambda: prefill_attention(query, key, value, config, block_map=found),
         "guard alone": lambda: guard_blocks(query, key, found, guarded),
     }
-    for call in calls.values():
-        call()
-    watches = {name: make_watch(call, device, graph=False) for name, call in calls.items()}
-    times = {name: [] for name in watches}
-    for turn in range(WARM_UPS + settings.repeats):
-        for name, watch in watches.items():
-            took = watch.measure()
-            if turn >= WARM_UPS:
-                times[name].append(took)
+    times = time_in_turns(calls, device, settings.repeats, graph=False)
     medians = {name: statistics.median(repeats) for name, repeats in times.items()}
     share = medians["guard alone"] / medians["attention alone"]
     print(

@@ -17,7 +17,7 @@ import torch
 from flexprefill import prefill_attention
 from flexprefill.bench.contestants import sparse_backends
 from flexprefill.bench.inputs import random_map
-from flexprefill.bench.timing import WARM_UPS, make_watch, take_turns
+from flexprefill.bench.timing import WARM_UPS, time_in_turns
 from flexprefill.runtime.machine import describe_machine, versions
 from flexprefill.runtime.progress import stage
 
@@ -68,11 +68,8 @@ def measure(length, density):
     for name, call in calls.items():
         error = ((call().float() - expected).norm() / expected.norm()).item()
         assert error <= CLOSE, (name, error)
-    watches = {name: make_watch(call, device, graph=False) for name, call in calls.items()}
-    with stage(f"{length:,} tokens", len(watches) * (WARM_UPS + settings.repeats)) as advance:
-        times, failed = take_turns(watches, dict.fromkeys(watches, WARM_UPS + settings.repeats), advance)
-    assert not failed, failed
-    times = {name: repeats[WARM_UPS:] for name, repeats in times.items()}
+    with stage(f"{length:,} tokens", len(calls) * (WARM_UPS + settings.repeats)) as advance:
+        times = time_in_turns(calls, device, settings.repeats, graph=False, advance=advance)
     found = block_map.density().mean().item()
     print(f"{length:,} tokens, {found:.1%} of the blocks")
     for name, repeats in times.items():

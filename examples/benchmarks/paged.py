@@ -19,7 +19,7 @@ import torch
 from flexprefill import PagedKV, PageMeans, PrefillConfig, explain_backend, prefill_attention
 from flexprefill import search_blocks as search
 from flexprefill.bench.contestants import sparse_backends
-from flexprefill.bench.timing import WARM_UPS, make_watch
+from flexprefill.bench.timing import time_in_turns
 from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,17 +65,10 @@ def in_pages(key, value, page_size):
     return PagedKV(*pages, table.to(torch.int32), length)
 
 
-def time_in_turns(calls):
+def times_of(calls):
     """Device milliseconds of each call, and host milliseconds of one, every repeat."""
-    for call in calls.values():
-        call()
-    watches = {name: make_watch(call, device, graph=False) for name, call in calls.items()}
-    times = {name: {"device_ms": [], "host_ms": []} for name in watches}
-    for turn in range(WARM_UPS + settings.repeats):
-        for name, watch in watches.items():
-            took = watch.measure()
-            if turn >= WARM_UPS:
-                times[name]["device_ms"].append(took)
+    on_device = time_in_turns(calls, device, settings.repeats, graph=False)
+    times = {name: {"device_ms": repeats, "host_ms": []} for name, repeats in on_device.items()}
     for name, call in calls.items():
         for _ in range(settings.repeats):
             if device.type == "cuda":
@@ -130,7 +123,7 @@ def measure(length, page_size, q_len):
         if name.startswith(("in place", "gathered", "never"))
     }
     assert max(errors.values()) <= CLOSE, errors
-    times = time_in_turns(calls)
+    times = times_of(calls)
     density = found.density().mean().item()
     print(f"{length:,} keys, the last {q_len:,} queries, pages of {page_size}: {density:.1%} kept, by {choice.name}")
     if choice.gathers is not None:

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flexprefill import PrefillConfig, prefill_attention, search_blocks
 from flexprefill.bench.inputs import random_map
-from flexprefill.bench.timing import WARM_UPS, make_watch, take_turns
+from flexprefill.bench.timing import WARM_UPS, time_in_turns
 from flexprefill.runtime.machine import describe_machine, versions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,13 +68,7 @@ def prompt(length):
 
 def measure(length, calls):
     """Milliseconds of every repeat of each call, in turns."""
-    for call in calls.values():
-        call()
-    watches = {name: make_watch(call, device, graph=True) for name, call in calls.items()}
-    often = dict.fromkeys(watches, WARM_UPS + settings.repeats)
-    times, failed = take_turns(watches, often, lambda steps: None)
-    assert not failed, failed
-    times = {name: repeats[WARM_UPS:] for name, repeats in times.items()}
+    times = time_in_turns(calls, device, settings.repeats, graph=True)
     print(f"{length:,} tokens")
     for name, repeats in times.items():
         median = statistics.median(repeats)

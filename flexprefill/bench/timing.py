@@ -13,7 +13,7 @@ import torch
 
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.capturing import end_broken_capture, occupy_device
-from flexprefill.runtime.progress import Advance
+from flexprefill.runtime.progress import Advance, ignore
 
 GRAPH_CALLS = 10  # calls in a row in a graph
 WARM_UPS = 3
@@ -98,6 +98,26 @@ def take_turns(
                 failed[name] = reason(error)
             advance(1)
     return {name: series for name, series in times.items() if name not in failed}, failed
+
+
+def time_in_turns(
+    calls: Mapping[str, TimedCall], device: torch.device, repeats: int, *, graph: bool, advance: Advance = ignore
+) -> dict[str, list[float]]:
+    """Milliseconds of every repeat of each call, behind WARM_UPS others. None of the calls may fail.
+
+    Args:
+        calls: What to time, by name.
+        device: Where they run.
+        repeats: How often.
+        graph: On CUDA, captures the calls.
+        advance: Called behind each measurement, the warm-ups too.
+    """
+    for call in calls.values():
+        call()
+    watches = {name: make_watch(call, device, graph=graph) for name, call in calls.items()}
+    times, failed = take_turns(watches, dict.fromkeys(watches, WARM_UPS + repeats), advance)
+    assert not failed, failed
+    return {name: series[WARM_UPS:] for name, series in times.items()}
 
 
 def reason(error: BaseException, *details: str) -> str:
