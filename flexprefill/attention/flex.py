@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
 
 from flexprefill.attention.backends import Options
+from flexprefill.attention.strides import NO_RULERS, layout_of, ruler_for, stated
 from flexprefill.blockmap.block_mask import ListedBlocks, block_mask_of
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.errors import RanEagerlyError
@@ -67,14 +68,20 @@ def flex_over(
     # with gradients on, flex writes a log-sum-exp that nobody reads
     with torch.no_grad(), without_autocast():
         if is_tracing():
-            return _attend((query, key, value, *listed, score_mods), settings)
+            return _attend(((query, key, value), NO_RULERS, *listed, score_mods), settings)
         query, key, value = map(_of_a_common_kind, (query, key, value))
         _let_lengths_change(query, key, value, listed)
+        tensors = query, key, value
+        # FlashAttention-4 is as fast with strides that it reads at run time
+        flash = ("BACKEND", "FLASH") in settings.kernel_options
+        rulers = NO_RULERS if flash else tuple(map(ruler_for, tensors, range(3)))
+        layouts = tuple(layout_of(tensor.stride()) for tensor in tensors)
         # what is compiled statically; lengths, batch sizes and strides of heads are dynamic
         kind = (
             query.device.type,
             query.dtype,
-            (_layout(query.stride()), _layout(key.stride()), _layout(value.stride())),
+            layouts,
+            tuple(ruler is None for ruler in rulers),
             (query.shape[1], key.shape[1]),
             (query.shape[3], value.shape[3]),
             (listed.offset is not None, listed.starts is not None),
@@ -85,7 +92,7 @@ def flex_over(
         with refusals_explained(), without_dispatch_modes():
             with _making:
                 compiled = _compiled(settings, kind)
-            return compiled((query, key, value, *listed, score_mods))
+            return compiled((tensors, rulers, *listed, score_mods))
 
 
 def _of_a_common_kind(tensor: Tensor) -> Tensor:
@@ -106,15 +113,6 @@ def _let_lengths_change(query: Tensor, key: Tensor, value: Tensor, listed: Liste
         sizes_may_change(of_blocks, 2, 3)
     if listed.starts is not None:
         sizes_may_change(listed.starts, 1)
-
-
-@remembered("layouts of strides", most=4096)
-def _layout(strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
-    """The dimensions ordered by their strides, which strides are 0, and the stride of rows.
-
-    Triton's kernel runs at half speed where the stride of rows is a symbol.
-    """
-    return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides), strides[2]
 
 
 def _sizes_of_one(query: Tensor, key: Tensor, listed: ListedBlocks) -> tuple[bool, ...]:
@@ -185,14 +183,15 @@ def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
 
 
 def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
-    """flex_attention of (query, key, value, lists, offset, mask_mods, starts, score_mods)."""
+    """flex_attention of (tensors, rulers, lists, offset, mask_mods, starts, score_mods)."""
     if not is_tracing():
         # torch.compile is off, by its environment variable or a stance: eager flex is dense
         raise RanEagerlyError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "
             "switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)"
         )
-    query, key, value, lists, offset, mask_mods, starts, score_mods = inputs
+    tensors, rulers, lists, offset, mask_mods, starts, score_mods = inputs
+    query, key, value = map(stated, tensors, rulers)
     # made in here: a BlockMask from outside costs a guard for each of its attributes, in every call
     listed = ListedBlocks(lists, offset, mask_mods, starts)
     geometry = Geometry(query.shape[2], key.shape[2], settings.block_size)

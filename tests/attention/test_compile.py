@@ -9,6 +9,7 @@ import torch
 from support.decoder import make_decoder
 from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexprefill import (
     AttentionVariant,
@@ -78,24 +79,32 @@ def test_each_kind_of_call_is_compiled_once_for_all_lengths(compile_with, varian
 
 
 @pytest.mark.eager_flex
-def test_the_strides_of_rows_stay_constants(compile_with):
-    strides = []
+def test_graphs_know_that_rows_are_aligned(compile_with):
+    found = []
 
     def note(graph, inputs):
-        tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
-        strides.append([tuple(tensor.stride()) for tensor in tensors])
+        (node,) = (node for node in graph.graph.nodes if "flex_attention" in str(node.target))
+        found.append([argument.meta["example_value"].stride() for argument in node.args[:3]])
         return graph.forward
 
     compile_with(note)
     for length in (200, 300, 257):
         prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=16, device=DEVICE), CONFIG)
         for heads in (8, 10):
-            projected = torch.randn(1, length, heads * 16, device=DEVICE).unflatten(2, (heads, 16)).transpose(1, 2)
+            projected = torch.randn(2, length, heads * 16, device=DEVICE).unflatten(2, (heads, 16)).transpose(1, 2)
             prefill_attention(projected[:, :4], projected[:, 4:6], projected[:, 6:8], CONFIG)
-        prefill_attention(*make_qkv(length, heads=2, head_dim=32, device=DEVICE), CONFIG)
-    found = [[stride[2:] for stride in graph] for graph in strides]
-    assert found == [[(row, 1)] * 3 for row in (16, 8 * 16, 10 * 16, 32)]
-    assert all(type(number) is int for graph in strides for stride in graph for number in stride[2:])
+        query, *others = make_qkv(length, heads=2, head_dim=32, device=DEVICE)
+        prefill_attention(query, *others, CONFIG)
+        # a cache of another size in each call, and not the same for keys and values
+        cached = [torch.randn(1, 2, length + room, 32, device=DEVICE)[:, :, :length] for room in (16, 4 + length % 50)]
+        prefill_attention(query, *cached, CONFIG)
+    assert [[stride[2:] for stride in strides] for strides in found] == [
+        [(row, 1)] * 3 for row in (16, 128, 160, 32, 32)
+    ]
+    for strides in found:
+        for batch, head, row, _ in strides:
+            assert type(row) is int  # as a symbol it would be of no known alignment
+            assert all(statically_known_true(stride % 16 == 0) for stride in (batch, head))
 
 
 @pytest.mark.eager_flex
