@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import operator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from flexprefill.runtime.state import remembered
 from flexprefill.runtime.tracing import is_exporting, is_tracing
 
 Options = tuple[tuple[str, Any], ...]  # a tuple, which torch.compile takes as a constant
+# none, a variant's masks alone (sequences, a window), its score_mods too (a soft cap, ALiBi), or a caller's own mods
+Mods = Literal["", "masks", "scores", "own"]
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("auto", "triton", "flash")
 HOPPER = (9, 0)
@@ -75,7 +77,7 @@ class Request(NamedTuple):
     value_dim: int
     block_size: int
     at_offset: bool  # S_q < S_kv
-    mods: bool  # FlexAttention gets a mask_mod or score_mod besides the causal one
+    mods: Mods  # what FlexAttention gets besides the causal mask
     positive_scale: bool
     lse: bool
     max_scores: bool
@@ -86,7 +88,7 @@ class Request(NamedTuple):
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, *, block_size: int, mods: bool, scale: float, aux: AuxRequest
+        cls, query: Tensor, key: Tensor, value: Tensor, *, block_size: int, mods: Mods, scale: float, aux: AuxRequest
     ) -> Request:
         """What FlexAttention of these tensors has to do, over blocks of this size."""
         batch, heads, q_len, head_dim = query.shape
@@ -185,7 +187,7 @@ def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
     if request.device.type != "cuda":
         return BackendChoice("dense-sdpa", reason, dense=True)
     # the other limits are those of FlashAttention-4 inside FlexAttention
-    plain = request._replace(block_size=FLEX_TILE, at_offset=False, mods=False, lse=False, max_scores=False)
+    plain = request._replace(block_size=FLEX_TILE, at_offset=False, mods="", lse=False, max_scores=False)
     against = against_flash(plain, named=True)
     if against is None:
         return BackendChoice("dense-flash", reason, dense=True)
@@ -250,9 +252,24 @@ def against_flash(request: Request, *, named: bool) -> str | None:
         return "its log-sum-exp is checked at the first use (see flash_lse_factor), which torch.compile cannot trace"
     if request.at_offset and request.compiling and TORCH < (2, 13):
         return f"torch {torch.__version__} does not hand it an offset that is computed in a compiled graph"
-    if request.mods and not named:
-        return "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
+    if not named and (against := _against_mods(request)):
+        return against
     return flash_attention_4_fault()
+
+
+def _against_mods(request: Request) -> str | None:
+    """Why FlashAttention-4 should not compute a request's mods unless it is named.
+
+    With masks it takes 0.64 to 0.73 of the Triton kernel's time, with a soft cap 1.6 times, and with ALiBi 1.05 times
+    (H200, 32,768 and 131,072 tokens; examples/benchmarks/windows_and_sequences.py).
+    """
+    if request.mods == "own":
+        return "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
+    if request.mods == "scores":
+        return "it is slower with a soft cap or ALiBi: name it to try"
+    if request.mods == "masks" and request.compiling:
+        return "its masks were measured outside torch.compile alone: name it to try"
+    return None
 
 
 @remembered("whether flash-attn-4 is there", most=1)

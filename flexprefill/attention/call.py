@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
-from flexprefill.attention.backends import Request
+from flexprefill.attention.backends import Mods, Request
 from flexprefill.blockmap.map import BlockMap, check_block_map
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
 from flexprefill.config import PrefillConfig, check_config
@@ -49,9 +49,13 @@ class Call(NamedTuple):
         return not asked and not self.mods and self.variant.sinks is None and self.scale > 0
 
     @property
-    def mods(self) -> bool:
-        """Whether FlexAttention gets a mask_mod or a score_mod besides the causal one."""
-        return self.mask_mod is not None or self.score_mod is not None or len(self.variant.changes_search) > 0
+    def mods(self) -> Mods:
+        """What FlexAttention gets besides the causal mask."""
+        if self.mask_mod is not None or self.score_mod is not None:
+            return "own"
+        if self.variant.soft_cap is not None or self.variant.alibi_slopes is not None:
+            return "scores"
+        return "masks" if self.variant.changes_search else ""
 
     @property
     def block_size(self) -> int:

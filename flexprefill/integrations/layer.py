@@ -99,7 +99,7 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     if is_recording():
         note_attention(PlainAttention(query, key, scale, PLAIN))
         note(all_blocks(query, key, PrefillConfig.block_size))
-    request = Request.of(query, key, value, block_size=128, mods=False, scale=scale, aux=AuxRequest())
+    request = Request.of(query, key, value, block_size=128, mods="", scale=scale, aux=AuxRequest())
     choice = choose_dense(request, "the layer keeps all blocks")
     return dense_attention(query, key, value, scale=scale, kernel=choice.name)
 

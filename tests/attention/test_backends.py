@@ -6,9 +6,18 @@ from support.inputs import make_qkv
 from support.machines import PUBLISHED
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill import FlexPrefillError, PrefillConfig, explain_backend, prefill_attention
+from flexprefill import (
+    AttentionVariant,
+    FlexPrefillError,
+    PrefillConfig,
+    Sequences,
+    explain_backend,
+    prefill_attention,
+)
 from flexprefill.attention import backends
 from flexprefill.attention.backends import Request, choose_backend
+from flexprefill.attention.call import Call
+from flexprefill.variant.variant import PLAIN
 
 MEASURED = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 WHOLE = {"IS_DIVISIBLE": True}
@@ -51,12 +60,35 @@ def test_what_flash_cannot_do_goes_to_triton_and_raises_where_flash_is_named(mac
     assert why in str(raised.value)
 
 
-def test_mods_are_tried_on_flash_only_where_it_is_named(machine):
+def test_a_variants_masks_go_to_flash_and_other_mods_where_it_is_named(machine):
     machine()
-    request = PUBLISHED._replace(mods=True)
-    choice = choose_backend("auto", request)
-    assert choice.name == "triton" and "name it" in choice.passed_over[0][1]
-    assert choose_backend("flash", request).name == "flash"
+    for mods, compiling, name in (
+        ("masks", False, "flash"),
+        ("masks", True, "triton"),
+        ("scores", False, "triton"),
+        ("own", False, "triton"),
+    ):
+        request = PUBLISHED._replace(mods=mods, compiling=compiling)
+        choice = backends.choose_once("auto", request)
+        assert choice.name == name, mods
+        assert name == "flash" or "name it" in choice.passed_over[0][1]
+        assert backends.choose_once("flash", request).name == "flash"
+
+
+def test_a_call_says_what_its_mods_are():
+    query, key, value = make_qkv(256, heads=2)
+    window, capped = AttentionVariant(sliding_window=100), AttentionVariant(sliding_window=100, soft_cap=20.0)
+    packed = AttentionVariant(sequences=Sequences.from_cu_seqlens(torch.tensor([0, 100, 256]), 256))
+
+    def mods_of(variant=PLAIN, mask_mod=None, score_mod=None):
+        return Call(
+            query, key, value, PrefillConfig(), variant, None, mask_mod, score_mod, 1.0, True, "auto", None
+        ).mods
+
+    assert [mods_of(), mods_of(AttentionVariant(sinks=torch.zeros(2)))] == ["", ""]
+    assert [mods_of(window), mods_of(packed)] == ["masks", "masks"]
+    assert [mods_of(capped), mods_of(AttentionVariant(alibi_slopes=torch.ones(2)))] == ["scores", "scores"]
+    assert [mods_of(mask_mod=lambda b, h, i, j: j > 3), mods_of(window, score_mod=lambda s, *_: s)] == ["own", "own"]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

@@ -222,7 +222,7 @@ def test_another_threads_export_does_not_change_a_choice(machine, monkeypatch):
     query, key, value = tensors()
     aux = AuxRequest()
     monkeypatch.setattr("torch.compiler.is_exporting", lambda: True)
-    assert Request.of(query, key, value, block_size=128, mods=False, scale=1.0, aux=aux).small
+    assert Request.of(query, key, value, block_size=128, mods="", scale=1.0, aux=aux).small
 
 
 def test_threads_get_one_layout():
