@@ -3,8 +3,9 @@
     python examples/benchmarks/two_sided.py
 
 Times calls of a length in turns by the device's clock; prints medians and spreads, and what each kernel of the search
-takes. The attention is timed over random maps of some densities. Searches and the whole call at the least density come
-first, at all lengths: after dense attention a GPU at its power limit is slower. --output keeps every repeat.
+takes. The whole call keeps the least density, by the probe share that gives it on these prompts. The attention alone is
+timed over random maps of all densities. Searches and the whole call come first, at all lengths: after dense attention a
+GPU at its power limit is slower. --output keeps every repeat.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from flexprefill import PrefillConfig, prefill_attention, search_blocks
-from flexprefill.bench.inputs import random_map
+from flexprefill.bench.inputs import make_case, make_qkv, random_map
 from flexprefill.bench.timing import WARM_UPS, time_in_turns
 from flexprefill.runtime.machine import describe_machine, versions
 
@@ -42,10 +43,6 @@ dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 RECOMMENDED = PrefillConfig.recommended()
 
 
-def random(generator, heads, length):
-    return torch.randn(1, heads, length, 128, generator=generator, device=device, dtype=dtype)
-
-
 def kernels_of(call):
     """Device milliseconds of each kernel of a call."""
     if device.type != "cuda":
@@ -59,11 +56,8 @@ def kernels_of(call):
 
 
 def prompt(length):
-    """Queries, keys and values of a length, and a map of each density."""
-    generator = torch.Generator(device).manual_seed(0)
-    heads = settings.heads, settings.kv_heads, settings.kv_heads
-    qkv = [random(generator, count, length) for count in heads]
-    return qkv, {density: random_map(settings.heads, length, density, generator) for density in settings.densities}
+    """Queries, keys and values of a length."""
+    return make_qkv(length, settings.heads, settings.kv_heads, 128, dtype, device)
 
 
 def measure(length, calls):
@@ -77,26 +71,29 @@ def measure(length, calls):
 
 
 def measure_searches(length):
-    (query, key, value), maps = prompt(length)
+    query, key, _ = qkv = prompt(length)
     calls = {
         "FlashPrefill's search": lambda: search_blocks(query, key, PrefillConfig()),
         "two-sided search": lambda: search_blocks(query, key, RECOMMENDED),
     }
-    if maps:
-        least = min(maps)
-        calls[f"two-sided search and attention at {least:g}"] = lambda: (
-            search_blocks(query, key, RECOMMENDED),
-            prefill_attention(query, key, value, RECOMMENDED, block_map=maps[least]),
-        )
+    found = {}
+    if settings.densities:
+        case = make_case(qkv, min(settings.densities), RECOMMENDED)
+        found = {"density": case.block_map.density().mean().item(), "probe_share": case.config.probe_share}
+        calls[f"the whole call at {found['density']:.1%}"] = lambda: prefill_attention(*qkv, case.config)
+        calls["its search"] = lambda: search_blocks(query, key, case.config)
+        calls["its attention"] = lambda: prefill_attention(*qkv, case.config, block_map=case.block_map)
     times = measure(length, calls)
     kernels = kernels_of(calls["two-sided search"])
     for name, took in sorted(kernels.items(), key=lambda item: -item[1]):
         print(f"        {name[:60]:<60} {took:8.3f} ms", flush=True)
-    return {"times_ms": times, "kernels_ms": kernels}
+    return {"whole_call": found, "times_ms": times, "kernels_ms": kernels}
 
 
 def measure_attention(length):
-    (query, key, value), maps = prompt(length)
+    query, key, value = prompt(length)
+    generator = torch.Generator(device).manual_seed(0)
+    maps = {density: random_map(settings.heads, length, density, generator) for density in settings.densities}
     calls = {
         f"attention at {density:g}": lambda block_map=block_map: prefill_attention(
             query, key, value, RECOMMENDED, block_map=block_map
