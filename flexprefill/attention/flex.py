@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
+from torch.nn.functional import pad
 
 from flexprefill.attention.backends import Options
 from flexprefill.attention.strides import NO_RULERS, layout_of, ruler_for, stated
@@ -26,6 +27,9 @@ FlexResult = tuple[Tensor, AuxOutput]  # the output, and what return_aux asks fo
 
 _making = threading.Lock()  # a kind has one compiled function, whichever thread is first
 
+# With fewer, FlexAttention's C++ kernel is wrong for 8, 24, 40, … keys that are less than a block (torch 2.11 and 2.13
+# on a CPU with AVX2 and without AVX-512)
+CPU_LEAST_HEAD_DIM = 24
 NAMES = 8  # names that inputs get in turn where torch mixes sizes up
 
 
@@ -192,6 +196,9 @@ def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
         )
     tensors, rulers, lists, offset, mask_mods, starts, score_mods = inputs
     query, key, value = map(stated, tensors, rulers)
+    if query.device.type == "cpu" and query.shape[3] < CPU_LEAST_HEAD_DIM:
+        missing = CPU_LEAST_HEAD_DIM - query.shape[3]
+        query, key = pad(query, (0, missing)), pad(key, (0, missing))  # zeros change no product
     # made in here: a BlockMask from outside costs a guard for each of its attributes, in every call
     listed = ListedBlocks(lists, offset, mask_mods, starts)
     geometry = Geometry(query.shape[2], key.shape[2], settings.block_size)
