@@ -53,7 +53,11 @@ def _zero_tails(list_rows, starts, ends, CHUNK: tl.constexpr):
         tl.store(list_rows + j, 0, mask=(j >= aligned) & (j < ends))
 
 
-@triton.jit(do_not_specialize="total rows width offset q_len missing".split())
+# without this, each kind of value of these parameters would be compiled for
+NOT_SPECIALIZED = "total rows width offset q_len missing uncut_stride_b uncut_stride_h uncut_stride_m".split()
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def lists_kernel(
     words_ptr, uncut_ptr, partial_num_ptr, partial_ptr, full_num_ptr, full_ptr, total, rows, columns, width, offset,
     q_len, heads, uncut_stride_b, uncut_stride_h, uncut_stride_m, uncut_stride_w, names_ptr, missing,
@@ -132,12 +136,12 @@ def fill_lists(
     words = words.contiguous()
     batch, heads, rows, width = words.shape
     total = batch * heads * rows
-    of_mask = words if uncut is None else uncut.expand(words.shape)
+    of_mask, strides = (words, (0, 0, 0, 0)) if uncut is None else (uncut, uncut.expand(words.shape).stride())
     pieces = 0 if names is None else names.shape[1] // geometry.columns
     # one warp: a loop ends when its lanes are done, without a barrier
     launch(
         lists_kernel, (triton.cdiv(total, LIST_ROWS),), words, of_mask, *lists, total, rows, geometry.columns, width,
-        geometry.offset, geometry.q_len, heads, *of_mask.stride(), words if names is None else names,
+        geometry.offset, geometry.q_len, heads, *strides, words if names is None else names,
         0 if pieces < 2 else missing_pieces(geometry, pieces), BLOCK=geometry.block_size, PIECES=pieces,
         ALL_PARTIAL=all_partial, UNCUT=uncut is not None, REUSED=reused, ROWS=LIST_ROWS, WORDS=LIST_WORDS, CHUNK=CHUNK,
         num_warps=1,

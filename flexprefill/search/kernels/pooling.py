@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NOT_SPECIALIZED = ["kv_len", "columns"]  # without this, each kind of length would be compiled for
 
-@triton.jit
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pool_kernel(
     key_ptr, means_ptr, stride_b, stride_h, stride_s, stride_d, kv_len, columns, HEADS, ends_ptr, sequence_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -33,7 +35,7 @@ def pool_kernel(
     tl.store(means_ptr + (head * rows + J) * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pool_pages_kernel(
     key_ptr, means_ptr, stride_p, stride_h, stride_s, stride_d, table_ptr, table_stride, wanted_ptr, kv_len, columns,
     HEADS, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, WANTED: tl.constexpr,
@@ -72,7 +74,7 @@ def _mean_of(keys, members, inside):
     return tl.sum(own, 0) / tl.maximum(tl.sum(members.to(tl.int32), 0), 1).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pool_sequences_kernel(
     key_ptr, means_ptr, stride_b, stride_h, stride_s, stride_d, kv_len, columns, HEADS, starts_ptr, ends_ptr,
     sequence_stride, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
