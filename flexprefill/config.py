@@ -262,16 +262,17 @@ class PrefillConfig:
     def recommended(cls) -> PrefillConfig:
         """The setting that loses least of a pretrained model's tokens (docs/explanations/two_sided.md).
 
-        Blocks are found by eight probes of each query block and by one outlier of each key block. Means are not scored.
-        It finds what a single key holds, which FlashPrefill's score does not. Its search takes longer.
+        It is the default of calls that name no setting. Blocks are found by eight probes of each query block and by one
+        outlier of each key block. Means are not scored. It finds what a single key holds, which FlashPrefill's score
+        does not. Its search takes longer.
         """
         return cls(
             alpha=None,
             sink_blocks=1,
             window_blocks=2,
-            last_full_blocks=0,
+            last_full_blocks=1,
             probe_rows=8,
-            probe_share=0.0115,
+            probe_share=0.015,
             outlier_keys=1,
             outlier_share=0.5,
         )

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from flexprefill.attention.backends import Mods, Request
 from flexprefill.blockmap.map import BlockMap, check_block_map
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
-from flexprefill.config import PrefillConfig, check_config
+from flexprefill.config import PrefillConfig
 from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.search.scorers import find_scorer
 from flexprefill.variant.inputs import (
@@ -126,7 +126,6 @@ def check_tensors(
 
 def check_call(call: Call) -> Call:
     """The same call. Raises unless its other arguments fit its tensors and its variant."""
-    check_config(call.config)
     check_last_chunk(call.last_chunk)
     if not isinstance(call.mask_mod, BlockMask):
         check_mod("mask_mod", call.mask_mod, MASK_MOD_ARGUMENTS)

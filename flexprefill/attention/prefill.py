@@ -20,10 +20,11 @@ from flexprefill.blockmap.block_mask import masks_of
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, block_mask_under
 from flexprefill.blockmap.masking import MaskMod
-from flexprefill.config import PrefillConfig, check_config
+from flexprefill.config import PrefillConfig
 from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_blocks
+from flexprefill.search.defaults import resolve_config
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.search.page_means import PageMeans
 from flexprefill.variant.inputs import resolve_scale
@@ -37,7 +38,7 @@ logger = logging.getLogger("flexprefill")
 
 @overload
 def prefill_attention(
-    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig = ..., *,
+    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig | None = ..., *,
     variant: AttentionVariant | None = ..., block_map: BlockMap | None = ...,
     mask_mod: MaskMod | BlockMask | None = ..., score_mod: ScoreMod | None = ...,
     scale: float | None = ..., last_chunk: bool = ..., backend: str = ...,
@@ -45,7 +46,7 @@ def prefill_attention(
 ) -> Tensor: ...  # fmt: skip
 @overload
 def prefill_attention(
-    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig = ..., *,
+    query: Tensor, key: Tensor | PagedKV, value: Tensor | None = ..., config: PrefillConfig | None = ..., *,
     variant: AttentionVariant | None = ..., block_map: BlockMap | None = ...,
     mask_mod: MaskMod | BlockMask | None = ..., score_mod: ScoreMod | None = ...,
     scale: float | None = ..., last_chunk: bool = ..., backend: str = ...,
@@ -55,7 +56,7 @@ def prefill_attention(
     query: Tensor,
     key: Tensor | PagedKV,
     value: Tensor | None = None,
-    config: PrefillConfig = PrefillConfig(),
+    config: PrefillConfig | None = None,
     *,
     variant: AttentionVariant | None = None,
     block_map: BlockMap | None = None,
@@ -87,9 +88,10 @@ def prefill_attention(
         key: [B, Hkv, S_kv, D]. Hq is a multiple of Hkv. Autocast casts tensors of several dtypes to its own. Or a
             `PagedKV` of keys and values, with query's dtype. It takes no variant, mod or mean correction.
         value: [B, Hkv, S_kv, Dv]. D and Dv are multiples of 8 from 16 to 256. None with a `PagedKV`.
-        config: The settings of the search. With a ``block_map`` only ``mean_correction`` is used: dropped blocks that
-            are seen whole then answer with their mean key and value (docs/explanations/mean_correction.md). It cannot
-            be combined with mods or ``max_scores``.
+        config: The settings of the search. None is the default of ``search_blocks``: the two-sided search where it can
+            look. With a ``block_map`` only ``mean_correction`` is used: dropped blocks that are seen whole then answer
+            with their mean key and value (docs/explanations/mean_correction.md). It cannot be combined with mods or
+            ``max_scores``.
         variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks; see
             ``AttentionVariant``. Search and attention follow it.
         block_map: A map to use instead of a search, [B, Hq, M, N] of these lengths.
@@ -122,6 +124,7 @@ def prefill_attention(
     paged = key if isinstance(key, PagedKV) else None
     tensors = tensors_of(query, key, value)
     scale, variant, layout = check_tensors(*tensors, scale, variant)
+    config = resolve_config(config, variant, in_a_row=paged is None and block_map is None)
     call = check_call(
         Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
@@ -160,7 +163,7 @@ def explain_backend(
     query: Tensor,
     key: Tensor | PagedKV,
     value: Tensor | None = None,
-    config: PrefillConfig = PrefillConfig(),
+    config: PrefillConfig | None = None,
     *,
     variant: AttentionVariant | None = None,
     block_map: BlockMap | None = None,
@@ -183,6 +186,7 @@ def explain_backend(
     """
     tensors = tensors_of(query, key, value)
     scale, variant, _ = check_tensors(*tensors, scale, variant)
+    config = resolve_config(config, variant, in_a_row=not isinstance(key, PagedKV) and block_map is None)
     call = check_call(
         Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
     )
@@ -192,7 +196,7 @@ def explain_backend(
 def create_prefill_block_mask(
     query: Tensor,
     key: Tensor,
-    config: PrefillConfig = PrefillConfig(),
+    config: PrefillConfig | None = None,
     *,
     variant: AttentionVariant | None = None,
     mask_mod: MaskMod | BlockMask | None = None,
@@ -224,13 +228,12 @@ def create_prefill_block_mask(
     Raises:
         TypeError, ValueError: As ``search_blocks``, or ``config.mean_correction`` is set.
     """
-    check_config(config)
     if isinstance(key, PagedKV):
         raise TypeError(
             "key must be a tensor [B, H, S, D], got a PagedKV: a BlockMask names key blocks in a row, so pass the keys "
             "of PagedKV.gather(), or call prefill_attention, which reads pages"
         )
-    if config.mean_correction:
+    if isinstance(config, PrefillConfig) and config.mean_correction:
         raise ValueError(
             "config.mean_correction is more than a BlockMask can say: call prefill_attention, or pass a config with "
             "mean_correction=False"
@@ -239,6 +242,7 @@ def create_prefill_block_mask(
     variant = check_variant(variant, query, key)
     if is_recording():
         scale = resolve_scale(scale, query.shape[3])
-        note_attention(PlainAttention(query, key, scale, variant, plain_mods(mask_mod)), config)
+        setting = resolve_config(config, variant)
+        note_attention(PlainAttention(query, key, scale, variant, plain_mods(mask_mod)), setting)
     hiding = hiding_masks(variant, kept.words, kept.geometry)
     return block_mask_under(kept, (*hiding, *masks_of(mask_mod, kept.words, kept.geometry)), buffers)

@@ -159,7 +159,7 @@ def context_parallel_search(
         query: [B, Hq, S_local, D], this process's part; see ``shard_context``.
         key: [B, Hkv, S_local, D], this process's part.
         layout: Which positions this process holds.
-        config: As in ``flexprefill.search_blocks``, with FlashPrefill's own scorer.
+        config: As in ``flexprefill.search_blocks``, with FlashPrefill's own scorer and without the two-sided search.
         variant: As in ``flexprefill.search_blocks``, without sequences.
         scale: As in ``flexprefill.search_blocks``.
 
@@ -224,7 +224,7 @@ def context_parallel_attention(
         key: [B, Hkv, S_local, D], this process's part.
         value: [B, Hkv, S_local, Dv], this process's part.
         layout: Which positions this process holds.
-        config: As in ``flexprefill.prefill_attention``.
+        config: As in ``context_parallel_search``.
         variant: As in ``flexprefill.prefill_attention``, without sequences.
         scale: As in ``flexprefill.prefill_attention``.
         backend: As in ``flexprefill.prefill_attention``.
@@ -260,7 +260,7 @@ def tensor_parallel_attention(
     query: DTensor,
     key: DTensor,
     value: DTensor,
-    config: PrefillConfig = PrefillConfig(),
+    config: PrefillConfig | None = None,
     *,
     variant: AttentionVariant | None = None,
     scale: float | None = None,

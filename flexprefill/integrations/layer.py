@@ -6,6 +6,7 @@ import logging
 import operator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -13,7 +14,7 @@ from flexprefill.attention.backends import Request, choose_dense
 from flexprefill.attention.dense import dense_attention
 from flexprefill.attention.prefill import prefill_attention
 from flexprefill.blockmap.block_mask import cut_by
-from flexprefill.blockmap.map import all_blocks
+from flexprefill.blockmap.map import BlockMap, all_blocks
 from flexprefill.config import PrefillConfig
 from flexprefill.integrations.exact import attend_exactly
 from flexprefill.runtime.compiling import constant_in_graphs
@@ -35,6 +36,7 @@ class Layer:
 
     Attributes:
         config: Which blocks it keeps; None keeps all.
+        elsewhere: The same where the two-sided search cannot look; None is ``config``.
         scale: Factor on the dot products.
         variant: What the attention is besides causal. A window shorter than the keys is attended exactly, without a
             search. Prompts that are packed in a row are its sequences.
@@ -45,6 +47,7 @@ class Layer:
     scale: float
     variant: AttentionVariant = PLAIN
     kind: str = "layer"
+    elsewhere: PrefillConfig | None = None
 
 
 def attend_layer(
@@ -72,7 +75,8 @@ def attend_layer(
     Raises:
         TypeError, ValueError: As prefill_attention.
     """
-    config, variant, scale = layer.config or PrefillConfig(), layer.variant.over(key.shape[2]), layer.scale
+    variant, scale = layer.variant.over(key.shape[2]), layer.scale
+    config = (layer.elsewhere if variant.changes_search else None) or layer.config or PrefillConfig()
     searches = variant.sliding_window is None and layer.config is not None
     dims = operator.index(query.shape[3]), operator.index(value.shape[3])
     has_kernels = query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in dims)
@@ -88,11 +92,35 @@ def attend_layer(
         block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
         # padding is behind all tokens, so no query sees it: only the search needs to know
-        padded = replace(variant, sequences=Sequences.from_lengths(lengths, key.shape[2]))
-        block_map = search_blocks(query, key, config, variant=padded, scale=scale, last_chunk=last_chunk)
+        block_map = _search_padded(query, key, config, variant, scale, lengths, last_chunk)
     return prefill_attention(
         query, key, value, config, variant=variant, block_map=block_map, scale=scale, last_chunk=last_chunk
     )
+
+
+def _search_padded(
+    query: Tensor,
+    key: Tensor,
+    config: PrefillConfig,
+    variant: AttentionVariant,
+    scale: float,
+    lengths: Tensor,
+    last_chunk: bool,
+) -> BlockMap:
+    """The maps of prompts with padding behind them, as each prompt alone has it.
+
+    The two-sided search takes no sequences. Nothing that it asks in a prompt's blocks depends on what stands behind,
+    but for the last block, which the rule can keep whole.
+    """
+    if not (config.two_sided and last_chunk and config.last_full_blocks):
+        padded = replace(variant, sequences=Sequences.from_lengths(lengths, key.shape[2]))
+        return search_blocks(query, key, config, variant=padded, scale=scale, last_chunk=last_chunk)
+    found = search_blocks(query, key, config, variant=variant, scale=scale, last_chunk=False)
+    every = all_blocks(query, key, config.block_size)
+    ends = (lengths + (query.shape[2] - key.shape[2]))[:, None, None, None]
+    begins = torch.arange(found.shape[2], device=query.device)[None, None, :, None] * config.block_size
+    full = (begins < ends) & (begins >= ends - config.last_full_blocks * config.block_size)
+    return replace(found, words=torch.where(full, every.words, found.words))
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

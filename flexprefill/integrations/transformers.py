@@ -46,6 +46,7 @@ from flexprefill.integrations.transformers_masks import as_int, has_shapes_alone
 from flexprefill.runtime.listeners import is_recording
 from flexprefill.runtime.thread_state import of_one_dtype
 from flexprefill.runtime.tracing import is_tracing
+from flexprefill.search.defaults import RECOMMENDED
 from flexprefill.variant.inputs import resolve_scale
 from flexprefill.variant.sequences import Sequences
 from flexprefill.variant.variant import AttentionVariant
@@ -65,7 +66,8 @@ def register(
     replaces its settings. The name ``"paged|" + name`` is the same for continuous batching (``generate_batch``).
 
     Args:
-        config: The settings of every layer. Default: those published for the model's type
+        config: The settings of every layer. Default: `PrefillConfig.recommended()`, the two-sided search. Layers with a
+            soft cap, and prompts that are packed in a row, take the setting published for the model's type
             (``flexprefill.integrations.transformers.PUBLISHED``, by ``model.config.model_type``), and
             ``PrefillConfig()`` for other types.
         name: The name to use as ``attn_implementation``. It must not contain the parts by which transformers knows its
@@ -184,9 +186,7 @@ def _attention_function(
         if prompts is None:
             prompts = _whole_prompt(attention_mask, query, key, asked)
         prompts = _packed_by(prompts, given, query)
-        setting = _setting_of(module, config, layers)
-        kind = f"{type(module).__name__} of {_model_type(module)}"
-        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), asked.variant(prompts), kind)
+        layer = _layer_of(module, config, layers, resolve_scale(asked.scaling, query.shape[3]), asked.variant(prompts))
         if prompts.real is not None and prompts.window is not None:
             output = _attend_among_gaps(layer, query, key, value, prompts)
         else:
@@ -217,10 +217,8 @@ def _paged_attention_function(
                 f"attention_mask must be None and the layer causal for {name!r}, got "
                 f"{type(attention_mask).__name__} in {type(module).__name__}"
             )
-        setting = _setting_of(module, config, layers)
         variant = replace(asked.variant(), sliding_window=paged.window)
-        kind = f"{type(module).__name__} of {_model_type(module)}"
-        layer = Layer(setting, resolve_scale(asked.scaling, query.shape[3]), variant, kind)
+        layer = _layer_of(module, config, layers, resolve_scale(asked.scaling, query.shape[3]), variant)
 
         def attend_prompt(query: Tensor, key: Tensor, value: Tensor, last: bool) -> Tensor:
             return attend_layer(layer, query, key, value, last_chunk=last)
@@ -330,15 +328,25 @@ def _packed_by(prompts: Prompts, given: Mapping[str, Any], query: Tensor) -> Pro
     return prompts.packed_as(Sequences.from_cu_seqlens(bounds.to(query.device), query.shape[2]))
 
 
-def _setting_of(
-    module: nn.Module, config: PrefillConfig | None, layers: Mapping[int, PrefillConfig | None]
-) -> PrefillConfig | None:
+def _layer_of(
+    module: nn.Module,
+    config: PrefillConfig | None,
+    layers: Mapping[int, PrefillConfig | None],
+    scale: float,
+    variant: AttentionVariant,
+) -> Layer:
+    """A module's Layer, by the settings of all layers and those of single ones."""
     index: Any = getattr(module, "layer_idx", None)
     model: Any = getattr(module, "config", None)
     count = getattr(model, "num_hidden_layers", None)
     if layers and isinstance(count, int) and not model.is_encoder_decoder and max(layers) >= count:
         raise ValueError(f"layers must be below {count}, the model's number of layers, got {max(layers)}")
-    return layers[index] if index in layers else config or published_for(_model_type(module))
+    kind = f"{type(module).__name__} of {_model_type(module)}"
+    if index in layers:
+        return Layer(layers[index], scale, variant, kind)
+    if config is not None:
+        return Layer(config, scale, variant, kind)
+    return Layer(RECOMMENDED, scale, variant, kind, elsewhere=published_for(_model_type(module)))
 
 
 def _model_type(module: nn.Module) -> str:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flexprefill.blockmap.map import BlockMap
-from flexprefill.config import PrefillConfig, check_alphas, check_config
+from flexprefill.config import PrefillConfig, check_alphas
 from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search import operator
+from flexprefill.search.defaults import resolve_config
 from flexprefill.search.guard import guard_checked, guard_measured
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.search.page_means import PageMeans
@@ -29,7 +30,7 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 def search_blocks(
     query: Tensor,
     key: Tensor | PagedKV,
-    config: PrefillConfig = PrefillConfig(),
+    config: PrefillConfig | None = None,
     *,
     variant: AttentionVariant | None = None,
     scale: float | None = None,
@@ -37,11 +38,14 @@ def search_blocks(
     implementation: str = "auto",
     means: KeyMeans | PageMeans | None = None,
 ) -> BlockMap:
-    """Finds the key blocks that each query block has to attend to (FlashPrefill, arXiv 2603.06199).
+    """Finds the key blocks that each query block has to attend to.
 
-    Each key block is pooled to its mean. Its score is the sum over the query block's rows of
-    exp(scale · row · mean). Blocks that reach ``config.alpha`` times the best score of their row are kept. So are
-    sinks, a local window and the last query blocks. ``config`` can name another score.
+    By FlashPrefill (arXiv 2603.06199) each key block is pooled to its mean. Its score is the sum over the query block's
+    rows of exp(scale · row · mean). Blocks that reach ``config.alpha`` times the best score of their row are kept. So
+    are sinks, a local window and the last query blocks. ``config`` can name another score.
+
+    By the two-sided search, the default, some rows of each query block attend exactly and vote, and the oddest keys of
+    each key block are scored by themselves (docs/explanations/two_sided.md).
 
     Nothing waits for the device. The call traces under ``torch.compile(fullgraph=True)``.
 
@@ -51,7 +55,9 @@ def search_blocks(
         key: [B, Hkv, S_kv, D], with query's dtype and device. Hq is a multiple of Hkv. S_q is at most S_kv. Or a
             `PagedKV`, whose keys are pooled where they lie. It takes no variant, no guard and only the scorer
             "flashprefill".
-        config: The settings of the rule.
+        config: The settings of the rule. None is `PrefillConfig.recommended()`, the two-sided search. With sequences, a
+            window, a soft cap or ALiBi, and for a `PagedKV`, it is FlashPrefill's `PrefillConfig()`: the two-sided
+            search takes none of them.
         variant: What the attention is besides causal: sequences, a sliding window, a soft cap, ALiBi, sinks. The scores
             follow it. See `AttentionVariant`.
         scale: Factor on the dot products. None is 1 / sqrt(D).
@@ -70,9 +76,9 @@ def search_blocks(
         ValueError: An argument does not fit. The message names it.
         NotEnoughMemoryError: The search does not fit into the device's memory. Nothing was begun.
     """
-    check_config(config)
     check_last_chunk(last_chunk)
     if isinstance(key, PagedKV):
+        config = resolve_config(config, PLAIN, in_a_row=False)
         refuse_with_pages(config, {"variant": variant})
         key.check_query(query)
         check_means(means, key)
@@ -85,6 +91,7 @@ def search_blocks(
     check_means(means, key)
     assert not isinstance(means, PageMeans)  # checked
     variant = check_variant(variant, query, key)
+    config = resolve_config(config, variant)
     scale = resolve_scale(scale, query.shape[3])
     if is_recording():
         note_attention(PlainAttention(query, key, scale, variant), config)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.map import BlockMap
-from flexprefill.config import PrefillConfig, check_config
+from flexprefill.config import PrefillConfig
 from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search.blocks import pool_checked, search_checked
+from flexprefill.search.defaults import resolve_config
 from flexprefill.search.rule import Rule
 from flexprefill.store.tokens import token_tensor
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
@@ -287,7 +288,7 @@ class CachedPrompt:
         layer: int,
         query: Tensor,
         key: Tensor,
-        config: PrefillConfig = PrefillConfig(),
+        config: PrefillConfig | None = None,
         *,
         scale: float | None = None,
         last_chunk: bool = True,
@@ -312,7 +313,7 @@ class CachedPrompt:
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer must be an int, got {layer!r}")
         check_attention_inputs(query, key)
-        check_config(config)
+        config = resolve_config(config, PLAIN)
         check_last_chunk(last_chunk)
         if config.guard is not None:
             raise ValueError(

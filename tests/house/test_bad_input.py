@@ -421,7 +421,7 @@ def arguments_of(function, **changes):
 
 
 COMMON = {
-    "config": ([None, {}, PrefillConfig, 0.1], TypeError),
+    "config": ([{}, PrefillConfig, 0.1], TypeError),
     "scale": (["1", True, torch.tensor(1.0), [1]], TypeError),
     "scale, range": ([math.nan, math.inf, -math.inf, 10**400, 1e300], ValueError),
     "last_chunk": ([None, 1, "yes"], TypeError),
