@@ -13,7 +13,7 @@ from flexprefill.search.blocks import search_blocks
 
 STRETCH = 500  # keys that share a direction
 MAX_SEARCHES = 20
-LEAST_TRIED_LOG2 = -30.0
+LEAST_TRIED_LOG2_ALPHA = -30.0
 CLOSE_ENOUGH = 0.005  # of the asked density
 
 
@@ -82,21 +82,20 @@ def random_map(heads: int, length: int, density: float, generator: torch.Generat
 
 
 def make_case(qkv: tuple[Tensor, Tensor, Tensor], density: float, settings: PrefillConfig) -> Case:
-    """The case whose map is nearest to a density, with ``settings`` except for alpha, or probe_share without an alpha.
+    """The case whose map is nearest to a density, with ``settings`` except for alpha.
 
-    That one is bisected, in at most 20 searches. Sinks, window, last blocks and each row's best block are always kept.
-    If they alone reach the density, it is 1.
+    alpha is bisected, in at most 20 searches. Sinks, window, last blocks and each row's best block are always kept. If
+    they alone reach the density, alpha is 1.
     """
     query, key, value = qkv
-    bisected = "probe_share" if settings.alpha is None else "alpha"
 
-    def searched(log2_share: float) -> tuple[float, PrefillConfig, BlockMap]:
-        config = replace(settings, **{bisected: 2.0**log2_share})
+    def searched(log2_alpha: float) -> tuple[float, PrefillConfig, BlockMap]:
+        config = replace(settings, alpha=2.0**log2_alpha)
         block_map = search_blocks(query, key, config)
         return block_map.density().mean().item(), config, block_map
 
     found, config, block_map = searched(0.0)
-    low, high = LEAST_TRIED_LOG2, 0.0
+    low, high = LEAST_TRIED_LOG2_ALPHA, 0.0
     nearest, best = abs(found - density), Case(query, key, value, config, block_map)
     if found < density:
         for _ in range(MAX_SEARCHES - 1):
