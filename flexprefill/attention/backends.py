@@ -37,9 +37,15 @@ TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
 }
 
 # Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together. By compute
-# capability and FlexAttention's kernel, for float16 and bfloat16 with D and Dv of 128. Device times on an H200: sparse
-# is never slower from 4,096 tokens on with flash, up to a density of 71 %, and from 6,144 tokens on with triton.
-DENSE_BELOW: dict[tuple[tuple[int, int], str], int] = {(HOPPER, "flash"): 4096, (HOPPER, "triton"): 6144}
+# capability, FlexAttention's kernel, and whether the search is two-sided. For float16 and bfloat16, D and Dv of 128.
+# Device times on an H200: FlashPrefill's is never slower from 4,096 tokens on with flash, up to a density of 71 %, and
+# from 6,144 tokens on with triton. The two-sided search adds 0.045 ms at 4,096 tokens and 0.1 at 8,192.
+DENSE_BELOW: dict[tuple[tuple[int, int], str, bool], int] = {
+    (HOPPER, "flash", False): 4096,
+    (HOPPER, "triton", False): 6144,
+    (HOPPER, "flash", True): 5120,
+    (HOPPER, "triton", True): 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def _choose_dense_once(request: Request, reason: str) -> BackendChoice:
     return BackendChoice("dense-sdpa", reason, dense=True, passed_over=(("dense-flash", against),))
 
 
-def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
+def measured_dense_below(request: Request, sparse: BackendChoice, two_sided: bool) -> int:
     """The length below which dense attention was measured to be faster than this sparse choice; 0 if never.
 
     It is 0 inside a caller's torch.compile too: branching on a length costs a compilation.
@@ -202,7 +208,7 @@ def measured_dense_below(request: Request, sparse: BackendChoice) -> int:
     dims = request.head_dim, request.value_dim
     if request.compiling or request.device.type != "cuda" or request.dtype not in SIXTEEN_BIT or dims != (128, 128):
         return 0
-    return DENSE_BELOW.get((torch.cuda.get_device_capability(request.device), sparse.name), 0)
+    return DENSE_BELOW.get((torch.cuda.get_device_capability(request.device), sparse.name, two_sided), 0)
 
 
 def triton_options(request: Request) -> Options:

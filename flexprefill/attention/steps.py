@@ -60,7 +60,7 @@ def choose(call: Call) -> BackendChoice:
         return sparse
     below = call.config.dense_below
     if below is None:
-        below = measured_dense_below(request, sparse)
+        below = measured_dense_below(request, sparse, call.config.two_sided)
     if call.key.shape[2] < below:
         return choose_dense(request, f"S_kv is below dense_below, which is {below} here")
     return sparse

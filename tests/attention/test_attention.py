@@ -50,8 +50,16 @@ def test_equals_dense_attention_under_the_same_mask(q_len, kv_len):
     assert q_len < 1000 or block_map.density().mean() < 0.9  # really sparse
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(8, 8), (24, 24), (5, 40), (120, 120)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "dtype"),
+    [
+        (8, 8, torch.float32),
+        (24, 24, torch.float32),
+        (120, 120, torch.float32),
+        pytest.param(5, 40, torch.float32, marks=pytest.mark.slow),
+        pytest.param(24, 24, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_few_keys_of_the_least_head_dimension(q_len, kv_len, dtype):
     """torch's C++ kernel computes these from memory that it has not written, where the CPU has AVX2 alone."""
     tensors = [tensor.to(dtype) for tensor in make_qkv(q_len, kv_len, heads=4, kv_heads=2, head_dim=16)]

@@ -91,8 +91,8 @@ def test_unset_is_never_dense_on_the_cpu():
 @pytest.mark.parametrize(
     ("changes", "sparse", "below"),
     [
-        ({}, "flash", backends.DENSE_BELOW[backends.HOPPER, "flash"]),
-        ({}, "triton", backends.DENSE_BELOW[backends.HOPPER, "triton"]),
+        ({}, "flash", backends.DENSE_BELOW[backends.HOPPER, "flash", False]),
+        ({}, "triton", backends.DENSE_BELOW[backends.HOPPER, "triton", False]),
         ({"dtype": torch.float32}, "triton", 0),
         ({"head_dim": 64, "value_dim": 64}, "triton", 0),
         ({"compiling": True}, "flash", 0),
@@ -101,9 +101,12 @@ def test_unset_is_never_dense_on_the_cpu():
 )
 def test_unset_is_what_was_measured(machine, changes, sparse, below):
     machine()
-    assert backends.measured_dense_below(PUBLISHED._replace(**changes), backends.BackendChoice(sparse, "")) == below
+    request, choice = PUBLISHED._replace(**changes), backends.BackendChoice(sparse, "")
+    assert backends.measured_dense_below(request, choice, False) == below
+    # a search that takes longer pays later
+    assert backends.measured_dense_below(request, choice, True) >= below
     machine(capability=(8, 0))
-    assert backends.measured_dense_below(PUBLISHED._replace(**changes), backends.BackendChoice(sparse, "")) == 0
+    assert backends.measured_dense_below(request, choice, False) == 0
 
 
 def test_dense_attention_is_by_flash_where_it_can(machine):
