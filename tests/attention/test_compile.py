@@ -89,17 +89,17 @@ def test_graphs_know_that_rows_are_aligned(compile_with):
 
     compile_with(note)
     for length in (200, 300, 257):
-        prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=16, device=DEVICE), CONFIG)
+        prefill_attention(*make_qkv(length, heads=4, kv_heads=2, head_dim=32, device=DEVICE), CONFIG)
         for heads in (8, 10):
-            projected = torch.randn(2, length, heads * 16, device=DEVICE).unflatten(2, (heads, 16)).transpose(1, 2)
+            projected = torch.randn(2, length, heads * 32, device=DEVICE).unflatten(2, (heads, 32)).transpose(1, 2)
             prefill_attention(projected[:, :4], projected[:, 4:6], projected[:, 6:8], CONFIG)
-        query, *others = make_qkv(length, heads=2, head_dim=32, device=DEVICE)
+        query, *others = make_qkv(length, heads=2, head_dim=48, device=DEVICE)
         prefill_attention(query, *others, CONFIG)
         # a cache of another size in each call, and not the same for keys and values
-        cached = [torch.randn(1, 2, length + room, 32, device=DEVICE)[:, :, :length] for room in (16, 4 + length % 50)]
+        cached = [torch.randn(1, 2, length + room, 48, device=DEVICE)[:, :, :length] for room in (16, 4 + length % 50)]
         prefill_attention(query, *cached, CONFIG)
     assert [[stride[2:] for stride in strides] for strides in found] == [
-        [(row, 1)] * 3 for row in (16, 128, 160, 32, 32)
+        [(row, 1)] * 3 for row in (32, 256, 320, 48, 48)
     ]
     for strides in found:
         for batch, head, row, _ in strides:
