@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.inputs import DEVICE, make_qkv
 
+from flexprefill import PrefillConfig, search_blocks
+from flexprefill.integrations.layer import Layer, attend_layer
 from flexprefill.integrations.prompts import Prompts, Span, attend_each, bounds_of, spans_of
 
 
@@ -38,3 +40,22 @@ def test_padding_between_tokens_is_found():
     assert bounds_of(real[:1])[1] and not bounds_of(real)[1]
     assert spans_of(real[:1]) == ((Span(1, 3),), True)
     assert spans_of(real) == ((Span(1, 3), Span(0, 3)), False)
+
+
+@pytest.mark.parametrize("config", [PrefillConfig.recommended(), PrefillConfig(alpha=0.3, last_full_blocks=1)])
+def test_prompts_with_padding_behind_them_keep_the_blocks_that_each_keeps_alone(config):
+    lengths = (700, 1500, 1024, 129)
+    query, key, value = make_qkv(1500, batch=4, heads=4, kv_heads=2, device=DEVICE)
+    # each block of keys has a topic of its own, and each block of queries asks for one of them
+    generator = torch.Generator().manual_seed(0)
+    topics = 8 * torch.nn.functional.normalize(torch.randn(12, key.shape[3], generator=generator)).to(DEVICE)
+    key = key + topics.repeat_interleave(128, 0)[:1500]
+    query = query + topics.roll(5, 0).repeat_interleave(128, 0)[:1500]
+    layer = Layer(config, 0.6)
+    output = attend_layer(layer, query, key, value, torch.tensor(lengths, device=DEVICE))
+    for row, length in enumerate(lengths):
+        alone = [tensor[row : row + 1, :, :length] for tensor in (query, key, value)]
+        found = search_blocks(*alone[:2], config, scale=0.6)
+        assert length < 1500 or found.density().mean() < 0.9
+        expected = attend_layer(layer, *alone)
+        assert torch.allclose(output[row, :, :length], expected[0], atol=1e-5)
