@@ -115,6 +115,11 @@ def time_in_turns(
     for call in calls.values():
         call()
     watches = {name: make_watch(call, device, graph=graph) for name, call in calls.items()}
+    for name, watch in watches.items():
+        if watch.note is not None:
+            warnings.warn(
+                f"{name} is timed with the host's time in it, because no graph holds it: {watch.note}", stacklevel=2
+            )
     times, failed = take_turns(watches, dict.fromkeys(watches, WARM_UPS + repeats), advance)
     assert not failed, failed
     return {name: series[WARM_UPS:] for name, series in times.items()}

@@ -89,3 +89,13 @@ assert after.measure() > 0
 def test_a_capture_that_breaks_off_leaves_the_device_usable():
     result = subprocess.run([sys.executable, "-c", BROKEN_CAPTURE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_times_that_no_graph_gives_are_said_to_be_others(monkeypatch):
+    def make_watch(call, device, *, graph):
+        return Watch("eager", call, lambda: 1.0, note="it waits for the device")
+
+    monkeypatch.setattr(timing, "make_watch", make_watch)
+    with pytest.warns(UserWarning, match="the call is timed with the host's time in it.*it waits for the device"):
+        times = timing.time_in_turns({"the call": int}, torch.device("cpu"), 2, graph=True)
+    assert times == {"the call": [1.0, 1.0]}
