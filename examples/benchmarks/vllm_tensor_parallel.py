@@ -114,26 +114,32 @@ def compare(name, ours, others):
 
 def main():
     folder = model_folder()
-    found = {("stock", gpus): answers(folder, gpus)[1] for gpus in (1, 2)}
-    densities = {}
-    plug_in.register(PrefillConfig(alpha=settings.alpha), min_keys=settings.min_keys, min_queries=512)
-    for gpus in (1, 2):
-        densities[gpus], found["plug-in", gpus] = answers(folder, gpus, attention_backend="CUSTOM")
-        print(f"{gpus} GPUs: density by layer {densities[gpus]}")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(torch.device("cuda")),
         "versions": versions() | {"vllm": vllm.__version__},
         "settings": {name: setting for name, setting in vars(settings).items() if name != "output"},
-        "density_by_layer": densities,
-        "plug-in on two GPUs and on one": compare(
-            "plug-in, two GPUs and one", found["plug-in", 2], found["plug-in", 1]
-        ),
-        "stock on two GPUs and on one": compare("stock, two GPUs and one", found["stock", 2], found["stock", 1]),
-        "plug-in and stock on one GPU": compare("plug-in and stock, one GPU", found["plug-in", 1], found["stock", 1]),
+        "density_by_layer": {},
     }
-    if settings.output:
-        settings.output.write_text(json.dumps(record, indent=1) + "\n")
+    found = {}
+
+    def compared(*names):
+        """Two engines' answers, compared, and kept at once."""
+        record[" and ".join(names)] = compare(" and ".join(names), *(found[name] for name in names))
+        if settings.output:
+            settings.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    plug_in.register(PrefillConfig(alpha=settings.alpha), min_keys=settings.min_keys, min_queries=512)
+    for gpus in (1, 2):
+        density, found[f"plug-in on {gpus}"] = answers(folder, gpus, attention_backend="CUSTOM")
+        record["density_by_layer"][gpus] = density
+        print(f"{gpus} GPUs: density by layer {density}", flush=True)
+    compared("plug-in on 2", "plug-in on 1")
+    plug_in.unregister()
+    for gpus in (1, 2):
+        found[f"stock on {gpus}"] = answers(folder, gpus)[1]
+    compared("stock on 2", "stock on 1")
+    compared("plug-in on 1", "stock on 1")
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
