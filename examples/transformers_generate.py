@@ -21,9 +21,7 @@ parser.add_argument("files", nargs="*", type=Path, help="prompts for --model")
 parser.add_argument("--model", help="a name or folder that from_pretrained takes")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--length", type=int, default=2048, help="tokens of the small model's longer prompt")
-parser.add_argument(
-    "--alpha", type=float, help="keeps blocks that reach this share of a row's best; default: published"
-)
+parser.add_argument("--alpha", type=float, help="FlashPrefill's search at this alpha; default: the two-sided search")
 arguments = parser.parse_args()
 if bool(arguments.model) != bool(arguments.files):
     parser.error("--model and files go together")

@@ -260,7 +260,7 @@ class PrefillConfig:
 
     @classmethod
     def recommended(cls) -> PrefillConfig:
-        """The setting that loses least of a pretrained model's tokens (docs/explanations/two_sided.md).
+        """The setting that loses least of a pretrained model's tokens at equal time (docs/explanations/two_sided.md).
 
         It is the default of calls that name no setting. Blocks are found by eight probes of each query block and by one
         outlier of each key block. Means are not scored. It finds what a single key holds, which FlashPrefill's score
@@ -298,8 +298,8 @@ class PrefillConfig:
         matches = [known for known in PUBLISHED if f"-{known}-".lower() in f"-{name}-"]
         if not matches:
             raise ValueError(
-                f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}. Others start from "
-                "PrefillConfig()"
+                f"model {model!r} has no published setting; known are {sorted(PUBLISHED)}. Others take "
+                "PrefillConfig.recommended()"
             )
         return cls(**PUBLISHED[max(matches, key=len)])
 

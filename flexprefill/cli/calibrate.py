@@ -1,4 +1,4 @@
-"""flexprefill calibrate: finds an alpha for each head of a model."""
+"""flexprefill calibrate: finds the sparsest setting that costs a model little."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flexprefill.evaluation.loss_calibration import Calibrator, Tried, calibrate
 from flexprefill.runtime.progress import stage
 
 DESCRIPTION = (
-    "Finds an alpha for each layer and head of a model, and writes them to a JSON file. PrefillConfig.load_layers "
-    "reads that file, and 'flexprefill eval --config' compares it. "
+    "Finds the sparsest setting that costs a model little: an alpha for each layer and head, or one probe share. "
+    "Writes it to a JSON file. PrefillConfig.load_layers reads that file, and 'flexprefill eval --config' compares it. "
     "With --loss the model is a pretrained one, and its own tokens decide. The sparsest setting is taken that costs at "
     "most so many milli-nats a token over dense attention, on each of the tasks of 'flexprefill eval'. The result is "
     "checked on prompts that were not used. "

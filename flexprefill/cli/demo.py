@@ -291,7 +291,10 @@ def losses(figures: Sequence[HeadFigures]) -> list[str]:
         elif row.error > OFF:
             lines.append(f"{row.name} loses little, but what it loses matters. {off}")
     if len(lines) > 1:
-        lines.append("Such heads need more blocks than this setting keeps: a smaller --alpha keeps more.")
+        lines.append(
+            "Such heads need more blocks than this setting keeps: a smaller --alpha keeps more. The library's default "
+            "search finds single keys."
+        )
     return lines
 
 

@@ -159,7 +159,7 @@ def context_parallel_search(
         query: [B, Hq, S_local, D], this process's part; see ``shard_context``.
         key: [B, Hkv, S_local, D], this process's part.
         layout: Which positions this process holds.
-        config: As in ``flexprefill.search_blocks``, with FlashPrefill's own scorer and without the two-sided search.
+        config: FlashPrefill's settings, with its own scorer. The two-sided search is refused.
         variant: As in ``flexprefill.search_blocks``, without sequences.
         scale: As in ``flexprefill.search_blocks``.
 
