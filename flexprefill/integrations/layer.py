@@ -21,6 +21,7 @@ from flexprefill.runtime.compiling import constant_in_graphs
 from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.runtime.state import remembered
 from flexprefill.search.blocks import search_blocks
+from flexprefill.search.defaults import default_config
 from flexprefill.variant.inputs import DTYPES, HEAD_DIMS, check_attention_inputs, check_no_gradients
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import hiding_masks
@@ -36,7 +37,7 @@ class Layer:
 
     Attributes:
         config: Which blocks it keeps; None keeps all.
-        elsewhere: The same where the two-sided search cannot look; None is ``config``.
+        elsewhere: If ``config`` is the default, the setting where the two-sided search cannot look. Else None.
         scale: Factor on the dot products.
         variant: What the attention is besides causal. A window shorter than the keys is attended exactly, without a
             search. Prompts that are packed in a row are its sequences.
@@ -76,7 +77,9 @@ def attend_layer(
         TypeError, ValueError: As prefill_attention.
     """
     variant, scale = layer.variant.over(key.shape[2]), layer.scale
-    config = (layer.elsewhere if variant.changes_search else None) or layer.config or PrefillConfig()
+    config = layer.config or PrefillConfig()
+    if layer.elsewhere is not None:
+        config = default_config(variant, elsewhere=layer.elsewhere)
     searches = variant.sliding_window is None and layer.config is not None
     dims = operator.index(query.shape[3]), operator.index(value.shape[3])
     has_kernels = query.dtype in DTYPES and all(dim in HEAD_DIMS for dim in dims)

@@ -9,13 +9,20 @@ RECOMMENDED = PrefillConfig.recommended()
 FLASHPREFILL = PrefillConfig()
 
 
-def resolve_config(config: PrefillConfig | None, variant: AttentionVariant, *, in_a_row: bool = True) -> PrefillConfig:
-    """A call's config, checked. None is `PrefillConfig.recommended()`.
+def default_config(
+    variant: AttentionVariant, *, in_a_row: bool = True, elsewhere: PrefillConfig = FLASHPREFILL
+) -> PrefillConfig:
+    """`PrefillConfig.recommended()`, or the setting for ``elsewhere`` where the two-sided search cannot look.
 
-    The two-sided search attends plainly and causally to keys in a row. None is therefore FlashPrefill's own setting,
-    `PrefillConfig()`, with sequences, a sliding window, a soft cap or ALiBi, and where keys are not ``in_a_row``.
+    It attends plainly and causally to keys in a row. So it takes no sequences, sliding window, soft cap or ALiBi, and
+    no keys that are not ``in_a_row``.
     """
+    return RECOMMENDED if in_a_row and not variant.changes_search else elsewhere
+
+
+def resolve_config(config: PrefillConfig | None, variant: AttentionVariant, *, in_a_row: bool = True) -> PrefillConfig:
+    """A call's config, checked. None is `default_config`."""
     if config is None:
-        return RECOMMENDED if in_a_row and not variant.changes_search else FLASHPREFILL
+        return default_config(variant, in_a_row=in_a_row)
     check_config(config)
     return config
