@@ -78,7 +78,9 @@ def flex_over(
         tensors = query, key, value
         # FlashAttention-4 is as fast with strides that it reads at run time
         flash = ("BACKEND", "FLASH") in settings.kernel_options
-        rulers = NO_RULERS if flash else tuple(map(ruler_for, tensors, range(3)))
+        # a thread's state that changes must not use up one kind's recompiles
+        state = what_graphs_guard()
+        rulers = NO_RULERS if flash else tuple(ruler_for(tensor, place, state) for place, tensor in enumerate(tensors))
         layouts = tuple(layout_of(tensor.stride()) for tensor in tensors)
         # what is compiled statically; lengths, batch sizes and strides of heads are dynamic
         kind = (
@@ -91,7 +93,7 @@ def flex_over(
             (listed.offset is not None, listed.starts is not None),
             _sizes_of_one(query, key, listed),  # torch.compile makes code of its own for each of them
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
-            what_graphs_guard(),  # a thread's state that changes must not use up one kind's recompiles
+            state,
         )
         with refusals_explained(), without_dispatch_modes():
             with _making:

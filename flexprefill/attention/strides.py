@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flexprefill.runtime.compiling import keep_size, sizes_may_change
 from flexprefill.runtime.state import remembered
-from flexprefill.runtime.thread_state import what_graphs_guard
 
 UNIT = 16  # Triton's widest loads need strides that are known to be multiples of it
 NO_RULERS = None, None, None  # for query, key and value
@@ -25,7 +24,7 @@ def layout_of(strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ..
     return tuple(sorted(range(4), key=strides.__getitem__)), tuple(stride == 0 for stride in strides), strides[2]
 
 
-def ruler_for(tensor: Tensor, place: int) -> Tensor | None:
+def ruler_for(tensor: Tensor, place: int, state: tuple[object, ...]) -> Tensor | None:
     """A tensor whose sizes say the strides of batch, heads and rows, for `stated`.
 
     None where sizes give all strides already, or where a stride is no multiple of `UNIT`.
@@ -33,6 +32,7 @@ def ruler_for(tensor: Tensor, place: int) -> Tensor | None:
     Args:
         tensor: [B, H, S, D], with a last stride of 1.
         place: Which input of the graph it is. A graph whose inputs share a ruler would be compiled for that.
+        state: What ``what_graphs_guard`` gives.
     """
     sizes, strides = tensor.shape, tensor.stride()
     expected = 1
@@ -44,7 +44,7 @@ def ruler_for(tensor: Tensor, place: int) -> Tensor | None:
         return None
     if any(stride % UNIT for stride in strides[:3]):
         return None
-    return _ruler(strides[0] // UNIT, strides[1] // UNIT, strides[2], place, what_graphs_guard())
+    return _ruler(strides[0] // UNIT, strides[1] // UNIT, strides[2], place, state)
 
 
 @remembered("rulers of strides", most=1024)
