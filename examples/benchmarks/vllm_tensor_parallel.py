@@ -12,10 +12,8 @@ import argparse
 import gc
 import json
 import os
-import random
 import tempfile
 from datetime import datetime, timezone
-from itertools import takewhile
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +35,8 @@ os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
 import torch  # noqa: E402
 import vllm  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM  # noqa: E402
+from vllm_answers import agreement, answers_of, stretched_prompt  # noqa: E402
 
 from flexprefill import PrefillConfig  # noqa: E402
 from flexprefill.integrations import vllm as plug_in  # noqa: E402
@@ -61,14 +60,8 @@ def model_folder():
     return folder
 
 
-def prompt(length):
-    chooser = random.Random(length)
-    topics = [chooser.randrange(2, VOCABULARY) for _ in range(-(-length // settings.stretch))]
-    return {"prompt_token_ids": [topic for topic in topics for _ in range(settings.stretch)][:length]}
-
-
 def answers(folder, gpus, **options):
-    """Each prompt's tokens, and the log-probabilities of each token's best five, from an engine of its own."""
+    """The density by layer, and what `answers_of` gives, from an engine of its own."""
     llm = LLM(
         folder,
         skip_tokenizer_init=True,
@@ -82,34 +75,14 @@ def answers(folder, gpus, **options):
         disable_custom_all_reduce=True,
         **options,
     )
-    wanted = SamplingParams(temperature=0, max_tokens=settings.tokens, ignore_eos=True, detokenize=False, logprobs=5)
-    asked = [prompt(length) for length in settings.lengths]
-    found = [request.outputs[0] for request in llm.generate(asked, wanted, use_tqdm=False)]
+    asked = [stretched_prompt(length, settings.stretch, VOCABULARY, length) for length in settings.lengths]
+    found = answers_of(llm, asked, settings.tokens)
     density = plug_in.report().density if options else {}
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     torch.cuda.empty_cache()
-    return density, [
-        (list(one.token_ids), [{token: log.logprob for token, log in best.items()} for best in one.logprobs])
-        for one in found
-    ]
-
-
-def compare(name, ours, others):
-    """How many tokens of each prompt agree up to the first other one, and the largest difference up to there."""
-    found = {"same_tokens": [], "largest_difference": []}
-    for (tokens, logs), (other_tokens, other_logs) in zip(ours, others, strict=True):
-        pairs = zip(tokens, other_tokens, strict=True)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        steps = list(zip(logs, other_logs, strict=True))[: same + 1]
-        found["same_tokens"].append(same)
-        found["largest_difference"].append(
-            max(abs(one[token] - other[token]) for one, other in steps for token in one.keys() & other.keys())
-        )
-    apart = ", ".join(f"{one:.4f}" for one in found["largest_difference"])
-    print(f"{name}: {found['same_tokens']} of {settings.tokens} tokens the same, log-probabilities within {apart}")
-    return found
+    return density, found
 
 
 def main():
@@ -125,7 +98,11 @@ def main():
 
     def compared(*names):
         """Two engines' answers, compared, and kept at once."""
-        record[" and ".join(names)] = compare(" and ".join(names), *(found[name] for name in names))
+        pair = " and ".join(names)
+        record[pair] = agreement(*(found[name] for name in names))
+        for length, told in zip(settings.lengths, record[pair], strict=True):
+            same = f"{told['same']} of {told['tokens']} the same, log-probabilities within {told['largest']:.4f}"
+            print(f"{pair}, {length:,} tokens: {same}", flush=True)
         if settings.output:
             settings.output.write_text(json.dumps(record, indent=1) + "\n")
 

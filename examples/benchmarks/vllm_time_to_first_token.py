@@ -14,7 +14,6 @@ model keeps every block. The density is measured with the times, and they say no
 import argparse
 import contextlib
 import gc
-import itertools
 import json
 import os
 import random
@@ -54,6 +53,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"
 import torch  # noqa: E402
 import vllm  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm_answers import agreement, answers_of, stretched_prompt  # noqa: E402
 
 from flexprefill import PrefillConfig  # noqa: E402
 from flexprefill.integrations.vllm import register  # noqa: E402
@@ -149,9 +149,7 @@ def engine(folder, **options):
 
 
 def prompt(length, seed=0):
-    chooser = random.Random(seed)
-    topics = [chooser.randrange(2, settings.vocabulary) for _ in range(-(-length // settings.stretch))]
-    return {"prompt_token_ids": [topic for topic in topics for _ in range(settings.stretch)][:length]}
+    return stretched_prompt(length, settings.stretch, settings.vocabulary, seed)
 
 
 def sampling(tokens):
@@ -281,24 +279,7 @@ def answers(llm):
     chooser = random.Random(1)
     counts = 5, 300, lengths[0] + 37, lengths[min(1, len(lengths) - 1)]
     asked = [{"prompt_token_ids": [chooser.randrange(2, settings.vocabulary) for _ in range(n)]} for n in counts]
-    wanted = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=5)
-    found = [request.outputs[0] for request in llm.generate(asked, wanted, use_tqdm=False)]
-    return [
-        (list(of.token_ids), [{token: log.logprob for token, log in best.items()} for best in of.logprobs])
-        for of in found
-    ]
-
-
-def agreement(ours, stock):
-    """How many tokens are the same before the first other one, and how far log-probabilities up to there are apart."""
-    told = []
-    for (tokens, logs), (others, other_logs) in zip(ours, stock, strict=True):
-        pairs = zip(tokens, others, strict=True)
-        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        steps = list(zip(logs, other_logs, strict=True))[: same + 1]
-        apart = [abs(one[token] - other[token]) for one, other in steps for token in one.keys() & other.keys()]
-        told.append({"tokens": len(tokens), "same": same, "largest": max(apart), "mean": statistics.mean(apart)})
-    return told
+    return answers_of(llm, asked, 16)
 
 
 def density_of(sums_before):
