@@ -145,7 +145,7 @@ def test_triton_gets_measured_options_or_the_defaults(machine, capability, chang
 
 def test_the_request_sees_what_decides():
     query, key, value = make_qkv(64, 100, heads=4, kv_heads=2, head_dim=64, dtype=torch.float16)
-    arguments = {"block_size": 128, "mods": False, "scale": -0.1, "aux": AuxRequest(lse=True)}
+    arguments = {"block_size": 128, "mods": "", "scale": -0.1, "aux": AuxRequest(lse=True)}
     request = Request.of(query, key, value[..., :32], **arguments)
     assert (request.head_dim, request.value_dim, request.dtype) == (64, 32, torch.float16)
     assert request.at_offset and request.lse and request.small and request.aligned
