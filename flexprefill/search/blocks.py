@@ -98,6 +98,31 @@ def search_blocks(
     return search_checked(query, key, config, scale, last_chunk, implementation, means, variant)
 
 
+def against_variant(config: PrefillConfig, variant: AttentionVariant) -> str | None:
+    """Why a config's search cannot look at a variant. None if it can.
+
+    Raises:
+        ValueError: No scorer has the config's name.
+    """
+    scorer = find_scorer(config.scorer)  # raises here, not inside the operator
+    changes = ", ".join(variant.changes_search)
+    if not changes:
+        return None
+    if not scorer.knows_variant:
+        return f"config.scorer {config.scorer!r} does not know of {changes}: 'flashprefill' and 'exact' do"
+    if config.guard is not None:
+        return (
+            f"config.guard cannot be combined with {changes}: it samples plain causal attention; pass a config with "
+            "guard=None"
+        )
+    if config.two_sided:
+        return (
+            f"config.probe_rows and config.outlier_keys cannot be combined with {changes}: probes and outliers attend "
+            "plainly and causally; pass a config without them, such as PrefillConfig()"
+        )
+    return None
+
+
 def search_checked(
     query: Tensor,
     key: Tensor,
@@ -111,22 +136,8 @@ def search_checked(
     """As `search_blocks`, for arguments that were checked."""
     check_alphas(config, query.shape[1], key.shape[1])
     rule = Rule.of(config, scale=scale, last_chunk=last_chunk)
-    changes = variant.changes_search
-    scorer = find_scorer(rule.scorer)  # raises here, not inside the operator
-    if changes and not scorer.knows_variant:
-        raise ValueError(
-            f"config.scorer {rule.scorer!r} does not know of {', '.join(changes)}: 'flashprefill' and 'exact' do"
-        )
-    if config.guard is not None and changes:
-        raise ValueError(
-            f"config.guard cannot be combined with {', '.join(changes)}: it samples plain causal attention; pass a "
-            "config with guard=None"
-        )
-    if rule.two_sided and changes:
-        raise ValueError(
-            f"config.probe_rows and config.outlier_keys cannot be combined with {', '.join(changes)}: probes and "
-            "outliers attend plainly and causally; pass a config without them, such as PrefillConfig()"
-        )
+    if (against := against_variant(config, variant)) is not None:
+        raise ValueError(against)
     implementation = resolve_implementation(implementation, query.device, rule.scorer)
     if rule.probe_rows and config.guard is not None:
         return _guarded_by_probes(query, key, config, rule, implementation, means)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,7 @@ def test_settings_are_read_from_the_environment(tmp_path):
     on = {"FLEXPREFILL": "On"}
     assert Settings.read(on) == Settings()
     assert Settings.read(on | {"FLEXPREFILL_CONFIG": "meta-llama/Llama-3.1-8B-Instruct"}).config.alpha == 0.18
+    assert Settings.read(on | {"FLEXPREFILL_CONFIG": "recommended"}).config == PrefillConfig.recommended()
     inline = Settings.read(on | {"FLEXPREFILL_CONFIG": '{"alpha": 0.3}', "FLEXPREFILL_MIN_KEYS": "4096"})
     assert inline.config == PrefillConfig(alpha=0.3) and inline.keys_from == 4096
     file = tmp_path / "config.json"
@@ -234,8 +236,30 @@ def test_each_layer_has_its_settings():
         )
         == 1
     )
+    shares = {number: replace(PrefillConfig.recommended(), probe_share=0.1 / (1 + number)) for number in range(3)}
+    (kind,) = Model(Settings(PrefillConfig.recommended(), shares), PrefillConfig(), 9).kinds(arguments)
+    assert kind.config.alpha is None and kind.config.two_sided  # what is compiled is what is served
     with pytest.raises(ValueError, match="one for each query head of the model, 3 of them in each process, got 4"):
         own_heads(PrefillConfig(alpha=(0.1, 0.2, 0.3, 0.4)), 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (PrefillConfig(), None),
+        (PrefillConfig.recommended(), "probes and outliers attend plainly"),
+        (PrefillConfig(guard=0.9), "guard"),
+        (PrefillConfig(scorer="xattention"), "xattention"),
+    ],
+)
+def test_a_soft_cap_that_a_setting_cannot_search_stays_with_vllm(config, said):
+    capped = {"num_heads": 2, "scale": 0.125, "logits_soft_cap": 30.0}
+    model = Model(Settings(config, {1: None}), PrefillConfig(), 4096)
+    assert model.against(1, capped) is None and model.against(0, capped | {"logits_soft_cap": 0.0}) is None
+    if said is None:
+        assert model.against(0, capped) is None and model.layer(0, capped).variant.soft_cap == 30
+    else:
+        assert said in model.against(0, capped) and model.layer(0, capped) is None and not model.kinds(capped)
 
 
 def test_layers_are_numbered_by_their_names():

@@ -14,7 +14,7 @@ from flexprefill.attention.tail import TAIL_SPLIT_FROM
 from flexprefill.blockmap import index_lists_kernel
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.integrations.vllm.attend import lengths_to_warm
-from flexprefill.search.kernels import launch
+from flexprefill.search.kernels import farthest, launch, two_sided
 from flexprefill.search.rule import Rule
 
 HEADS, KV_HEADS, DIM, PARTS = 8, 2, 128, 16
@@ -28,11 +28,14 @@ def note(kernel, grid, *arguments, **named):
 
 
 def serve(q_len, kv_len):
-    """What attend_prompt launches by itself, besides FlexAttention."""
+    """What attend_prompt launches by itself, besides FlexAttention, for each of two settings."""
     query = torch.empty(1, q_len, HEADS, DIM, dtype=torch.bfloat16).transpose(1, 2).as_subclass(OnHopper)
     key = torch.empty(1, KV_HEADS, kv_len, DIM, dtype=torch.bfloat16).as_subclass(OnHopper)
     rule = Rule.of(PrefillConfig(), scale=0.1, last_chunk=True)
     launch.score_words(query, launch.pool_keys(key, 128, None).as_subclass(OnHopper), kv_len, rule)
+    rule = Rule.of(PrefillConfig.recommended(), scale=0.1, last_chunk=True)
+    outliers = farthest.farthest(key, 128, rule.outlier_keys, vectors=True).as_subclass(OnHopper)
+    two_sided.keep_more(query, key, outliers, None, rule, measured=False)
     geometry = Geometry(q_len, kv_len, 128)
     words = torch.zeros(1, HEADS, geometry.rows, -(-geometry.columns // 32), dtype=torch.int32)
     fill(words, geometry)
@@ -49,7 +52,7 @@ def fill(words, geometry):
     index_lists_kernel.fill_lists((counts, indices, counts, indices), words, geometry)
 
 
-compile_instead(note, launch, index_lists_kernel, tail_kernel)
+compile_instead(note, launch, farthest, two_sided, index_lists_kernel, tail_kernel)
 for lengths in lengths_to_warm(True, 131_072):
     serve(*lengths)
 seen, fresh = fresh, set()

@@ -133,9 +133,10 @@ class SparsePrefill:
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """As the backend's own. And compiles what the layer needs, so that no request waits for it."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        if self._against is not None:
-            return
         given = self._arguments
+        kinds = self._kinds()
+        if not kinds:
+            return
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         heads = given["num_heads"], given["num_kv_heads"], given["head_size"]
@@ -144,7 +145,7 @@ class SparsePrefill:
             f"flexprefill: prompts from {self._model.settings.keys_from:,} tokens on go through the search, which "
             f"compiles now. Its reports are in {os.environ.get(FOLDER)}"
         )
-        for kind in self._model.kinds(given):
+        for kind in kinds:
             warm_once(kind, Sizes(*heads, act_dtype, device, self._model.most_keys), type(self).gather)
 
     def forward(
@@ -180,15 +181,25 @@ class SparsePrefill:
     def _take_room(self, query: Tensor) -> None:
         """Takes what a call needs for the longest prompt, and gives it back, while vLLM measures what to leave free."""
         given = self._arguments
-        if self._against is None:
-            gathered = self._model.most_keys, given["num_kv_heads"], 2 * given["head_size"]
-            _ = query.new_empty(gathered), torch.empty_like(query), torch.empty_like(query)
+        kinds = self._kinds()
+        if not kinds:
+            return
+        gathered = self._model.most_keys, given["num_kv_heads"], 2 * given["head_size"]
+        taken = [query.new_empty(gathered), torch.empty_like(query), torch.empty_like(query)]
+        if query.is_cuda and any(kind.config.two_sided for kind in kinds):
+            from flexprefill.search.kernels.two_sided import SCRATCH_BYTES  # imports triton
+
+            taken.append(query.new_empty(SCRATCH_BYTES, dtype=torch.uint8))
+
+    def _kinds(self) -> set[ServedLayer]:
+        """The kinds of search of the model's layers. There are none where all stay with vLLM's own attention."""
+        return set() if self._against is not None else self._model.kinds(self._arguments)
 
     def _served_by(self, layer: Any) -> ServedLayer | None:
         """How this layer serves long prompts. None: vLLM's own attention does, and the log says why."""
         if self._served is None:
-            reason = self._against or self.against_cache(layer)
             number = layer_number(layer.layer_name)
+            reason = self._against or self.against_cache(layer) or self._model.against(number, self._arguments)
             found = None if reason else self._model.layer(number, self._arguments)
             if reason:
                 say_once(f"flexprefill leaves layers to vLLM's own attention: {reason}")

@@ -10,6 +10,7 @@ from typing import Any
 from flexprefill.config import PrefillConfig
 from flexprefill.integrations.vllm.attend import ServedLayer
 from flexprefill.integrations.vllm.settings import Settings
+from flexprefill.search.blocks import against_variant
 from flexprefill.variant.variant import AttentionVariant
 
 
@@ -40,21 +41,34 @@ class Model:
             ValueError: The settings have a number for each head of another model.
         """
         config = self.settings.of_layer(index, self.published)
-        if config is None:
+        if config is None or self.against(index, arguments) is not None:
             return None
-        soft_cap = arguments.get("logits_soft_cap") or None  # 0 is none too
         own = own_heads(config, arguments["num_heads"], self.rank)
-        return ServedLayer(own, float(arguments["scale"]), AttentionVariant(soft_cap=soft_cap))
+        return ServedLayer(own, float(arguments["scale"]), _variant(arguments))
+
+    def against(self, index: int, arguments: Mapping[str, Any]) -> str | None:
+        """Why a layer's setting cannot search it. None if it can, or if the layer stays dense anyway."""
+        config = self.settings.of_layer(index, self.published)
+        return None if config is None else against_variant(config, _variant(arguments))
 
     def kinds(self, arguments: Mapping[str, Any]) -> set[ServedLayer]:
-        """Layers that together need all that has to be compiled. Settings that differ in their alphas need the same."""
+        """Layers that together need all that has to be compiled. Settings that differ in thresholds need the same.
+
+        They are none where no layer goes through the search.
+        """
         indices = range(max(self.settings.layers, default=-1) + 2)  # the last one has the settings of all others
         layers = (self.layer(index, arguments) for index in indices)
-        return {replace(layer, config=_without_alpha(layer.config)) for layer in layers if layer is not None}
+        return {replace(layer, config=_without_thresholds(layer.config)) for layer in layers if layer is not None}
 
 
-def _without_alpha(config: PrefillConfig) -> PrefillConfig:
-    return replace(config, alpha=(0.5,) * len(config.alpha) if isinstance(config.alpha, tuple) else 0.5)
+def _variant(arguments: Mapping[str, Any]) -> AttentionVariant:
+    return AttentionVariant(soft_cap=arguments.get("logits_soft_cap") or None)  # 0 is none too
+
+
+def _without_thresholds(config: PrefillConfig) -> PrefillConfig:
+    """The same kind of search. An alpha of None stays so, because other kernels run then."""
+    alpha = config.alpha and ((0.5,) * len(config.alpha) if isinstance(config.alpha, tuple) else 0.5)
+    return replace(config, alpha=alpha, probe_share=0.5, outlier_share=0.5)
 
 
 def own_heads(config: PrefillConfig, heads: int, rank: int) -> PrefillConfig:

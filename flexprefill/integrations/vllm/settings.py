@@ -16,6 +16,7 @@ CONFIG = "FLEXPREFILL_CONFIG"
 MIN_KEYS = "FLEXPREFILL_MIN_KEYS"
 MIN_QUERIES = "FLEXPREFILL_MIN_QUERIES"
 FOLDER = "FLEXPREFILL_FOLDER"
+RECOMMENDED = "recommended"  # for CONFIG: the two-sided search
 FIRST_PROCESS = "FLEXPREFILL_FIRST_PROCESS"  # set by the plug-in itself: the process that all others come from
 TICKET = "record.json"  # in the folder: which recording was asked for last
 ON, OFF = ("on", "1", "true", "yes"), ("", "off", "0", "false", "no")
@@ -110,6 +111,8 @@ def _read_config(text: str) -> tuple[PrefillConfig | None, dict[int, PrefillConf
     """The config of all layers and those of single ones, from a preset's name, a file, or JSON itself."""
     if not text:
         return None, {}
+    if text.lower() == RECOMMENDED:
+        return PrefillConfig.recommended(), {}
     if text.startswith("{"):
         return _of_record(text, CONFIG)
     if os.path.exists(text) or text.endswith(".json"):
@@ -121,7 +124,7 @@ def _read_config(text: str) -> tuple[PrefillConfig | None, dict[int, PrefillConf
         return PrefillConfig.published(text), {}
     except ValueError:
         raise ValueError(
-            f"{CONFIG} must be a file that exists, JSON, or the name of a published setting, such as "
+            f"{CONFIG} must be a file that exists, JSON, {RECOMMENDED!r}, or the name of a published setting, such as "
             f"{', '.join(PUBLISHED)}, got {text!r}"
         ) from None
 
