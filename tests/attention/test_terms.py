@@ -92,6 +92,35 @@ def test_the_kernel_takes_tiles_that_every_row_sees_whole(more):
     assert reference == kernel and 0.05 < kernel.density().mean() < 0.98
 
 
+@pytest.mark.parametrize(
+    ("bounds", "q_len", "chosen"),
+    [
+        ((75, 400), 400, {}),  # one sequence for all rows of the later tiles, and padding before it
+        ((3, 130, 390), 390, {"sliding_window": 200}),
+        ((0, 141, 400), 290, {"soft_cap": 2.0, "alibi_slopes": (0.01,)}),
+    ],
+)
+@pytest.mark.parametrize("rows", ["whole", "visible"])
+def test_the_kernel_takes_tiles_of_one_sequence(bounds, q_len, chosen, rows):
+    kv_len = bounds[-1]
+    query, key, _ = make_qkv(q_len, kv_len, heads=1, head_dim=16, seed=2)
+    key[:, :, : bounds[-2]] *= 4  # seen by mistake, another sequence's keys would have the best score
+    chosen = NOTHING | chosen
+    config = replace(LEAN, alpha=0.7, sink_blocks=0, last_full_blocks=0, score_rows=rows)
+    positions = torch.arange(kv_len)
+    of = torch.bucketize(positions, torch.tensor(bounds), right=True)
+    edges = torch.tensor([kv_len, *bounds])
+    starts = edges[of].tolist()
+    ends = [0 if sequence == 0 else bounds[sequence] for sequence in of.tolist()]
+    given_terms = {"window": chosen["sliding_window"], "soft_cap": chosen["soft_cap"], "slopes": chosen["alibi_slopes"]}
+    keep, close = evaluate_cut_rule(query, key, [starts], [ends], config=config, scale=1.5, **given_terms)
+    sequences = Sequences.from_cu_seqlens(torch.tensor(bounds, device=DEVICE), kv_len)
+    padding = sequences.padding.cpu()
+    query, key = (spoil(tensor, padding).to(DEVICE) for tensor in (query, key))
+    call = {**on_device(chosen, 1), "sequences": sequences, "implementation": "triton", "scale": 1.5}
+    assert_follows(search_blocks(query, key, config, **as_variant(**call)), keep, close)
+
+
 def logits_of(query, key, scale, chosen, starts=None):
     """Scores and what is allowed, in float64: [B, Hq, S_q, S_kv]."""
     q_len, kv_len = query.shape[2], key.shape[2]

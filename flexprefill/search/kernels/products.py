@@ -61,8 +61,13 @@ def tile_products(j0, inputs, queries, prompt, fixed, MASKED: tl.constexpr):
     of what its own sequence has in block j. SOFT_CAP and ALIBI make log2 scores of the products.
     """
     j = j0 + tl.arange(0, fixed.TILE)
-    products = _dots(j, inputs, inputs.means_base, queries, prompt, fixed, MASKED)
-    if fixed.SEQUENCES and MASKED:
+    means_base = inputs.means_base
+    if fixed.SEQUENCES and not fixed.SEVERAL and MASKED:
+        # the block in which the sequence starts begins with another one
+        starts_inside = (queries.start % fixed.BLOCK != 0) & (j == queries.start // fixed.BLOCK)
+        means_base += tl.where(starts_inside, prompt.columns * fixed.D, 0)[:, None]
+    products = _dots(j, inputs, means_base, queries, prompt, fixed, MASKED)
+    if fixed.SEVERAL:
         products = _of_own_sequences(products, j0, inputs, queries, prompt, fixed)
     if fixed.SOFT_CAP or fixed.ALIBI:
         products = _modified(products, j[:, None], inputs, queries, prompt, fixed, MASKED)
@@ -73,7 +78,7 @@ def tile_products(j0, inputs, queries, prompt, fixed, MASKED: tl.constexpr):
 
 @triton.jit
 def _dots(j, inputs, means_base, queries, prompt, fixed, MASKED: tl.constexpr):
-    """Products of means [J, D] with the rows of query blocks: float32 [J, rows]."""
+    """Products of means [J, D] with the rows of query blocks: float32 [J, rows]. A base for all, or [J, 1]."""
     if fixed.D_STEP == fixed.D_PAD:
         d = tl.arange(0, fixed.D_PAD)
         pointers = means_base + j[:, None] * fixed.D + d[None, :]
@@ -127,8 +132,8 @@ def own_products(own_base, query_base, stride_s, stride_d, queries, prompt, fixe
 def _of_own_sequences(products, j0, inputs, queries, prompt, fixed):
     """The products, with the means of the rows' own sequences where a block's first key is in another sequence."""
     # a sequence lacks a block's first key only in the block in which it starts
-    first_block = queries.first_start // fixed.BLOCK
-    lacks = (queries.first_start % fixed.BLOCK != 0) & (first_block >= j0) & (first_block < j0 + fixed.TILE)
+    first_block = queries.start // fixed.BLOCK
+    lacks = (queries.start % fixed.BLOCK != 0) & (first_block >= j0) & (first_block < j0 + fixed.TILE)
     if lacks | (j0 + fixed.TILE > queries.starts_from):
         start, end = sequences_of(queries, prompt, fixed)
         j = j0 + tl.arange(0, fixed.TILE)
@@ -165,8 +170,8 @@ def _distances(j, alibi, queries, prompt, fixed, MASKED: tl.constexpr):
     seen_end = (j + 1) * fixed.BLOCK
     ratio = alibi.whole_ratio
     if MASKED:
-        start, end = 0, prompt.kv_len
-        if fixed.SEQUENCES:
+        start, end = queries.start, queries.end
+        if fixed.SEVERAL:
             start, end = sequences_of(queries, prompt, fixed)
             start, end = start[None, :], end[None, :]
         seen_first = tl.maximum(j * fixed.BLOCK, start)

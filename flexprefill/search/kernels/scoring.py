@@ -30,14 +30,17 @@ from flexprefill.search.kernels.visibility import (
     BlockRule,
     Cuts,
     Fixed,
+    OneSequence,
     PromptSizes,
     cut_prompt,
     is_kept,
     is_scored,
+    sequence_at,
     unmasked_end,
     whole_prompt,
 )
 
+ONE, SEVERAL = tl.constexpr(False), tl.constexpr(True)  # sequences of a tile's rows
 SMALLEST_LOG2_ALPHA = tl.constexpr(-100.0)  # below it a block kept could underflow
 
 
@@ -142,7 +145,7 @@ def search_kernel(
             I0, I0 + q, I0 * BLOCK + r, batch_head, call, scratch,
             Fixed(
                 D, D_PAD, BLOCK, QUERY_BLOCKS, TILE, D_STEP, WORDS, MEMBERS,
-                FIRST_KEY, CUT, SEQUENCES, SOFT_CAP, ALIBI, ALPHAS,
+                FIRST_KEY, CUT, SEQUENCES, SOFT_CAP, ALIBI, ALPHAS, ONE,
             ),
         )  # fmt: skip
         # other threads may still read scores that the next tile overwrites
@@ -152,9 +155,25 @@ def search_kernel(
 @triton.jit
 def _search_tile(I0, I, row, batch_head, call, scratch, fixed):
     """The search for query blocks I, from I0, and their rows, of the query heads from batch_head that share a mask."""
+    if fixed.SEQUENCES:
+        batch = batch_head // call.tensors.HEADS
+        sequence, several = sequence_at(I0, row, batch, call.prompt, call.cuts, fixed)
+        # one sequence for all rows takes a fraction of the instructions, and most tiles have one
+        if several:
+            _search_rows(I0, I, row, batch_head, sequence, call, scratch, Fixed(*fixed[:-1], SEVERAL))
+        else:
+            _search_rows(I0, I, row, batch_head, sequence, call, scratch, fixed)
+    else:
+        everything = OneSequence(0, call.prompt.kv_len)
+        _search_rows(I0, I, row, batch_head, everything, call, scratch, fixed)
+
+
+@triton.jit
+def _search_rows(I0, I, row, batch_head, sequence, call, scratch, fixed):
+    """As _search_tile, where it is known whether the rows are of one sequence."""
     if fixed.CUT:
         batch = batch_head // call.tensors.HEADS
-        queries, bounds = cut_prompt(I0, I, row, batch, call.prompt, call.rule, call.cuts, fixed)
+        queries, bounds = cut_prompt(I0, I, row, batch, sequence, call.prompt, call.rule, call.cuts, fixed)
     else:
         queries, bounds = whole_prompt(I, row, call.prompt, call.rule, call.cuts, fixed)
     threshold = tl.zeros([fixed.QUERY_BLOCKS], tl.float32)
@@ -272,7 +291,7 @@ def _task_of(I0, batch_head, call, queries, bounds, fixed):
     means_base = tensors.means_ptr + (batch_head // tensors.GROUP) * means_rows * fixed.D
     own_base = means_base + (2 * prompt.columns + prompt.offset).to(tl.int64) * fixed.D
     some_alone = False
-    if fixed.SEQUENCES:
+    if fixed.SEVERAL:
         some_alone = tl.max(rows_alone(queries, prompt, fixed).to(tl.int32), 0) > 0
     unmasked = unmasked_end(I0, queries, bounds, prompt, fixed)
     whole_rows = 0.0
@@ -291,7 +310,7 @@ def _inputs_of(member, own, task, call, queries, fixed):
     whole_rows = task.whole_rows
     if (fixed.D_STEP == fixed.D_PAD) and (fixed.MEMBERS > 1):
         whole_rows = load_queries(query_base, stride_s, stride_d, queries.row, prompt.q_len, fixed)
-    if fixed.SEQUENCES:  # noqa: SIM102
+    if fixed.SEVERAL:  # noqa: SIM102
         if task.some_alone:
             own = own_products(task.own_base, query_base, stride_s, stride_d, queries, prompt, fixed)
     slope = _slope_of(member, task.head, call.tensors, fixed)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class Fixed(NamedTuple):
-    """What a kernel is compiled for: the arguments of search_kernel in capitals."""
+    """What a tile is compiled for: the arguments of search_kernel in capitals, and SEVERAL."""
 
     D: Any
     D_PAD: Any
@@ -28,6 +28,7 @@ class Fixed(NamedTuple):
     SOFT_CAP: Any
     ALIBI: Any
     ALPHAS: Any
+    SEVERAL: Any  # whether the tile's rows are of several sequences
 
 
 class PromptSizes(NamedTuple):
@@ -57,6 +58,13 @@ class Cuts(NamedTuple):
     sliding_window: Any
 
 
+class OneSequence(NamedTuple):
+    """A sequence's first position and its end."""
+
+    start: Any
+    end: Any
+
+
 class Queries(NamedTuple):
     """The rows of a tile of query blocks."""
 
@@ -64,11 +72,11 @@ class Queries(NamedTuple):
     position: Any  # [rows]
     starts_ptr: Any  # of each position's sequence, in the rows' batch entry
     ends_ptr: Any
-    several: Any  # whether the rows are of several sequences
-    first_start: Any  # of the first row's sequence
+    start: Any  # of the first row's sequence
+    end: Any
     starts_from: Any  # the first block in which the others may start
     sliding_window: Any  # keys that a row sees
-    first_scored: Any  # the first block to which the row gives a score, [rows]; a number where there are no sequences
+    first_scored: Any  # the first block to which the row gives a score, [rows]; a number where they are of one sequence
     scored: Any  # and to how many it does
 
 
@@ -121,7 +129,7 @@ def whole_prompt(I, row, prompt, rule, cuts, fixed):
         seen = tl.where(last + 1 == prompt.kv_len, prompt.columns, (last + 1) // fixed.BLOCK)
     scored = tl.where(compares, seen, 0)
     base = tl.zeros([fixed.QUERY_BLOCKS], tl.int32)
-    queries = Queries(row, position, 0, 0, False, 0, prompt.columns, cuts.sliding_window, 0, 0)
+    queries = Queries(row, position, 0, 0, 0, prompt.kv_len, prompt.columns, cuts.sliding_window, 0, 0)
     return queries, Bounds(I, visible, window_start, scored, base, tl.max(scored, 0), 0, 0)
 
 
@@ -131,8 +139,13 @@ def unmasked_end(I0, queries, bounds, prompt, fixed):
     unmasked = (prompt.offset + I0 * fixed.BLOCK + 1) // fixed.BLOCK // fixed.TILE * fixed.TILE
     if prompt.q_len < (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK:
         unmasked = 0
-    if fixed.CUT:  # noqa: SIM102
-        if _see_unlike(I0, queries, bounds, prompt, fixed):
+    if fixed.SEVERAL:
+        unmasked = 0
+    elif fixed.CUT:
+        # the far edge of a row's window, or the start of the sequence, may lie behind the first tile
+        end = prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK
+        farthest = tl.maximum(queries.start, end - queries.sliding_window)
+        if farthest > (bounds.first_tile + fixed.TILE) * fixed.BLOCK:
             unmasked = 0
     return unmasked
 
@@ -140,12 +153,15 @@ def unmasked_end(I0, queries, bounds, prompt, fixed):
 @triton.jit
 def sees_block(j, queries, prompt, fixed):
     """Whether each row sees all of block j (FIRST_KEY: its first key) and so gives it a score: [J, rows]."""
-    if fixed.SEQUENCES:
+    if fixed.SEVERAL:
         sees = _is_among(j[:, None], queries.first_scored[None, :], queries.scored[None, :])
     elif fixed.CUT:
-        _, _, nearest, farthest = _scoring_positions(j, 0, prompt.kv_len, queries.sliding_window, fixed)
+        start, end, sliding_window = queries.start, queries.end, queries.sliding_window
+        own_first, own_last, nearest, farthest = _scoring_positions(j, start, end, sliding_window, fixed)
         # rows behind the end give no score
         count = tl.maximum(tl.minimum(farthest, prompt.kv_len - 1) - nearest + 1, 0)
+        if fixed.SEQUENCES:
+            count = tl.where(own_first <= own_last, count, 0)
         sees = _is_among(queries.position[None, :], nearest[:, None], count[:, None])
     else:
         needed = j * fixed.BLOCK if fixed.FIRST_KEY else tl.minimum((j + 1) * fixed.BLOCK, prompt.kv_len) - 1
@@ -188,14 +204,31 @@ def _beside(values, j):
 
 
 @triton.jit
-def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
-    """As whole_prompt, for query blocks from I0 whose rows see their own sequence in their window."""
+def sequence_at(I0, row, batch, prompt, cuts, fixed):
+    """The sequence of the first row of query blocks from I0, and whether the rows are of several.
+
+    One sequence for all rows does not lie in a block alone: the rows fill a block, or the sequence ends with the keys.
+    """
+    base = batch * cuts.sequence_stride
+    first = prompt.offset + I0 * fixed.BLOCK
+    start, end = tl.load(cuts.starts_ptr + base + first), tl.load(cuts.ends_ptr + base + first)
+    inside = row < prompt.q_len
+    starts = tl.load(cuts.starts_ptr + base + prompt.offset + row, mask=inside, other=start)
+    return OneSequence(start, end), tl.max((starts != start).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def cut_prompt(I0, I, row, batch, sequence, prompt, rule, cuts, fixed):
+    """As whole_prompt, for query blocks from I0 whose rows see their own sequence in their window.
+
+    Without SEVERAL they are all of the one ``sequence``.
+    """
     BLOCK: tl.constexpr = fixed.BLOCK
     position = row + prompt.offset
     last = prompt.offset + tl.minimum((I + 1) * BLOCK, prompt.q_len) - 1
     visible = last // BLOCK + 1
     first_row = prompt.offset + I * BLOCK
-    queries = _queries_of(I0, row, position, batch, prompt, cuts, fixed)
+    queries = _queries_of(I0, row, position, batch, sequence, prompt, cuts, fixed)
     first_start, first_end = _sequence_of(I < prompt.rows, first_row, queries, prompt, fixed)
     # only rows of the first row's own sequence see blocks before the first row's
     low = first_row // BLOCK
@@ -211,15 +244,15 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
     last_rows = (tl.maximum(first_end - prompt.offset, 0) + BLOCK - 1) // BLOCK
     all_kept = (I >= last_rows - rule.last_full_blocks) | (own_visible <= sinks_end)
     window_start = tl.where(all_kept, 0, own_visible - rule.window_blocks)
-    rows, sequence, always = (first_row, last), (first_start, first_end), (sinks_end, window_start)
-    here, here_kept = _of_one_sequence(low, rows, sequence, always, cuts.sliding_window, fixed)
-    behind, behind_kept = _of_one_sequence(low + 1, rows, sequence, always, cuts.sliding_window, fixed)
-    if fixed.SEQUENCES:  # noqa: SIM102
-        if queries.several:
-            I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
-            low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
-            here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
-            behind, behind_kept = _row_by_row(low_of_row + 1, I_of_row, queries, prompt, rule, fixed)
+    if fixed.SEVERAL:
+        I_of_row = I0 + tl.arange(0, fixed.QUERY_BLOCKS * BLOCK) // BLOCK
+        low_of_row = (prompt.offset + I_of_row * BLOCK) // BLOCK
+        here, here_kept = _row_by_row(low_of_row, I_of_row, queries, prompt, rule, fixed)
+        behind, behind_kept = _row_by_row(low_of_row + 1, I_of_row, queries, prompt, rule, fixed)
+    else:
+        rows, own, always = (first_row, last), (first_start, first_end), (sinks_end, window_start)
+        here, here_kept = _of_one_sequence(low, rows, own, always, cuts.sliding_window, fixed)
+        behind, behind_kept = _of_one_sequence(low + 1, rows, own, always, cuts.sliding_window, fixed)
     compares = (tl.minimum(window_start, low) > lowest) | (here & (here_kept == 0))
     compares = (I < prompt.rows) & (compares | (behind & (behind_kept == 0)))
     scored = tl.where(compares, visible, 0)
@@ -235,35 +268,35 @@ def cut_prompt(I0, I, row, batch, prompt, rule, cuts, fixed):
 @triton.jit
 def _sequence_of(inside, position, queries, prompt, fixed):
     """Start and end of the sequences at positions. Where not inside, those of no sequence."""
-    if fixed.SEQUENCES:
+    if fixed.SEVERAL:
         start = tl.load(queries.starts_ptr + position, mask=inside, other=prompt.kv_len)
         end = tl.load(queries.ends_ptr + position, mask=inside, other=0)
     else:
-        start = tl.where(inside, 0, prompt.kv_len)
-        end = tl.where(inside, prompt.kv_len, 0)
+        start = tl.where(inside, queries.start, prompt.kv_len)
+        end = tl.where(inside, queries.end, 0)
     return start, end
 
 
 @triton.jit
 def sequences_of(queries, prompt, fixed):
-    """Start and end of each row's sequence, [rows]. They are read where they are needed, for they take registers."""
+    """Start and end of each row's sequence, [rows]. They are read where they are needed, for they take registers.
+
+    For SEVERAL alone: elsewhere they are those of the Queries.
+    """
     return _sequence_of(queries.row < prompt.q_len, queries.position, queries, prompt, fixed)
 
 
 @triton.jit
-def _queries_of(I0, row, position, batch, prompt, cuts, fixed):
-    """The Queries of a tile's rows, from query block I0. Without sequences they are of one."""
+def _queries_of(I0, row, position, batch, sequence, prompt, cuts, fixed):
+    """The Queries of a tile's rows, from query block I0."""
     starts, ends = cuts.starts_ptr + batch * cuts.sequence_stride, cuts.ends_ptr + batch * cuts.sequence_stride
-    sliding_window = cuts.sliding_window
-    queries = Queries(row, position, starts, ends, False, 0, prompt.columns, sliding_window, 0, 0)
-    if fixed.SEQUENCES:
-        start, end = sequences_of(queries, prompt, fixed)
-        first_start = tl.min(start, 0)
-        several = tl.max(tl.where(row < prompt.q_len, start, 0), 0) != first_start
-        starts_from = tl.where(several, (prompt.offset + I0 * fixed.BLOCK) // fixed.BLOCK, prompt.columns)
-        first_scored, scored = _blocks_scored(position, start, end, sliding_window, fixed)
+    start, end, sliding_window = sequence.start, sequence.end, cuts.sliding_window
+    queries = Queries(row, position, starts, ends, start, end, prompt.columns, sliding_window, 0, 0)
+    if fixed.SEVERAL:
+        starts_from = (prompt.offset + I0 * fixed.BLOCK) // fixed.BLOCK
+        first_scored, scored = _blocks_scored(position, *sequences_of(queries, prompt, fixed), sliding_window, fixed)
         queries = Queries(
-            row, position, starts, ends, several, first_start, starts_from, sliding_window, first_scored, scored
+            row, position, starts, ends, start, end, starts_from, sliding_window, first_scored, scored
         )  # fmt: skip
     return queries
 
@@ -324,14 +357,6 @@ def _row_by_row(j, I, queries, prompt, rule, fixed):
 def _any_row(flags, fixed):
     """Whether a flag of the rows [rows] is set in each query block: [query blocks]."""
     return tl.max(tl.reshape(flags.to(tl.int32), [fixed.QUERY_BLOCKS, fixed.BLOCK]), 1) > 0
-
-
-@triton.jit
-def _see_unlike(I0, queries, bounds, prompt, fixed):
-    """Whether there are rows of several sequences, or the far edge of a row's window lies behind the first tile."""
-    end = prompt.offset + (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK
-    farthest = tl.maximum(queries.first_start, end - queries.sliding_window)
-    return queries.several | (farthest > (bounds.first_tile + fixed.TILE) * fixed.BLOCK)
 
 
 @triton.jit
