@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from flexprefill.bench.contestants import CONTESTANTS, PART, Contestant, ready
 from flexprefill.bench.floors import Floor, Rates, floor_of
 from flexprefill.bench.inputs import Case, make_case, make_qkv
 from flexprefill.bench.settings import Settings
-from flexprefill.bench.timing import Watch, make_watch, reason, repeats_within_budget, single_call, take_turns
+from flexprefill.bench.timing import Watch, by_the_clock, make_watch, reason, repeats_within_budget, take_turns
 from flexprefill.errors import FlexPrefillError
 from flexprefill.runtime.progress import stage
 
 LONGEST_GRAPH = 16_384  # tokens; in longer prompts launches take little of the time
+LAYERS = 32  # calls in a row, as in a model
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Measurement:
         reached: floor_ms over median_ms; None if there is no floor.
         single_ms: Repeats of a single call by the wall clock, on an idle GPU. None of parts, and on the CPU, where all
             times are by the wall clock.
+        row_ms: The same of LAYERS calls in a row, each time divided by their number. Up to LONGEST_GRAPH tokens.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Measurement:
     bound: str | None
     reached: float | None
     single_ms: Sequence[float] = ()
+    row_ms: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,21 @@ def measure_length(settings: Settings, length: int, density: float, rates: Rates
             except Exception as error:
                 absent[name] = reason(error)
             advance(1)
-    singles: dict[str, Watch] = {}
+    clocks: dict[str, int] = {}
     if settings.device.type == "cuda":
-        singles = {name: single_call(watch) for name, watch in watches.items() if chosen[name].kind != PART}
-    with stage(f"{length:,} tokens, timing", sum(repeats.values()) + sum(repeats[name] for name in singles)) as advance:
+        clocks = {"single_ms": 1, "row_ms": LAYERS} if length <= LONGEST_GRAPH else {"single_ms": 1}
+    calls = [name for name in watches if chosen[name].kind != PART]
+    turns = sum(repeats.values()) + len(clocks) * sum(repeats[name] for name in calls)
+    with stage(f"{length:,} tokens, timing", turns) as advance:
         times, failed = take_turns(watches, repeats, advance)
-        single_times, _ = take_turns(singles, repeats, advance)
-    results = {
-        name: _result(chosen[name], case, watches[name], series, single_times.get(name, ()), rates)
-        for name, series in times.items()
-    }
+        clocked = {
+            kind: take_turns({name: by_the_clock(watches[name], count) for name in calls}, repeats, advance)[0]
+            for kind, count in clocks.items()
+        }
+    results = {}
+    for name, series in times.items():
+        own = {kind: of_all[name] for kind, of_all in clocked.items() if name in of_all}
+        results[name] = _result(chosen[name], case, watches[name], series, own, rates)
     found = case.block_map.density().mean().item()
     return Run(length, density, found, case.config.to_dict(), results, absent | failed)
 
@@ -124,7 +132,7 @@ def _result(
     case: Case,
     watch: Watch,
     series: Sequence[float],
-    single_ms: Sequence[float],
+    clocked: Mapping[str, Sequence[float]],
     rates: Rates | None,
 ) -> Measurement:
     median = statistics.median(series)
@@ -143,5 +151,5 @@ def _result(
         floor_ms=None if floor is None else floor.ms,
         bound=None if floor is None else floor.bound,
         reached=None if floor is None else floor.ms / median,
-        single_ms=single_ms,
+        **clocked,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flexprefill.bench.contestants import DENSE, WHOLE
-from flexprefill.bench.measure import Measurement, Run
+from flexprefill.bench.measure import LAYERS, Measurement, Run
 from flexprefill.bench.settings import Settings
 from flexprefill.plotting import TimeLine, token_label
 
@@ -17,6 +17,7 @@ WIDTH = 118
 NAME_WIDTH, CELL_WIDTH = 23, 13
 BOUNDS = {"matrix": "mat", "exponentials": "exp", "bytes": "mem"}
 ABSENT = "–"
+BY_THE_CLOCK = {"single_ms": "a single call on an idle GPU", "row_ms": f"one of {LAYERS} calls in a row"}
 
 
 def describe_settings(settings: Settings) -> dict[str, Any]:
@@ -73,13 +74,14 @@ def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None)
     lines += [_line(name, [_time_cell(run.contestants.get(key)) for run in runs]) for key, name in names.items()]
     lines += [*_speedups(runs), ""]
 
-    singles = [_by_single_call(run) for run in runs]
-    if any(run.contestants for run in singles):
-        lines += ["a single call on an idle GPU, by the wall clock: median ms ± the same", header]
-        for key, name in names.items():
-            if any(key in run.contestants for run in singles):
-                lines.append(_line(name, [_time_cell(run.contestants.get(key)) for run in singles]))
-        lines += [*_speedups(singles), ""]
+    for kind, title in BY_THE_CLOCK.items():
+        clocked = [_by_the_clock(run, kind) for run in runs]
+        if any(run.contestants for run in clocked):
+            lines += [f"{title}, by the wall clock: median ms ± the same", header]
+            for key, name in names.items():
+                if any(key in run.contestants for run in clocked):
+                    lines.append(_line(name, [_time_cell(run.contestants.get(key)) for run in clocked]))
+            lines += [*_speedups(clocked), ""]
 
     if no_floors:
         lines.append(f"no floors: {no_floors}")
@@ -160,16 +162,14 @@ def _speedups(runs: Sequence[Run]) -> list[str]:
     return [] if set(cells) == {ABSENT} else [_line("faster than best dense", cells)]
 
 
-def _by_single_call(run: Run) -> Run:
-    """The same run with the times of single calls."""
-    single = {
-        name: dataclasses.replace(
-            result, note=None, median_ms=statistics.median(result.single_ms), repeats_ms=result.single_ms
-        )
+def _by_the_clock(run: Run, kind: str) -> Run:
+    """The same run with the times of a kind of BY_THE_CLOCK."""
+    clocked = {
+        name: dataclasses.replace(result, note=None, median_ms=statistics.median(series), repeats_ms=series)
         for name, result in run.contestants.items()
-        if result.single_ms
+        if (series := getattr(result, kind))
     }
-    return dataclasses.replace(run, contestants=single)
+    return dataclasses.replace(run, contestants=clocked)
 
 
 def _floor_cell(result: Measurement | None) -> str:

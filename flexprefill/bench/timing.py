@@ -31,7 +31,7 @@ class Watch:
     Attributes:
         timing: How it is timed. The device's time alone: "graph of N" (N calls in a CUDA graph, divided by N) or
             "events" (around one call, with the host ahead). Host time included: "eager" (events around one call). By
-            the wall clock: "wall clock" on the CPU, "single call" on CUDA.
+            the wall clock: "wall clock" on the CPU, "single call" and "row of N" calls on CUDA.
         call: What is timed. It is kept here because a graph does not keep the tensors that it reads.
         measure: Times once and returns the milliseconds of one call.
         calls: How many calls a measurement makes.
@@ -68,9 +68,10 @@ def make_watch(call: TimedCall, device: torch.device, *, graph: bool, eager: boo
     return Watch(f"graph of {GRAPH_CALLS}", call, lambda: _device_ms(captured.replay) / GRAPH_CALLS, GRAPH_CALLS)
 
 
-def single_call(watch: Watch) -> Watch:
-    """The same call by the wall clock, on an idle CUDA device: from the call until the device is done."""
-    return Watch("single call", watch.call, lambda: _single_ms(watch.call))
+def by_the_clock(watch: Watch, calls: int) -> Watch:
+    """So many of the same call in a row by the wall clock, on an idle CUDA device: until the device is done."""
+    name = "single call" if calls == 1 else f"row of {calls}"
+    return Watch(name, watch.call, lambda: _clock_ms(watch.call, calls), calls)
 
 
 def repeats_within_budget(repeats: int, watch: Watch, ms: float) -> int:
@@ -140,13 +141,14 @@ def _wall_ms(call: TimedCall) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _single_ms(call: TimedCall) -> float:
+def _clock_ms(call: TimedCall, calls: int) -> float:
     def and_wait() -> None:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
 
     torch.cuda.synchronize()
-    return _wall_ms(and_wait)
+    return _wall_ms(and_wait) / calls
 
 
 def _device_ms(call: TimedCall) -> float:

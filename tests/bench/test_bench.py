@@ -222,6 +222,7 @@ def test_every_contestant_of_a_gpu_is_measured_or_says_why_not(tmp_path):
     whole = run["contestants"]["prefill-attention"]
     # a single call waits for the host, which calls in a graph do not
     assert min(whole["single_ms"]) > whole["min_ms"] and not scoring["single_ms"]
+    assert 0 < min(whole["row_ms"]) < max(whole["single_ms"]) and not scoring["row_ms"]
     assert record["no_floors"] or 0 < whole["reached"] < 1
 
 

@@ -43,16 +43,19 @@ def test_the_tables_say_what_was_measured():
     assert "no floors: the driver is silent" in report.tables(runs, names, "the driver is silent")
 
 
-def test_single_calls_have_a_table_of_their_own():
+@pytest.mark.parametrize(
+    ("kind", "title"), [("single_ms", "a single call on an idle GPU"), ("row_ms", "one of 32 calls in a row")]
+)
+def test_times_by_the_clock_have_a_table_of_their_own(kind, title):
     names = {"whole": "prefill_attention", "fast": "FlashAttention-4"}
-    whole = replace(result("prefill_attention", WHOLE, 2.0), single_ms=[3.0, 4.0, 5.0])
-    fast = replace(result("FlashAttention-4", DENSE, 5.0, note="it waits"), single_ms=[6.0, 6.0, 7.0])
+    whole = replace(result("prefill_attention", WHOLE, 2.0), **{kind: [3.0, 4.0, 5.0]})
+    fast = replace(result("FlashAttention-4", DENSE, 5.0, note="it waits"), **{kind: [6.0, 6.0, 7.0]})
     runs = [
         Run(4096, 0.5, 0.461, {}, {"whole": whole, "fast": fast}, {}),
-        Run(8192, 0.5, 0.461, {}, {"whole": replace(whole, single_ms=())}, {"fast": "out of memory"}),
+        Run(8192, 0.5, 0.461, {}, {"whole": replace(whole, **{kind: ()})}, {"fast": "out of memory"}),
     ]
     lines = report.tables(runs, names, "the driver is silent").splitlines()
-    start = lines.index("a single call on an idle GPU, by the wall clock: median ms ± the same")
+    start = lines.index(f"{title}, by the wall clock: median ms ± the same")
     assert [line.split() for line in lines[start + 1 : start + 6]] == [
         ["4K", "8K"],
         ["prefill_attention", "4.00", "±12%", "–"],
@@ -60,7 +63,7 @@ def test_single_calls_have_a_table_of_their_own():
         ["faster", "than", "best", "dense", "1.50×", "–"],
         [],
     ]
-    assert "a single call" not in report.tables(runs[1:], names, "the driver is silent")
+    assert "wall clock" not in report.tables(runs[1:], names, "the driver is silent")
 
 
 def test_a_line_on_a_length_compares_with_the_best_dense():
