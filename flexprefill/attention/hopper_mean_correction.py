@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.descriptors import described
 from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2
 
 BLOCK = gl.constexpr(128)
@@ -26,27 +26,20 @@ LN_2 = gl.constexpr(math.log(2))
 WARPS, REGISTERS = 8, 128  # a cap for each thread, so that two programs share a multiprocessor
 
 
-@remembered("blocks of a head dimension, as the tensor memory accelerator copies them for mean correction", most=16)
-def _blocks(head_dim: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
-    """Shapes and layouts of a query block and of a tile of means in shared memory."""
-    shapes = [1, 1, BLOCK.value, head_dim], [1, TILE.value, head_dim]
-    return [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)) for shape in shapes]
-
-
 def describe(
     query: Tensor, key_means: Tensor, value_means: Tensor, output: Tensor, merged: Tensor
 ) -> dict[str, TensorDescriptor]:
-    """The kernel's tensors as it copies them. Rows behind the end come as zeros, and are not written.
+    """The kernel's tensors as it copies them. Rows behind the end are not written.
 
     Args:
         query, output, merged: [B, Hq, S_q, D].
         key_means, value_means: [B, Hkv, N, D].
     """
-    block, tile = _blocks(query.shape[3])
+    head_dim = query.shape[3]
     tensors = {"query": query, "output": output, "merged": merged}
     means = {"key_means": key_means.flatten(0, 1), "value_means": value_means.flatten(0, 1)}
-    return {name: TensorDescriptor.from_tensor(tensor, *block) for name, tensor in tensors.items()} | {
-        name: TensorDescriptor.from_tensor(tensor, *tile) for name, tensor in means.items()
+    return {name: described(tensor, 1, 1, BLOCK.value, head_dim) for name, tensor in tensors.items()} | {
+        name: described(tensor, 1, TILE.value, head_dim) for name, tensor in means.items()
     }
 
 

@@ -1,7 +1,8 @@
 """Custom operators. torch.compile does not look inside: a graph holds one as a single call.
 
 Private to torch 2.11 to 2.13 (no public way asks what an operator's call passes through): _dispatch_keys,
-_dispatch_tls_local_include_set, DispatchKeySet, _len_torch_function_stack and _profiler_enabled.
+_dispatch_tls_local_include_set, DispatchKeySet, _len_torch_function_stack, _profiler_enabled and, for whether
+torch.compile traces a thread's functions, get_eval_frame_callback.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch._C._autograd import _profiler_enabled
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from flexprefill.runtime.tracing import is_tracing
 
 # what torch's dispatcher passes by on its way to an operator's function
 PASSED_BY = "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA ADInplaceOrView BackendSelect".split()
+PLAIN = frozenset((int, float, bool, str, tuple, list, type(None)))  # asking whether they are tensors takes longer
 OTHERS = ~functools.reduce(operators.or_, (DispatchKeySet(getattr(DispatchKey, key)) for key in PASSED_BY)).raw_repr()
 
 
@@ -52,8 +55,11 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            seen = is_tracing() or stands_between((*arguments, *named.values()))
-            return (overload if seen else untraced)(*arguments, **named)
+            if is_tracing() or stands_between((*arguments, *named.values())):
+                return overload(*arguments, **named)
+            if get_eval_frame_callback() is None:  # nothing traces this thread's functions
+                return function(*arguments, **named)
+            return untraced(*arguments, **named)
 
         return call
 
@@ -68,10 +74,11 @@ def stands_between(arguments: Sequence[object]) -> bool:
     if _len_torch_function_stack() > 0 or _profiler_enabled() or _dispatch_tls_local_include_set().raw_repr() & OTHERS:
         return True
     for argument in arguments:
-        if type(argument) is Tensor:
-            if _dispatch_keys(argument).raw_repr() & OTHERS:
+        kind = type(argument)
+        if kind is Tensor:
+            if _dispatch_keys(argument).raw_repr() & OTHERS:  # type: ignore[arg-type]  # mypy does not see that it is one
                 return True
-        elif isinstance(argument, Tensor):
+        elif kind not in PLAIN and isinstance(argument, Tensor):
             return True
     return False
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.descriptors import described
 from flexprefill.search.kernels.hopper_parts import barrier
 from flexprefill.search.kernels.sums import LARGE
 
@@ -22,18 +22,10 @@ TILE = gl.constexpr(64)
 IN_EACH_WARP = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
 
 
-@remembered("blocks of a head dimension, as the tensor memory accelerator copies them", most=16)
-def _blocks(head_dim: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
-    """Shapes and layouts of a query block and of a tile of means in shared memory."""
-    shapes = [1, 1, BLOCK.value, head_dim], [1, TILE.value, head_dim]
-    return [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)) for shape in shapes]
-
-
-def describe_tensors(query: Tensor, means: Tensor) -> list[TensorDescriptor]:
+def describe_tensors(query: Tensor, means: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Queries [B, Hq, S_q, D] and means [B, Hkv, N, D] as the kernel copies them, by query block and by tile."""
-    tensors = query, means.flatten(0, 1)
-    blocks = _blocks(query.shape[3])
-    return [TensorDescriptor.from_tensor(tensor, *block) for tensor, block in zip(tensors, blocks, strict=True)]
+    head_dim = query.shape[3]
+    return described(query, 1, 1, BLOCK.value, head_dim), described(means.flatten(0, 1), 1, TILE.value, head_dim)
 
 
 @gluon.jit

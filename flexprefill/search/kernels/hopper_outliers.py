@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.state import remembered
+from flexprefill.search.kernels.descriptors import described
 from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2, fast_log2
 from flexprefill.search.two_sided import OUTLIER_GROUP
 
@@ -35,22 +35,16 @@ def programs(outliers: Tensor) -> int:
     return 4 // outliers.shape[3]
 
 
-@remembered("blocks of a head dimension, as the tensor memory accelerator copies outliers", most=16)
-def _blocks(head_dim: int, count: int) -> list[tuple[list[int], gl.NVMMASharedLayout]]:
-    """Shapes and layouts of a query block, a tile of keys and a tile of outliers in shared memory."""
+def describe(query: Tensor, key: Tensor, outliers: Tensor) -> tuple[TensorDescriptor, ...]:
+    """Queries, keys [B, Hkv, S_kv, D] and outliers [B, Hkv, N, COUNT, D] as the kernel copies them."""
+    head_dim, count = query.shape[3], outliers.shape[3]
     tile = GROUP_BLOCKS.value * count
-    shapes = [1, 1, BLOCK.value, head_dim], [1, 1, tile, head_dim], [1, tile, head_dim]
-    return [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)) for shape in shapes]
-
-
-def describe(query: Tensor, key: Tensor, outliers: Tensor) -> list[TensorDescriptor]:
-    """Queries, keys [B, Hkv, S_kv, D] and outliers [B, Hkv, N, COUNT, D] as the kernel copies them.
-
-    Rows behind the end come as zeros.
-    """
-    tensors = query, key, outliers.flatten(2, 3).flatten(0, 1)
-    blocks = _blocks(query.shape[3], outliers.shape[3])
-    return [TensorDescriptor.from_tensor(tensor, *block) for tensor, block in zip(tensors, blocks, strict=True)]
+    in_a_row = outliers.view(-1, outliers.shape[2] * count, head_dim)
+    return (
+        described(query, 1, 1, BLOCK.value, head_dim),
+        described(key, 1, 1, tile, head_dim),
+        described(in_a_row, 1, tile, head_dim),
+    )
 
 
 @gluon.jit

@@ -14,8 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.state import remembered
 from flexprefill.search.kernels import probes
+from flexprefill.search.kernels.descriptors import described
 from flexprefill.search.kernels.hopper_parts import barrier, fast_exp2, fast_log2
 
 BLOCK = gl.constexpr(128)
@@ -26,16 +26,9 @@ WARPS, REGISTERS = 8, 128  # a cap for each thread, so that two programs share a
 _tile_of, _probed_rows = gluon.jit(probes.tile_of.fn), gluon.jit(probes.probed_rows.fn)
 
 
-@remembered("key blocks of a head dimension, as the tensor memory accelerator copies them", most=16)
-def _block(head_dim: int) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Shape and layout of a key block in shared memory."""
-    shape = [1, 1, BLOCK.value, head_dim]
-    return shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float16)
-
-
 def describe_keys(key: Tensor) -> TensorDescriptor:
-    """Keys [B, Hkv, S_kv, D] as the kernel copies them, by block. Rows behind the end come as zeros."""
-    return TensorDescriptor.from_tensor(key, *_block(key.shape[3]))
+    """Keys [B, Hkv, S_kv, D] as the kernel copies them, by block."""
+    return described(key, 1, 1, BLOCK.value, key.shape[3])
 
 
 @gluon.jit
