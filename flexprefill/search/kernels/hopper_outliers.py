@@ -25,14 +25,14 @@ LARGE = gl.constexpr(1e38)  # more than any log2 weight
 REGISTERS = 128  # a cap for each thread
 
 
-def warps(outliers: Tensor) -> int:
-    """Warps of a program. Each thread has 64 products of a step."""
-    return 4 * outliers.shape[3]
+def warps(count: int) -> int:
+    """Warps of a program for so many outliers of a block. Each thread has 64 products of a step."""
+    return 4 * count
 
 
-def programs(outliers: Tensor) -> int:
+def programs(count: int) -> int:
     """Programs that share a multiprocessor."""
-    return 4 // outliers.shape[3]
+    return 4 // count
 
 
 def describe(query: Tensor, key: Tensor, outliers: Tensor) -> tuple[TensorDescriptor, ...]:

@@ -17,6 +17,7 @@ from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.devices import multiprocessors
 from flexprefill.runtime.launching import launch
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.runtime.state import remembered
 from flexprefill.search.kernels.farthest import farthest
 from flexprefill.search.kernels.launch import SMALLEST_SCALE, hopper_copies
 from flexprefill.search.kernels.outliers import outliers_kernel
@@ -46,117 +47,166 @@ def keep_more(
     if rule.scale < 0:
         # the kernels take a factor out of maxima
         query, rule = -query, rule._replace(scale=-rule.scale)
-    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
-    geometry = Geometry(q_len, kv_len, rule.block_size)
-    width = ceil_div(geometry.columns, WORD_BITS)
-    found = words is not None
+    means_found = words is not None
+    by_hopper = hopper_takes_outliers(query, key, rule), hopper_takes_probes(query, key, rule)
+    sizes = tuple(query.shape), key.shape[1], key.shape[2]
+    plan = _plan_two_sided(sizes, query.dtype, query.device, rule, by_hopper, means_found, measured, SCRATCH_BYTES)
     if words is None:
-        with room_for("the search", 4 * batch * heads * geometry.rows * width, query.device, IN_CHUNKS):
-            words = torch.empty(batch, heads, geometry.rows, width, dtype=torch.int32, device=query.device)
-    shared = {
-        "words_ptr": words, "q_len": q_len, "kv_len": kv_len, "rows": geometry.rows, "width": width, "HEADS": heads,
-        "GROUP": heads // key.shape[1], "sink_blocks": rule.sink_blocks,
-        "window_blocks": rule.window_blocks, "last_full_blocks": rule.last_full_blocks, "D": query.shape[3],
-        # not 0: times a hidden product's -inf it would be NaN
-        "qk_scale": max(rule.scale * LOG2_E, SMALLEST_SCALE),
-    }  # fmt: skip
+        with room_for("the search", 4 * math.prod(plan.words), query.device, IN_CHUNKS):
+            words = torch.empty(plan.words, dtype=torch.int32, device=query.device)
     far = None
     if outliers is not None:
-        far = _look_at(outliers, query, key, found, rule, shared)
-        found = True
+        far = _look_at(outliers, query, key, words, plan, by_hopper[0])
     if not rule.probe_rows:
         return words, None
-    held = torch.empty(batch, heads, geometry.rows, dtype=torch.float32, device=query.device) if measured else None
-    _probe(query, key, far, words, held, found, rule, shared)
+    held = torch.empty(plan.words[:3], dtype=torch.float32, device=query.device) if measured else None
+    _probe(query, key, far, words, held, plan, by_hopper[1])
     return words, held
 
 
 def _look_at(
-    outliers: Tensor, query: Tensor, key: Tensor, found: bool, rule: Rule, shared: dict[str, Any]
+    outliers: Tensor, query: Tensor, key: Tensor, words: Tensor, plan: _Plan, by_hopper: bool
 ) -> Tensor | None:
     """Launches the outliers' kernel. Where that picks the farthest rows of query blocks too, it returns them."""
-    tiles = shared["rows"] * query.shape[0] * query.shape[1]
-    log2_share = math.log2(rule.outlier_share)
-    arguments = {"tiles": tiles, "log2_share": log2_share, "COUNT": outliers.shape[3], "FOUND": found, **shared}
-    if hopper_takes_outliers(query, key, rule):
+    if by_hopper:
         from flexprefill.search.kernels import hopper_outliers  # imports triton's Gluon
 
         query_blocks, keys, vectors = hopper_outliers.describe(query, key, outliers)
-        programs = min(tiles, hopper_outliers.programs(outliers) * multiprocessors(query.device))
-        far, far_blocks = None, _far_blocks(query, key, rule)
-        if far_blocks:
-            shape = *query.shape[:2], shared["rows"], rule.probe_rows // 2
-            far = torch.empty(shape, dtype=torch.int32, device=query.device)
+        far = torch.empty(plan.far, dtype=torch.int32, device=query.device) if plan.far_blocks else None
         launch(
-            hopper_outliers.outliers_kernel, (programs,), query=query_blocks, key=keys, outliers=vectors,
-            far_ptr=shared["words_ptr"] if far is None else far, far_blocks=far_blocks,
-            FAR=0 if far is None else far.shape[3], num_warps=hopper_outliers.warps(outliers),
-            maxnreg=hopper_outliers.REGISTERS, **arguments,
+            hopper_outliers.outliers_kernel, plan.outliers_grid, query=query_blocks, key=keys, outliers=vectors,
+            words_ptr=words, far_ptr=words if far is None else far, **plan.outliers,
         )  # fmt: skip
         return far
     launch(
-        outliers_kernel, (tiles,), outliers_ptr=outliers, columns=outliers.shape[2], STAGES=OUTLIER_STAGES,
-        num_warps=OUTLIER_WARPS, maxnreg=OUTLIER_REGISTERS if query.dtype != torch.float32 else None, **arguments,
-        **_pointers("query", query), **_pointers("key", key), **_sizes(key, rule),
+        outliers_kernel, plan.outliers_grid, outliers_ptr=outliers, words_ptr=words, **_pointers("query", query),
+        **_pointers("key", key), **plan.outliers,
     )  # fmt: skip
     return None
 
 
-def _far_blocks(query: Tensor, key: Tensor, rule: Rule) -> int:
-    """Of how many query blocks the farthest rows are probed, the first ones. A single probe is an even one."""
-    geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
-    stretches = _stretches(geometry, rule, 1, 0, geometry.rows) if rule.probe_rows > 1 else ()
-    return max((one.end for one in stretches if one.probes > 1), default=0)
-
-
 def _probe(
-    query: Tensor, key: Tensor, far: Tensor | None, words: Tensor, held: Tensor | None, found: bool, rule: Rule,
-    shared: dict[str, Any],
-) -> None:  # fmt: skip
+    query: Tensor, key: Tensor, far: Tensor | None, words: Tensor, held: Tensor | None, plan: _Plan, by_hopper: bool
+) -> None:
     """Launches the probes' kernels, the one that weighs and the one that decides, for each band of the work."""
-    group = query.shape[1] // key.shape[1]
-    far_count = max(rule.probe_rows // 2, 1)
-    geometry = Geometry(query.shape[2], key.shape[2], rule.block_size)
-    members = min(triton.next_power_of_2(group), NEIGHBOURS)
     if far is None:
-        with_far = _far_blocks(query, key, rule)
-        far = farthest(query, rule.block_size, far_count, first_blocks=with_far) if with_far else words
-    bands = list(_bands(geometry, rule, members, query.shape[0] * key.shape[1] * ceil_div(group, members)))
-    needed = max(band.bytes for band in bands)
-    with room_for("the search", needed, query.device, IN_CHUNKS):
-        scratch = torch.empty(needed // 4, dtype=torch.float32, device=query.device)
-    kernel, arguments = _masses_kernel(query, key, rule)
-    sizes = {
-        "scratch_ptr": scratch, "q_len": geometry.q_len, "kv_len": geometry.kv_len, "GROUP": group, "MEMBERS": members,
-        "PROBES_LOG2": rule.probe_rows.bit_length() - 1,
+        far = words  # not read, unless rows are picked
+        if plan.far_blocks:
+            far = farthest(query, plan.block_size, plan.far[3], first_blocks=plan.far_blocks)
+    with room_for("the search", 4 * plan.scratch, query.device, IN_CHUNKS):
+        scratch = torch.empty(plan.scratch, dtype=torch.float32, device=query.device)
+    if by_hopper:
+        from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
+
+        kernel, of_keys = hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key)}
+    else:
+        kernel, of_keys = masses_kernel, _pointers("key", key)
+    of_queries = _pointers("query", query)
+    for band in plan.bands:
+        launch(kernel, band.masses_grid, scratch_ptr=scratch, far_ptr=far, **of_queries, **of_keys, **band.masses)
+        launch(
+            decide_kernel, band.decide_grid, scratch_ptr=scratch, words_ptr=words,
+            held_ptr=words if held is None else held, **band.decide,
+        )  # fmt: skip
+
+
+class _BandLaunches(NamedTuple):
+    """What the launches for a band need besides tensors."""
+
+    masses_grid: tuple[int]
+    masses: dict[str, Any]
+    decide_grid: tuple[int]
+    decide: dict[str, Any]
+
+
+class _Plan(NamedTuple):
+    """What the launches of a two-sided search need besides tensors."""
+
+    words: tuple[int, ...]  # a shape
+    block_size: int
+    far: tuple[int, ...]  # a shape, of the query blocks' farthest rows
+    far_blocks: int  # how many of them are picked
+    scratch: int  # numbers
+    outliers_grid: tuple[int]
+    outliers: dict[str, Any]
+    bands: tuple[_BandLaunches, ...]
+
+
+@remembered("launches of the two-sided search", most=1024)
+def _plan_two_sided(
+    sizes: tuple[tuple[int, ...], int, int], dtype: torch.dtype, device: torch.device, rule: Rule,
+    by_hopper: tuple[bool, bool], means_found: bool, measured: bool, scratch_bytes: int,
+) -> _Plan:  # fmt: skip
+    """The launches for queries of a shape, so many key heads, and so many keys."""
+    (batch, heads, q_len, head_dim), kv_heads, kv_len = sizes
+    geometry, group = Geometry(q_len, kv_len, rule.block_size), heads // kv_heads
+    rows, width = geometry.rows, ceil_div(geometry.columns, WORD_BITS)
+    members = min(triton.next_power_of_2(group), NEIGHBOURS)
+    far_count = max(rule.probe_rows // 2, 1)
+    far_blocks = _far_blocks(geometry, rule)
+    # not 0: times a hidden product's -inf it would be NaN
+    of_keys = {"qk_scale": max(rule.scale * LOG2_E, SMALLEST_SCALE), "D": head_dim, "HEADS": heads, "GROUP": group}
+    lengths = {"q_len": q_len, "kv_len": kv_len}
+    kept_anyway = {
+        "rows": rows, "width": width, "sink_blocks": rule.sink_blocks, "window_blocks": rule.window_blocks,
+        "last_full_blocks": rule.last_full_blocks,
     }  # fmt: skip
-    places = PROGRAMS * multiprocessors(query.device)
+
+    tiles = batch * heads * rows
+    outliers: dict[str, Any] = {"tiles": tiles, "log2_share": math.log2(rule.outlier_share), "COUNT": rule.outlier_keys}
+    outliers |= {"FOUND": means_found, **of_keys, **lengths, **kept_anyway}
+    programs = tiles
+    if by_hopper[0] and rule.outlier_keys:
+        from flexprefill.search.kernels import hopper_outliers  # imports triton's Gluon
+
+        count = rule.outlier_keys
+        programs = min(tiles, hopper_outliers.programs(count) * multiprocessors(device))
+        outliers |= {"far_blocks": far_blocks, "FAR": far_count if far_blocks else 0}
+        outliers |= {"num_warps": hopper_outliers.warps(count), "maxnreg": hopper_outliers.REGISTERS}
+    else:
+        registers = OUTLIER_REGISTERS if dtype != torch.float32 else None
+        outliers |= {"columns": geometry.columns, "STAGES": OUTLIER_STAGES, "maxnreg": registers}
+        outliers |= {"num_warps": OUTLIER_WARPS, **_tiling(head_dim, dtype, rule)}
+
+    of_probes: dict[str, Any] = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS, **_tiling(head_dim, dtype, rule)}
+    if by_hopper[1]:
+        from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
+
+        of_probes = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
+    deciding = {
+        **kept_anyway, "probe_share": rule.probe_share, "BLOCK": rule.block_size,
+        "FOUND": means_found or rule.outlier_keys > 0, "HELD": measured, "num_warps": DECIDE_WARPS,
+    }  # fmt: skip
+    places = PROGRAMS * multiprocessors(device)
+    found = []
+    bands: list[_Band] = []
+    if rule.probe_rows:
+        bands = list(_bands(geometry, rule, members, batch * kv_heads * ceil_div(group, members), scratch_bytes))
     for band in bands:
         span_log2 = band.span_log2(places)
-        sizes |= {"first": band.first, "end": band.end, "first_set": band.first_set, "sets": band.sets}
-        launch(
-            kernel, (band.programs(span_log2),), far_ptr=far, span_log2=span_log2, HEADS=query.shape[1],
-            qk_scale=shared["qk_scale"], FAR=far_count, D=query.shape[3], **_pointers("query", query), **arguments,
-            **sizes,
-        )  # fmt: skip
-        launch(
-            decide_kernel, ((band.end - band.first) * band.sets,), words_ptr=words,
-            held_ptr=words if held is None else held, rows=geometry.rows, width=words.shape[3],
-            probe_share=rule.probe_share, sink_blocks=rule.sink_blocks, window_blocks=rule.window_blocks,
-            last_full_blocks=rule.last_full_blocks, BLOCK=rule.block_size, FOUND=found, HELD=held is not None,
-            num_warps=DECIDE_WARPS, **sizes,
-        )  # fmt: skip
+        of_band = {
+            **lengths, "GROUP": group, "MEMBERS": members, "PROBES_LOG2": rule.probe_rows.bit_length() - 1,
+            "first": band.first, "end": band.end, "first_set": band.first_set, "sets": band.sets,
+        }  # fmt: skip
+        weighing = {**of_keys, "span_log2": span_log2, "FAR": far_count, **of_probes, **of_band}
+        grids = (band.programs(span_log2),), ((band.end - band.first) * band.sets,)
+        found.append(_BandLaunches(grids[0], weighing, grids[1], {**deciding, **of_band}))
+    return _Plan(
+        (batch, heads, rows, width),
+        rule.block_size,
+        (batch, heads, rows, far_count),
+        far_blocks,
+        max((band.bytes for band in bands), default=0) // 4,
+        (programs,),
+        outliers,
+        tuple(found),
+    )
 
 
-def _masses_kernel(query: Tensor, key: Tensor, rule: Rule) -> tuple[Any, dict[str, Any]]:
-    """The masses' kernel of a search, and what it alone is told."""
-    if not hopper_takes_probes(query, key, rule):
-        options = {"STAGES": PROBE_STAGES, "num_warps": PROBE_WARPS}
-        return masses_kernel, {**_pointers("key", key), **_sizes(key, rule), **options}
-    from flexprefill.search.kernels import hopper_probes  # imports triton's Gluon
-
-    options = {"num_warps": hopper_probes.WARPS, "maxnreg": hopper_probes.REGISTERS}
-    return hopper_probes.masses_kernel, {"key": hopper_probes.describe_keys(key), **options}
+def _far_blocks(geometry: Geometry, rule: Rule) -> int:
+    """Of how many query blocks the farthest rows are probed, the first ones. A single probe is an even one."""
+    stretches = _stretches(geometry, rule, 1, 0, geometry.rows) if rule.probe_rows > 1 else ()
+    return max((one.end for one in stretches if one.probes > 1), default=0)
 
 
 def hopper_takes_outliers(query: Tensor, key: Tensor, rule: Rule) -> bool:
@@ -170,10 +220,10 @@ def hopper_takes_probes(query: Tensor, key: Tensor, rule: Rule) -> bool:
     return hopper_copies(key) and rule.block_size == 128 and members * rule.probe_rows <= TILE_ROWS
 
 
-def _sizes(key: Tensor, rule: Rule) -> dict[str, int]:
+def _tiling(head_dim: int, dtype: torch.dtype, rule: Rule) -> dict[str, int]:
     """What the kernels that run anywhere are told besides."""
-    head_pad = triton.next_power_of_2(key.shape[3])
-    whole = key.dtype != torch.float32 and head_pad <= 128
+    head_pad = triton.next_power_of_2(head_dim)
+    whole = dtype != torch.float32 and head_pad <= 128
     return {"D_PAD": head_pad, "D_STEP": head_pad if whole else min(head_pad, D_STEP), "BLOCK": rule.block_size}
 
 
@@ -225,7 +275,7 @@ class _Band(NamedTuple):
         return next((log2 for log2 in spans if self.programs(log2) >= PROGRAMS_A_PLACE * places), 0)
 
 
-def _bands(geometry: Geometry, rule: Rule, members: int, sets: int) -> Iterator[_Band]:
+def _bands(geometry: Geometry, rule: Rule, members: int, sets: int, scratch_bytes: int) -> Iterator[_Band]:
     """Cuts the probes' work so that scratch does not grow with the length.
 
     A band takes whole tiles of its last stretch where it can. Its sets are all, or where that is too much for one query
@@ -236,8 +286,8 @@ def _bands(geometry: Geometry, rule: Rule, members: int, sets: int) -> Iterator[
         return sum(one.bytes for one in _stretches(geometry, rule, members, first, end))
 
     rows = geometry.rows
-    step = max(1, min(sets, SCRATCH_BYTES // bytes_of(rows - 1, rows)))
-    limit = SCRATCH_BYTES // step
+    step = max(1, min(sets, scratch_bytes // bytes_of(rows - 1, rows)))
+    limit = scratch_bytes // step
     first = 0
     while first < rows:
         end = rows
