@@ -114,9 +114,9 @@ def search_kernel(
     its own scratch rows, and they are added when they are read. Query blocks go from the last to the first, because the
     last see most.
 
-    With CUT, rows see their own sequence (SEQUENCES) in a sliding window. Scores then begin with the tile of the first
-    block that a row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. With ALPHAS each
-    query head has its own threshold.
+    With CUT, rows see their own sequence (SEQUENCES) in a sliding window. Tiles then begin with the first block that a
+    row sees. SOFT_CAP and ALIBI make log2 scores of the products, and qk_scale is 1. With ALPHAS each query head has
+    its own threshold.
     """
     program = tl.program_id(0)
     prompt = PromptSizes(q_len, kv_len, kv_len - q_len, rows, columns)

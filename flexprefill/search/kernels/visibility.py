@@ -89,7 +89,7 @@ class Bounds(NamedTuple):
     scored: Any  # the blocks with a score are before it; 0 where all is kept whatever the scores
     base: Any  # the block whose largest score the sums are relative to
     most: Any  # the largest of scored, a number
-    first_tile: Any  # the first block of the first tile with a score, a number
+    first_tile: Any  # the first block with a score, a number: tiles begin with it
     edges: Any  # Edges, 0 where rows are not cut
 
 
@@ -135,8 +135,9 @@ def whole_prompt(I, row, prompt, rule, cuts, fixed):
 
 @triton.jit
 def unmasked_end(I0, queries, bounds, prompt, fixed):
-    """The end of the tiles of blocks that every row sees whole."""
-    unmasked = (prompt.offset + I0 * fixed.BLOCK + 1) // fixed.BLOCK // fixed.TILE * fixed.TILE
+    """The end of the tiles, from the first, of blocks that every row sees whole."""
+    whole = (prompt.offset + I0 * fixed.BLOCK + 1) // fixed.BLOCK
+    unmasked = bounds.first_tile + (whole - bounds.first_tile) // fixed.TILE * fixed.TILE
     if prompt.q_len < (I0 + fixed.QUERY_BLOCKS) * fixed.BLOCK:
         unmasked = 0
     if fixed.SEVERAL:
@@ -257,7 +258,7 @@ def cut_prompt(I0, I, row, batch, sequence, prompt, rule, cuts, fixed):
     compares = (I < prompt.rows) & (compares | (behind & (behind_kept == 0)))
     scored = tl.where(compares, visible, 0)
     most = tl.max(scored, 0)
-    first_tile = tl.min(tl.where(compares, lowest, most), 0) // fixed.TILE * fixed.TILE
+    first_tile = tl.min(tl.where(compares, lowest, most), 0)
     edges = Edges(
         low, lowest, sinks_end, first_row, last, first_start, first_end, cuts.sliding_window,
         here, here_kept, behind, behind_kept,
