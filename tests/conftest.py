@@ -2,15 +2,20 @@ import contextlib
 import functools
 import os
 
+# before anything imports torch or numpy: sizes are so small that threads would wait for each other more than they work,
+# and tests run in several processes, which start others
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
 # before anything imports triton: without a GPU its kernels run in the interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # Triton is not everywhere
+        from support.interpreter import leave_out_needless_work
 
-# sizes are so small that threads would wait for each other more than they work, and tests run in several processes
-torch.set_num_threads(1)
+        leave_out_needless_work()
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
