@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import json
 import os
@@ -5,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -264,25 +266,32 @@ def test_layers_of_several_lengths_are_not_drawn_together(files, capsys, tmp_pat
 # terminals and pipes
 
 
-def in_terminal(arguments, **environment):
-    """What a terminal of 80 columns is sent."""
+def in_terminal(arguments, *, own_process=False, **environment):
+    """What a terminal of 80 columns is sent, by this process unless by one of its own."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    clean = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=theirs, env={**clean, "TERM": "xterm", "COLUMNS": "80", **environment}
-    ):
-        os.close(theirs)
-        sent = b""
-        while True:
-            try:
-                part = os.read(ours, 1 << 16)
-            except OSError:  # how Linux says that the other side is closed
-                break
-            if not part:
-                break
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        for name in ("NO_COLOR", "FORCE_COLOR"):
+            patch.delenv(name, raising=False)
+        for name, text in {"TERM": "xterm", "COLUMNS": "80", **environment}.items():
+            patch.setenv(name, text)
+        sent = pool.submit(read_all, ours)
+        with open(theirs, "w", encoding="utf-8") as terminal:
+            if own_process:
+                subprocess.run([*COMMAND, *arguments], stdout=terminal)
+            else:
+                patch.setattr(sys, "stdout", terminal)
+                cli.main(arguments)
+        return sent.result()
+
+
+def read_all(terminal):
+    """What is sent until the other side is closed."""
+    sent = b""
+    with contextlib.suppress(OSError):  # how Linux says that it is
+        while part := os.read(terminal, 1 << 16):
             sent += part
-    os.close(ours)
+    os.close(terminal)
     return sent.decode()
 
 
@@ -294,7 +303,7 @@ COLOUR = re.compile(r"\x1b\[[\d;]*3\d[\d;]*m")
 def test_a_terminal_gets_colour_unless_it_has_none(files):
     pytest.importorskip("rich")
     arguments = ["diff", files["a"], files["changed"]]
-    coloured = in_terminal(arguments)
+    coloured = in_terminal(arguments, own_process=True)
     assert COLOUR.search(coloured)
     plain = in_terminal(arguments, NO_COLOR="1")
     assert not COLOUR.search(plain)
@@ -405,9 +414,11 @@ def test_a_terminal_of_few_characters_gets_escapes(files):
     assert printed.returncode == 0 and b"\\u2013" in printed.stdout
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-@pytest.mark.parametrize("other, code", [("same", 0), ("changed", 1), ("nowhere", 2)])
-def test_the_exit_code_needs_no_one_to_print_to(files, closed, other, code):
+@pytest.mark.parametrize(
+    "other, code, closed",
+    [("same", 0, ">&- 2>&-"), ("changed", 1, ">&-"), ("nowhere", 2, "2>&-"), ("nowhere", 2, ">&- 2>&-")],
+)
+def test_the_exit_code_needs_no_one_to_print_to(files, other, code, closed):
     words = [*COMMAND, "diff", files["a"], files.get(other, other)]
     assert subprocess.run(f"{shlex.join(words)} {closed}", shell=True, capture_output=True).returncode == code
 
@@ -441,7 +452,7 @@ def test_every_command_is_in_the_help(capsys):
 
 
 def test_python_runs_the_package_as_the_command(files, capsys):
-    for arguments in (["inspect", files["a"]], ["diff", files["a"], files["changed"]], ["--version"], []):
+    for arguments in (["diff", files["a"], files["changed"]], ["--version"], []):
         ran = subprocess.run([sys.executable, "-m", "flexprefill", *arguments], capture_output=True, text=True)
         try:
             code = cli.main(arguments)
