@@ -31,6 +31,7 @@ _making = threading.Lock()  # a kind has one compiled function, whichever thread
 # on a CPU with AVX2 and without AVX-512)
 CPU_LEAST_HEAD_DIM = 24
 NAMES = 8  # names that inputs get in turn where torch mixes sizes up
+FIRST_OVER_PAGES = 3  # torch 2.13 mixes sizes up under the names before it, and takes seconds to say so
 
 
 def with_lse(aux: AuxOutput, lse: Tensor | None) -> AuxOutput:
@@ -142,7 +143,8 @@ class Compiled:
     def __init__(self, settings: FlexSettings) -> None:
         self._settings = settings
         self._turn = threading.Lock()
-        self._name = 0
+        self._first = 0 if settings.piece is None else FIRST_OVER_PAGES
+        self._tried = 0  # names
         self._attend = self._compile()
 
     def _compile(self) -> Callable[..., FlexResult]:
@@ -152,7 +154,7 @@ class Compiled:
         def attend(*inputs: Any) -> FlexResult:
             return _attend(inputs, settings)
 
-        return compile_whole(attend, f"inputs_{self._name}")
+        return compile_whole(attend, f"inputs_{(self._first + self._tried) % NAMES}")
 
     def __call__(self, inputs: tuple[Any, ...]) -> FlexResult:
         with self._turn:
@@ -164,9 +166,9 @@ class Compiled:
                     self._attend = self._compile()
                     raise
                 except Exception as error:
-                    if not mixed_up_sizes(error) or self._name == NAMES - 1:
+                    if not mixed_up_sizes(error) or self._tried == NAMES - 1:
                         raise
-                    self._name += 1
+                    self._tried += 1
                     self._attend = self._compile()
 
 
