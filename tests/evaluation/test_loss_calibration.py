@@ -85,12 +85,16 @@ def test_a_layer_with_a_window_is_left_as_it_is():
 
 
 @pytest.mark.slow
-def test_the_sparsest_within_the_loss_is_taken(calibrator):
+def test_the_sparsest_within_the_loss_is_taken(calibrator, monkeypatch):
+    # every third setting, because each is tried
+    recalls, alphas, shares = RECALLS[::3], LOG2_ALPHAS[::3], PROBE_SHARES[::3]
+    for name, steps in (("RECALLS", recalls), ("LOG2_ALPHAS", alphas), ("PROBE_SHARES", shares)):
+        monkeypatch.setattr(f"flexprefill.evaluation.loss_calibration.{name}", steps)
     dense, curves = calibrator.dense(), calibrator.curves()
-    by_recall = [calibrator.tried("", [curve.config_for(recall) for curve in curves], dense) for recall in RECALLS]
-    by_alpha = [calibrator.tried("", [replace(RULE, alpha=2.0**log2)] * 2, dense) for log2 in LOG2_ALPHAS]
+    by_recall = [calibrator.tried("", [curve.config_for(recall) for curve in curves], dense) for recall in recalls]
+    by_alpha = [calibrator.tried("", [replace(RULE, alpha=2.0**log2)] * 2, dense) for log2 in alphas]
     base = replace(PrefillConfig.recommended(), block_size=RULE.block_size)
-    by_share = [calibrator.tried("", [replace(base, probe_share=share)] * 2, dense) for share in PROBE_SHARES]
+    by_share = [calibrator.tried("", [replace(base, probe_share=share)] * 2, dense) for share in shares]
     for most in (0.02, 0.1):
         told, steps = [], []
         best = calibrate_by_loss(replace(calibrator, advance=steps.append), dense, most, told.append)
@@ -152,6 +156,7 @@ def test_a_key_that_alphas_do_not_find_is_found_by_probes_unless_they_do_not_kno
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_text")
 def test_the_command_writes_what_eval_compares(tmp_path, capsys):
     folder = save_model(tmp_path / "model")
     file = tmp_path / "new" / "mine.json"

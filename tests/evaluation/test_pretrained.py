@@ -16,6 +16,7 @@ from flexprefill.evaluation.prompts import read_corpus
 from flexprefill.evaluation.report import task_table
 from flexprefill.evaluation.scoring import Difference, student_95
 
+pytestmark = pytest.mark.usefixtures("little_text")
 CPU = torch.device("cpu")
 RULE = PrefillConfig(alpha=0.9, block_size=64, sink_blocks=1, window_blocks=1, last_full_blocks=1)
 EVERYTHING = PrefillConfig(block_size=64, window_blocks=2**20)
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def corpus(little_text):
     return read_corpus(lambda text: byte_tokenizer()(text, verbose=False).input_ids, [])
 
 
