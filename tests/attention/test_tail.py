@@ -60,7 +60,7 @@ def cases(draw):
     return block_size, rows, parts, q_len, kv_len, draw(st.integers(1, 2)), draw(st.booleans())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cases(), st.integers(0, 2**31), st.sampled_from([1.0, LN2]))
 @pytest.mark.slow
 def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):

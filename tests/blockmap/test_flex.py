@@ -13,10 +13,12 @@ from flexprefill.blockmap.index_lists import ListBuffers, index_lists
 
 
 @st.composite
-def maps(draw):
+def maps(draw, *, most_rows=45):
+    """Maps whose rows are more than one word, or less, of any number of query blocks up to ``most_rows``."""
     block_size = draw(st.sampled_from([16, 32, 128]))
     kv_len = draw(st.integers(1, 45 * block_size))
-    q_len = draw(st.one_of(st.just(kv_len), st.integers(1, kv_len)))
+    most = min(kv_len, most_rows * block_size)
+    q_len = draw(st.one_of(st.just(most), st.integers(1, most)))
     shape = (
         draw(st.sampled_from([1, 2])),
         draw(st.sampled_from([1, 3])),
@@ -63,8 +65,11 @@ def test_the_lists_are_ascending_contiguous_equally_wide_with_zero_tails(all_par
     check()
 
 
-@settings(deadline=None, max_examples=10 if DEVICE == "cpu" else 40)
-@given(maps(), st.booleans())
+FOR_KERNELS = maps(most_rows=6 if DEVICE == "cpu" else 45)
+
+
+@settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 40)
+@given(FOR_KERNELS, st.booleans())
 def test_the_list_kernel_equals_the_plain_lists(block_map, all_partial):
     from flexprefill.blockmap import index_lists_kernel as lists_kernel
 
@@ -92,8 +97,8 @@ def names_for(block_map, pieces, seed=0):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=5 if DEVICE == "cpu" else 40)
-@given(maps(), st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=8 if DEVICE == "cpu" else 40)
+@given(FOR_KERNELS, st.sampled_from([1, 2, 4]))
 def test_lists_of_names_name_the_pieces_of_the_listed_blocks(block_map, pieces):
     from flexprefill.blockmap import index_lists_kernel as lists_kernel
 

@@ -150,7 +150,7 @@ def test_long_rows_have_fewer_probes(implementation, dtype, monkeypatch):
         8, 8, 4, 4, 2, 2, 1, 1,
     ]  # fmt: skip
     assert two_sided.probes_of(10**6, 0) == 0
-    query, key, _ = make_qkv(100, 1200, heads=4, kv_heads=2, head_dim=16, dtype=dtype, device=DEVICE)
+    query, key, _ = make_qkv(40, 1200, heads=2, head_dim=16, dtype=dtype, device=DEVICE)
     keep, doubt = oracle(query, key, BOTH, 0.25)
     found = search_blocks(query, key, BOTH, implementation=implementation).to_dense().cpu()
     assert not ((found != keep) & ~doubt).any()
@@ -173,7 +173,7 @@ def test_a_single_key_that_a_single_row_looks_for_is_found(implementation):
 
 @pytest.mark.parametrize("implementation", SLOW_IN_THE_INTERPRETER)
 def test_means_probes_and_outliers_together_keep_what_one_of_them_keeps(implementation):
-    query, key, _ = make_qkv(100, 200, heads=4, kv_heads=2, head_dim=32, device=DEVICE)
+    query, key, _ = make_qkv(50, 150, heads=4, kv_heads=2, head_dim=32, device=DEVICE)
 
     def kept(**changes):
         return search_blocks(query, key, dataclasses.replace(BOTH, **changes), implementation=implementation)
@@ -192,19 +192,19 @@ def test_means_probes_and_outliers_together_keep_what_one_of_them_keeps(implemen
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_chunks_give_the_map_of_one_go(implementation, alpha):
     config = dataclasses.replace(BOTH, alpha=alpha)
-    query, key, _ = make_qkv(300, heads=4, kv_heads=2, device=DEVICE)
+    query, key, _ = make_qkv(200, heads=2, device=DEVICE)
     whole = search_blocks(query, key, config, implementation=implementation)
     means, maps, start = KeyMeans(), [], 0
-    for end in (64, 96, 224, 300):
+    for end in (64, 96, 160, 200):
         maps.append(
             search_blocks(
                 query[:, :, start:end], key[:, :, :end], config,
-                last_chunk=end == 300, means=means, implementation=implementation,
+                last_chunk=end == 200, means=means, implementation=implementation,
             )
         )  # fmt: skip
         start = end
     assert BlockMap.from_chunks(maps) == whole
-    assert means.nbytes == (2 if alpha else 1) * key[:, :, :19].nbytes
+    assert means.nbytes == (2 if alpha else 1) * key[:, :, :13].nbytes
     with pytest.raises(ValueError, match="means is of keys with outlier_keys 1, got 0"):
         search_blocks(query, key, PrefillConfig(block_size=16), means=means, implementation=implementation)
 
@@ -271,8 +271,8 @@ def test_the_probes_of_a_query_block_may_fill_more_than_a_tile():
 
 @pytest.mark.slow
 def test_a_chunk_may_begin_inside_a_block():
-    query, key, _ = make_qkv(250, 333, heads=4, kv_heads=2, device=DEVICE)
-    for start in (0, 7, 200):
+    query, key, _ = make_qkv(120, 203, heads=4, kv_heads=2, device=DEVICE)
+    for start in (0, 7, 100):
         reference, triton = (
             search_blocks(query[:, :, start:], key, BOTH, implementation=implementation)
             for implementation in IMPLEMENTATIONS
@@ -292,12 +292,12 @@ def test_a_cached_prompt_is_extended():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_not_a_number_is_kept(implementation):
-    query, key, _ = make_qkv(200, heads=2, kv_heads=2, device=DEVICE)
+    query, key, _ = make_qkv(120, heads=2, kv_heads=2, device=DEVICE)
     clean = search_blocks(query, key, BOTH, implementation=implementation).to_dense()
     key[:, 1, 50] = math.nan
     found = search_blocks(query, key, BOTH, implementation=implementation).to_dense()
     assert torch.equal(found[:, 0], clean[:, 0])
-    causal = BlockMap.causal(1, 2, q_len=200, kv_len=200, block_size=16).to_dense()
+    causal = BlockMap.causal(1, 2, q_len=120, kv_len=120, block_size=16).to_dense()
     assert torch.equal(found[:, 1, 4:].cpu(), causal[:, 1, 4:].cpu())
 
 
@@ -314,12 +314,12 @@ def test_any_scale_is_followed(implementation, scale):
 def test_the_guard_takes_what_the_probes_saw(implementation):
     from flexprefill.runtime import listeners
 
-    query, key, _ = make_qkv(200, 300, heads=4, kv_heads=2, device=DEVICE)
+    query, key, _ = make_qkv(100, 200, heads=4, kv_heads=2, device=DEVICE)
     query[:, 0] *= 4
     config = dataclasses.replace(BOTH, probe_share=0.2, outlier_keys=0)
     loose = search_blocks(query, key, config, implementation=implementation)
     guarded = search_blocks(query, key, dataclasses.replace(config, guard=0.6), implementation=implementation)
-    causal = BlockMap.causal(1, 4, q_len=200, kv_len=300, block_size=16).to_dense()
+    causal = BlockMap.causal(1, 4, q_len=100, kv_len=200, block_size=16).to_dense()
     widened = [not torch.equal(guarded.to_dense()[0, h], loose.to_dense()[0, h]) for h in range(4)]
     assert any(widened) and not all(widened)
     for head in range(4):
