@@ -416,7 +416,7 @@ def test_a_terminal_of_few_characters_gets_escapes(files):
 
 @pytest.mark.parametrize(
     "other, code, closed",
-    [("same", 0, ">&- 2>&-"), ("changed", 1, ">&-"), ("nowhere", 2, "2>&-"), ("nowhere", 2, ">&- 2>&-")],
+    [("same", 0, ">&- 2>&-"), ("changed", 1, ">&-"), ("nowhere", 2, "2>&-")],
 )
 def test_the_exit_code_needs_no_one_to_print_to(files, other, code, closed):
     words = [*COMMAND, "diff", files["a"], files.get(other, other)]

@@ -1,6 +1,7 @@
 """The plan of the package: rooms import the rooms above them, never round in a circle; names with _ stay inside."""
 
 import ast
+import functools
 from pathlib import Path
 
 import flexprefill
@@ -20,6 +21,7 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def read_package():
     """Each module's syntax tree by its dotted name."""
     return {module_of(path): ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}

@@ -1,6 +1,7 @@
 """Functions take few parameters, and no list of their own arguments is unpacked into a call."""
 
 import ast
+import functools
 from pathlib import Path
 
 import flexprefill
@@ -11,12 +12,15 @@ MOST = 8
 MORE = {"prefill_attention": 14, "explain_backend": 12, "create_prefill_block_mask": 10, "save_masks": 9}
 
 
+@functools.cache
 def functions():
     """(file, function) of each function of the package that is no kernel and no operator's border."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_border(node):
-                yield path.relative_to(PACKAGE), node
+    return [
+        (path.relative_to(PACKAGE), node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_border(node)
+    ]
 
 
 def is_border(function):

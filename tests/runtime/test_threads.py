@@ -217,7 +217,7 @@ FORK_LATE = """
 import os, torch
 from flexprefill import *
 torch.set_num_threads(2)
-query, key = torch.randn(1, 4, 2000, 64), torch.randn(1, 2, 2000, 64)
+query, key = torch.randn(1, 4, 1000, 64), torch.randn(1, 2, 1000, 64)
 expected = search_blocks(query, key)
 pid = os.fork()
 if pid == 0:

@@ -111,7 +111,7 @@ def both_implementations(query, key, config, **arguments):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("q_len, kv_len", [(512, 512), (500, 500), (129, 129), (1, 1), (1, 400), (100, 399), (16, 500)])
 def test_both_implementations_write_every_word(q_len, kv_len):
-    query, key, _ = make_qkv(q_len, kv_len, heads=4, kv_heads=2)
+    query, key, _ = make_qkv(q_len, kv_len, heads=2 if q_len > 200 else 4, kv_heads=1 if q_len > 200 else 2)
     both_implementations(query, key, SPARSE)
     both_implementations(query, key, PrefillConfig(alpha=0.5, window_blocks=1, sink_blocks=0, last_full_blocks=0))
     both_implementations(query, key, SHARED)
@@ -119,28 +119,28 @@ def test_both_implementations_write_every_word(q_len, kv_len):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_key_that_is_not_finite_keeps_its_block_and_touches_no_other(bad):
-    query, key, _ = make_qkv(400)
+    query, key, _ = make_qkv(208)
     clean = both_implementations(query, key, SPARSE).to_dense()
     key[0, 0, 37] = bad
     spoilt = both_implementations(query, key, SPARSE).to_dense()
-    seen_by = torch.arange(25, device=DEVICE) >= 2
-    assert torch.equal(spoilt[..., 2], seen_by.expand(1, 2, 25))
+    seen_by = torch.arange(13, device=DEVICE) >= 2
+    assert torch.equal(spoilt[..., 2], seen_by.expand(1, 2, 13))
     both_implementations(query, key, SHARED)
-    others = torch.arange(25) != 2
+    others = torch.arange(13) != 2
     clean_best_is_elsewhere = spoilt[..., others] >= clean[..., others]
     assert clean_best_is_elsewhere.all()  # without block 2 the row's maximum can only fall
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_query_that_is_not_finite_keeps_its_row_and_touches_no_other(bad):
-    query, key, _ = make_qkv(400)
+    query, key, _ = make_qkv(208)
     clean = both_implementations(query, key, SPARSE).to_dense()
-    query[0, 1, 201] = bad
+    query[0, 1, 170] = bad
     shared = both_implementations(query, key, SHARED).to_dense()
-    assert shared[0, :, 201 // 16, : 201 // 16 + 1].all()  # of both heads
+    assert shared[0, :, 170 // 16, : 170 // 16 + 1].all()  # of both heads
     spoilt = both_implementations(query, key, SPARSE).to_dense()
-    row, others = 201 // 16, torch.arange(25) != 201 // 16
-    # the row of query 201 sees blocks 0 … 11 whole; its own block is in the window
+    row, others = 170 // 16, torch.arange(13) != 170 // 16
+    # the row of query 170 sees blocks 0 … 9 whole; its own block is in the window
     assert spoilt[0, 1, row, : row + 1].all()
     assert torch.equal(spoilt[0, 0], clean[0, 0]) and torch.equal(spoilt[0, 1, others], clean[0, 1, others])
 
@@ -158,23 +158,23 @@ def test_large_scores_and_one_huge_key():
     query, key, _ = make_qkv(400, dtype=torch.bfloat16)
     query, key = query.sign() * 60000, key.sign() * 60000
     both_implementations(query, key, SPARSE)
-    query, key, _ = make_qkv(400)
-    key[0, 0, 100] = 1e4 * query[0, 0, 300]
+    query, key, _ = make_qkv(208)
+    key[0, 0, 100] = 1e4 * query[0, 0, 200]
     dense = both_implementations(query, key, SPARSE).to_dense()
-    assert dense[0, 0, 300 // 16, 100 // 16]
+    assert dense[0, 0, 200 // 16, 100 // 16]
 
 
 @pytest.mark.parametrize("scale", [30.0, -30.0, -0.1, 0.0, 1e-40])
 def test_any_scale(scale):
     # at 30 the scores of a row are further apart than float32 powers of two reach
-    query, key, _ = make_qkv(400)
+    query, key, _ = make_qkv(208)
     both_implementations(query, key, SPARSE, scale=scale)
     both_implementations(query, key, SHARED, scale=scale)
 
 
 @pytest.mark.parametrize("alpha", [1e-20, 1e-35, 1e-300])
 def test_a_tiny_alpha_keeps_what_a_power_of_two_would_lose(alpha):
-    query, key, _ = make_qkv(400)
+    query, key, _ = make_qkv(208)
     config = PrefillConfig(block_size=16, alpha=alpha, sink_blocks=0)
     both_implementations(query, key, config, scale=10.0)
     both_implementations(query, key, replace(config, mask_heads="kv"), scale=10.0)
@@ -215,13 +215,13 @@ def test_chunks_of_whole_blocks_give_the_rows_of_the_whole_search():
 
 
 def test_views_are_read_by_their_strides():
-    query, key, _ = make_qkv(300, heads=4, kv_heads=2)
+    query, key, _ = make_qkv(150, heads=4, kv_heads=2)
     expected = both_implementations(query, key, SPARSE)
-    strided = [torch.empty(1, 300, 2 * t.shape[1], 64, dtype=t.dtype)[:, :, ::2].transpose(1, 2) for t in (query, key)]
+    strided = [torch.empty(1, 150, 2 * t.shape[1], 64, dtype=t.dtype)[:, :, ::2].transpose(1, 2) for t in (query, key)]
     for view, tensor in zip(strided, (query, key), strict=True):
         view.copy_(tensor)
     assert both_implementations(*strided, SPARSE) == expected
-    expanded = key[:, :1].expand(1, 2, 300, 64)
+    expanded = key[:, :1].expand(1, 2, 150, 64)
     assert both_implementations(query, expanded, SPARSE) == both_implementations(query, expanded.contiguous(), SPARSE)
 
 
