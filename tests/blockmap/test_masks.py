@@ -127,7 +127,7 @@ def test_pieces_change_no_classification(case, piece):
         )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(masked_maps())
 def test_the_list_kernel_takes_what_a_mask_leaves_whole(case):
     from flexprefill.blockmap import index_lists_kernel as lists_kernel

@@ -75,8 +75,14 @@ def test_chunks_of_any_size_follow_the_rule_for_their_own_query_blocks(chunks, l
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunks", [[64, 32, 128, 16], [100, 1, 50, 77], [7, 9, 16, 200]])
+@pytest.mark.parametrize(
+    ("dtype", "chunks"),
+    [
+        (torch.bfloat16, [64, 32, 128, 16]),
+        (torch.bfloat16, [100, 1, 50, 77]),
+        (torch.float32, [7, 9, 16, 200]),
+    ],
+)
 def test_the_kernels_pool_a_range_of_blocks_to_the_same_bits(dtype, chunks):
     query, key, _ = make_qkv(300, heads=2, dtype=dtype, device=DEVICE)
     means = KeyMeans()
