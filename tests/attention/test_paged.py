@@ -102,11 +102,10 @@ def test_any_map_over_any_pages(q_len, kv_len, page_size, share, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "block_size", "page_size", "batch"),
     [
-        (torch.bfloat16, 128, 128, 1),
+        pytest.param(torch.bfloat16, 128, 128, 1, marks=pytest.mark.release),
         (torch.float16, 128, 64, 2),
         (torch.bfloat16, 64, 16, 1),
     ],

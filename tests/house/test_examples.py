@@ -66,6 +66,7 @@ def test_compile_model():
     assert run(EXAMPLES / "compile_model.py").count("next-token logits (1, 256)") == 4
 
 
+@pytest.mark.release
 def test_context_parallel():
     by_two = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     printed = run(*by_two, EXAMPLES / "context_parallel.py", "--length", 1500)
@@ -85,6 +86,7 @@ def test_prefill_in_chunks():
     assert printed.count("of the causal blocks") == 3 and "the same blocks as in one search" in printed
 
 
+@pytest.mark.release
 def test_transformers_generate():
     printed = run(EXAMPLES / "transformers_generate.py", "--length", 600)
     assert re.findall(r"^(\d+) tokens → \[(?:\d+, ){15}\d+\]$", printed, re.MULTILINE) == ["600", "450"]

@@ -78,7 +78,7 @@ def test_the_kernels_follow_the_rule(case):
     check_kernels(case)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @settings(deadline=None, max_examples=25)
 @given(FOR_KERNELS)
 def test_the_kernels_follow_the_rule_in_more_cases(case):
