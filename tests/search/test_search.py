@@ -445,16 +445,17 @@ def lengthy(length, heads, kv_heads):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("length, heads, kv_heads", [(32768, 4, 1), (131072, 4, 1), (262144, 32, 8)])
-def test_the_search_runs_at_length_in_constant_memory(length, heads, kv_heads):
+@pytest.mark.parametrize("config, most", [(PrefillConfig(), 2**26), (PrefillConfig.recommended(), 2**26 + 2**27)])
+def test_the_search_runs_at_length_in_constant_memory(config, most, length, heads, kv_heads):
     query, key = lengthy(length, heads, kv_heads)
-    search_blocks(query[:, :, :256], key)
+    search_blocks(query[:, :, :256], key, config)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    block_map = search_blocks(query, key)
+    block_map = search_blocks(query, key, config)
     transient = torch.cuda.max_memory_allocated() - before - block_map.words.nbytes
-    assert transient <= 64 * 2**20
-    tail = search_blocks(query[:, :, -512:], key, implementation="reference")
+    assert transient <= most
+    tail = search_blocks(query[:, :, -512:], key, config, implementation="reference")
     rows = block_map.to_dense()[:, :, -4:]
     assert (rows != tail.to_dense()).sum() <= 2e-5 * rows.sum() + 1
 

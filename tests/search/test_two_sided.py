@@ -393,7 +393,7 @@ def lengthy(length, heads, kv_heads, dtype=torch.bfloat16):
     return 1.5 * normal(1, heads, length, 128), 1.5 * normal(1, kv_heads, length, 128)
 
 
-LONG = dataclasses.replace(PrefillConfig.recommended(), probe_share=0.06)
+LONG = dataclasses.replace(PrefillConfig.recommended(), probe_share=0.1)
 
 
 @pytest.mark.gpu
