@@ -24,6 +24,9 @@ from torch import Tensor
 from flexprefill.errors import FlexPrefillError
 
 _numbers = itertools.count()
+# Kernels load 16 bytes at once also where a tensor is a view that begins inside its memory: its offset is a symbol, of
+# which nothing is known while a graph is compiled. A tensor that does begin elsewhere is copied when it comes.
+ALIGNED: dict[str, str | int | bool | Callable[..., Any]] = {"assume_aligned_inputs": True}
 
 Constant = TypeVar("Constant", bound=Callable[..., Any])
 
@@ -70,7 +73,8 @@ def compile_whole(function: Callable[..., Any], name: str) -> Callable[..., Any]
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_varnames=(name,), co_name=f"{function.__name__}_{next(_numbers)}")
-    return torch.compile(types.FunctionType(code, function.__globals__, closure=function.__closure__), fullgraph=True)
+    of_its_own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    return torch.compile(of_its_own, fullgraph=True, options=ALIGNED)
 
 
 @contextlib.contextmanager

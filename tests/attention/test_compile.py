@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support.decoder import make_decoder
 from support.inputs import DEVICE, make_qkv
 from support.oracle import relative_error
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexprefill import (
@@ -21,6 +23,7 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.attention import flex
+from flexprefill.runtime.state import forget
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=1, dense_below=0)
 SMALL = dataclasses.replace(CONFIG, block_size=16)
@@ -105,6 +108,28 @@ def test_graphs_know_that_rows_are_aligned(compile_with):
         for batch, head, row, _ in strides:
             assert type(row) is int  # as a symbol it would be of no known alignment
             assert all(statically_known_true(stride % 16 == 0) for stride in (batch, head))
+
+
+@pytest.mark.gpu
+def test_kernels_load_as_widely_from_views_that_begin_inside_their_memory():
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
+    query, key, value = make_qkv(1000, **shape)
+    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
+    memory = torch.empty(query.numel() + 1, dtype=query.dtype, device="cuda")
+    shifted = memory[1:].view(query.shape).copy_(query)
+
+    def attend(*tensors):
+        return prefill_attention(*tensors, CONFIG, backend="triton")
+
+    def known_to_be_aligned(*tensors):
+        forget("compiled attention, by kind of call")
+        output, codes = run_and_get_code(attend, *tensors)
+        assert torch.equal(output, expected)
+        return set(re.findall(r"\((\d+),\): \[\['tt.divisibility', 16\]\]", "".join(codes)))
+
+    expected = attend(query, key, value)
+    for tensors in ((query, key, value), (fused[:, :4], fused[:, 4:6], fused[:, 6:]), (shifted, key, value)):
+        assert known_to_be_aligned(*tensors) >= {"0", "1", "2"}
 
 
 @pytest.mark.eager_flex
