@@ -19,8 +19,9 @@ from flexprefill.runtime.state import remembered
 from flexprefill.runtime.tracing import is_exporting, is_tracing
 
 Options = tuple[tuple[str, Any], ...]  # a tuple, which torch.compile takes as a constant
-# none, a variant's masks alone (sequences, a window), its score_mods too (a soft cap, ALiBi), or a caller's own mods
-Mods = Literal["", "masks", "scores", "own"]
+# none, a variant's masks alone (sequences, a window), its soft cap without sequences, its score_mods otherwise, or a
+# caller's own mods
+Mods = Literal["", "masks", "cap", "scores", "own"]
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("auto", "triton", "flash")
 HOPPER = (9, 0)
@@ -61,6 +62,7 @@ class BackendChoice:
         passed_over: Pairs of name and reason: why a better kernel was not chosen.
         tail_parts: The last query blocks keep all keys. Their keys are split into this many parts; 1 means that these
             blocks are computed with the others.
+        by_itself: FlashAttention-4 is called without FlexAttention, whose entry takes longer on the host.
         gathers: Why the pages of a `PagedKV` are first gathered into tensors of their own. None: they are read where
             they lie, or the call has none.
     """
@@ -71,6 +73,7 @@ class BackendChoice:
     kernel_options: Options = ()
     passed_over: tuple[tuple[str, str], ...] = ()
     tail_parts: int = 1
+    by_itself: bool = False
     gathers: str | None = None
 
 
@@ -172,7 +175,8 @@ def choose_once(backend: str, request: Request) -> BackendChoice:
     against = against_flash(request, named=backend == "flash")
     if against is None:
         reason = "named by the caller" if backend == "flash" else "the fastest that can do the request"
-        return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),))
+        by_itself = request.mods in ("", "cap") and not request.compiling
+        return BackendChoice("flash", reason, kernel_options=(("BACKEND", "FLASH"),), by_itself=by_itself)
     if backend == "flash":
         raise UnsupportedError(f"backend 'flash' cannot do this: {against}; 'triton' can")
     return BackendChoice(
@@ -272,7 +276,9 @@ def _against_mods(request: Request) -> str | None:
     if request.mods == "own":
         return "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"
     if request.mods == "scores":
-        return "it is slower with a soft cap or ALiBi: name it to try"
+        return "it is slower with ALiBi, and with a soft cap over sequences: name it to try"
+    if request.mods == "cap" and request.compiling:
+        return "it is slower with a soft cap inside torch.compile: name it to try"
     if request.mods == "masks" and request.compiling:
         return "its masks were measured outside torch.compile alone: name it to try"
     return None

@@ -53,8 +53,10 @@ class Call(NamedTuple):
         """What FlexAttention gets besides the causal mask."""
         if self.mask_mod is not None or self.score_mod is not None:
             return "own"
-        if self.variant.soft_cap is not None or self.variant.alibi_slopes is not None:
+        if self.variant.alibi_slopes is not None:
             return "scores"
+        if self.variant.soft_cap is not None:
+            return "cap" if self.variant.sequences is None else "scores"
         return "masks" if self.variant.changes_search else ""
 
     @property

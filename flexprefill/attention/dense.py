@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexprefill.attention.flash import flash_dense
 from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
 
@@ -42,17 +43,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     """
     with torch.no_grad(), without_autocast():
         if kernel == "dense-flash":
-            return _flash_attention_4(query, key, value, scale)
+            return flash_dense(query, key, value, scale)
         return _sdpa(query, key, value, scale)
-
-
-def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func  # an optional package
-
-    heads_inside = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, S, H, D]
-    result = flash_attn_func(*heads_inside, softmax_scale=scale, causal=True)
-    output = result[0] if isinstance(result, tuple) else result  # some versions add the log-sum-exp
-    return output.transpose(1, 2)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill.attention.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.attention.call import Call
+from flexprefill.attention.flash import FlashMods
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over, with_lse
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
@@ -55,7 +56,7 @@ def choose(call: Call) -> BackendChoice:
         reason = "a single query that ends the sequence is a step of decoding, which is dense and takes no search"
         if call.plain:
             return BackendChoice("dense-sdpa", reason, dense=True)
-        return BackendChoice(sparse.name, reason, True, sparse.kernel_options, sparse.passed_over)
+        return replace(sparse, reason=reason, dense=True, tail_parts=1)
     if not call.plain or is_recording():
         return sparse
     below = call.config.dense_below
@@ -77,7 +78,9 @@ def _with_tail(call: Call, request: Request, sparse: BackendChoice) -> BackendCh
     batch, heads = call.query.shape[:2]
     parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
     most = ceil_div(call.key.shape[2], request.block_size) // (rows + 2)
-    return replace(sparse, tail_parts=max(1, min(parts, most)))
+    parts = max(1, min(parts, most))
+    # parts stand among the keys where lengths do not tell, and FlashAttention-4 by itself knows lengths alone
+    return replace(sparse, tail_parts=parts, by_itself=sparse.by_itself and parts == 1)
 
 
 def kept_blocks(call: Call, choice: BackendChoice, means: KeyMeans | None) -> BlockMap:
@@ -103,16 +106,18 @@ def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buf
         # a weight of zero times a value that is not finite is NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
     asked = call.aux_request(dense=choice.dense)
-    settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked)
+    itself = FlashMods(call.variant.soft_cap, call.variant.sliding_window) if choice.by_itself else None
+    settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, by_itself=itself)
     split = choice.tail_parts > 1
     needs_lse = split or (asked is not None and asked.lse)
-    factor = flash_lse_factor(query.device) if choice.name == "flash" and needs_lse else 1.0
+    through_flex = choice.name == "flash" and not choice.by_itself
+    factor = flash_lse_factor(query.device) if through_flex and needs_lse else 1.0
     if split:
         tail = Split(call.config.last_full_blocks, choice.tail_parts, factor)
         output, aux = flex_in_parts(query, key, value, kept, tail, settings, buffers)
     else:
         listed = list_blocks(kept.words, kept.geometry, cut, buffers)
-        output, aux = flex_over(query, key, value, listed, settings, call.score_mods())
+        output, aux = flex_over(query, key, value, listed, settings, () if choice.by_itself else call.score_mods())
         if is_tracing() and not choice.dense:
             output, aux = sparse_by_any_compiler(call, kept, output, aux)
         if choice.name == "cpp":

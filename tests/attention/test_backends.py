@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,8 @@ def test_a_variants_masks_go_to_flash_and_other_mods_where_it_is_named(machine):
     for mods, compiling, name in (
         ("masks", False, "flash"),
         ("masks", True, "triton"),
+        ("cap", False, "flash"),
+        ("cap", True, "triton"),
         ("scores", False, "triton"),
         ("own", False, "triton"),
     ):
@@ -72,7 +75,8 @@ def test_a_variants_masks_go_to_flash_and_other_mods_where_it_is_named(machine):
         choice = backends.choose_once("auto", request)
         assert choice.name == name, mods
         assert name == "flash" or "name it" in choice.passed_over[0][1]
-        assert backends.choose_once("flash", request).name == "flash"
+        named = backends.choose_once("flash", request)
+        assert (named.name, named.by_itself) == ("flash", (mods, compiling) == ("cap", False))
 
 
 def test_a_call_says_what_its_mods_are():
@@ -87,7 +91,8 @@ def test_a_call_says_what_its_mods_are():
 
     assert [mods_of(), mods_of(AttentionVariant(sinks=torch.zeros(2)))] == ["", ""]
     assert [mods_of(window), mods_of(packed)] == ["masks", "masks"]
-    assert [mods_of(capped), mods_of(AttentionVariant(alibi_slopes=torch.ones(2)))] == ["scores", "scores"]
+    sloped, both = AttentionVariant(alibi_slopes=torch.ones(2)), replace(packed, soft_cap=20.0)
+    assert [mods_of(capped), mods_of(sloped), mods_of(both)] == ["cap", "scores", "scores"]
     assert [mods_of(mask_mod=lambda b, h, i, j: j > 3), mods_of(window, score_mod=lambda s, *_: s)] == ["own", "own"]
 
 

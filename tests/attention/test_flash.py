@@ -1,0 +1,210 @@
+"""FlashAttention-4 called by itself, beside FlexAttention's call of it and plain PyTorch."""
+
+import math
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from support.inputs import make_qkv, random_map
+from support.oracle import attention_weights, masked_attention, relative_error
+from torch.nn.attention.flex_attention import AuxRequest
+
+from flexprefill import AttentionVariant, BlockMap, PrefillConfig, explain_backend, prefill_attention, search_blocks
+from flexprefill.attention import flash
+from flexprefill.attention.flash import FlashMods, flash_over
+from flexprefill.attention.flex import FlexSettings, flex_over
+from flexprefill.attention.log_sum_exp import flash_lse_factor
+from flexprefill.blockmap.block_mask import list_blocks
+
+CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
+LSE = AuxRequest(lse=True)
+BF16_CUDA = {"dtype": torch.bfloat16, "device": "cuda"}
+
+
+@pytest.fixture
+def package():
+    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The package in plain PyTorch, as far as flash_over asks for it. Gives what was asked."""
+    asked = []
+
+    def forward(q, k, v, *, out, return_lse, block_sparse_tensors, softmax_scale, **mods):
+        asked.append({"q": q, "k": k, "v": v, "lists": block_sparse_tensors, "scale": softmax_scale, **mods})
+        out.fill_(1.0)
+        return out, torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if return_lse else None
+
+    mods = types.SimpleNamespace(causal_within=lambda window: ("mask", window), soft_capped=lambda cap: ("cap", cap))
+    monkeypatch.setitem(
+        sys.modules,
+        "flash_attn.cute.block_sparsity",
+        types.SimpleNamespace(BlockSparseTensorsTorch=lambda *lists: lists),
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", types.SimpleNamespace(_flash_attn_fwd=forward))
+    monkeypatch.setitem(sys.modules, "flexprefill.attention.flash_mods", mods)
+    monkeypatch.setattr("flexprefill.attention.flash_mods", mods, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of tensors on the CPU
+    return asked
+
+
+def listed_of(query, key, *, share=0.5):
+    kept, _ = random_map(query.shape[2], key.shape[2], 128, batch=query.shape[0], heads=query.shape[1], share=share)
+    return kept, list_blocks(kept.words, kept.geometry)
+
+
+def test_the_kernel_gets_the_lists_and_what_the_attention_is(pretended):
+    query, key, value = make_qkv(300, 700, batch=2, heads=4, kv_heads=2)
+    _, listed = listed_of(query, key)
+    output, aux = flash_over(query, key, value[..., :32], listed, 0.3, FlashMods(20.0, 100), True)
+    (asked,) = pretended
+    assert output.shape == (2, 4, 300, 32) and output.stride() == torch.empty(output.shape).stride()
+    assert (output == 1).all() and aux.lse.shape == (2, 4, 300) and aux.max_scores is None
+    assert asked["lists"] == (*listed.lists, (128, 128)) and asked["scale"] == 0.3 / 20.0
+    assert (asked["mask_mod"], asked["score_mod"]) == (("mask", 100), ("cap", 20.0))
+    assert torch.equal(asked["k"], key.transpose(1, 2))
+    assert flash_over(query, key, value, listed, 0.3, FlashMods(), False)[1].lse is None
+    assert (pretended[1]["mask_mod"], pretended[1]["score_mod"]) == (("mask", None), ("cap", None))
+    assert pretended[1]["scale"] == 0.3
+
+
+def test_outputs_lie_as_queries_do_and_tensors_off_their_alignment_are_moved(pretended):
+    query, key, value = make_qkv(256, heads=4, kv_heads=2)
+    _, listed = listed_of(query, key)
+    inside = query.transpose(1, 2).contiguous().transpose(1, 2)
+    output, _ = flash_over(inside, key, value, listed, 1.0, FlashMods(), False)
+    assert output.stride() == inside.stride()
+    memory = torch.empty(query.numel() + 1)
+    shifted = memory[1:].view(query.shape).copy_(query)
+    assert shifted.data_ptr() % flash.ALIGNMENT
+    flash_over(shifted, key, value, listed, 1.0, FlashMods(), False)
+    assert pretended[1]["q"].data_ptr() % flash.ALIGNMENT == 0 and torch.equal(pretended[1]["q"], query.transpose(1, 2))
+    assert pretended[1]["k"].data_ptr() == key.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "q_len, kv_len, head_dim, value_dim, kv_heads",
+    [
+        (2048, 2048, 128, 128, 2),
+        (1001, 1001, 64, 64, 4),
+        (700, 3001, 128, 128, 1),
+        (100, 100, 96, 96, 2),
+        (1000, 1000, 128, 64, 2),
+        (1, 1500, 128, 128, 2),
+    ],
+)
+def test_the_bits_are_those_that_flexattention_gives(dtype, q_len, kv_len, head_dim, value_dim, kv_heads):
+    query, key, value = make_qkv(
+        q_len, kv_len, batch=2, heads=4, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device="cuda"
+    )
+    value = torch.cat([value, -value], 3)[..., :value_dim].contiguous()
+    kept = search_blocks(query, key, CONFIG)
+    listed = list_blocks(kept.words, kept.geometry)
+    through = FlexSettings(128, 0.1, (("BACKEND", "FLASH"),), LSE)
+    expected, expected_aux = flex_over(query, key, value, listed, through)
+    output, aux = flex_over(query, key, value, listed, through._replace(by_itself=FlashMods()))
+    assert torch.equal(output, expected) and output.stride() == expected.stride()
+    right = expected_aux.lse * flash_lse_factor(query.device)
+    assert (aux.lse - right).abs().max() <= 1e-5 * right.abs().max()
+    alone, without = flex_over(query, key, value, listed, through._replace(by_itself=FlashMods(), return_aux=None))
+    assert torch.equal(alone, expected) and without.lse is None
+
+
+def in_pytorch(query, key, value, kept, soft_cap, window, dtype):
+    """Capped attention over a map's blocks in ``dtype``."""
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    logits = soft_cap * torch.tanh(query @ key.mT * query.shape[3] ** -0.5 / soft_cap)
+    position = torch.arange(kept.q_len, device=query.device)[:, None] + kept.offset
+    keys = torch.arange(kept.kv_len, device=query.device)
+    seen = (keys <= position) & (position - keys < (window or kept.kv_len))
+    blocks = kept.to_dense().repeat_interleave(128, 2).repeat_interleave(128, 3)[..., : kept.q_len, : kept.kv_len]
+    return logits.masked_fill(~(seen & blocks), -math.inf).softmax(-1).nan_to_num(0) @ value
+
+
+def test_capped_attention_in_pytorch_is_that_of_the_oracle():
+    query, key, value = (tensor.double() for tensor in make_qkv(200, 300, heads=4, kv_heads=2))
+    everything = BlockMap.causal(1, 4, q_len=200, kv_len=300, block_size=128)
+    expected = attention_weights(query, key, window=90, soft_cap=3.0) @ value.repeat_interleave(2, 1)
+    assert relative_error(in_pytorch(query, key, value, everything, 3.0, 90, torch.float64), expected) <= 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("soft_cap, window", [(50.0, None), (5.0, None), (1.0, None), (30.0, 300)])
+@pytest.mark.parametrize("q_len, kv_len, head_dim", [(2048, 2048, 128), (700, 3001, 64), (1001, 1001, 96)])
+def test_a_soft_cap_is_right(soft_cap, window, q_len, kv_len, head_dim):
+    query, key, value = make_qkv(q_len, kv_len, batch=2, heads=4, kv_heads=2, head_dim=head_dim, **BF16_CUDA)
+    query = 4 * query  # scores beyond the cap
+    variant = AttentionVariant(soft_cap=soft_cap, sliding_window=window)
+    choice = explain_backend(query, key, value, CONFIG, variant=variant)
+    assert choice.name == "flash" and choice.by_itself
+    kept = search_blocks(query, key, CONFIG, variant=variant)
+    exact = in_pytorch(query, key, value, kept, soft_cap, window, torch.float64)
+    theirs = relative_error(in_pytorch(query, key, value, kept, soft_cap, window, torch.bfloat16), exact)
+    output, aux = prefill_attention(query, key, value, CONFIG, variant=variant, return_aux=LSE)
+    assert relative_error(output, exact) <= theirs
+    assert torch.equal(prefill_attention(query, key, value, CONFIG, variant=variant), output)
+    named = {"variant": variant, "block_map": kept, "backend": "triton", "return_aux": LSE}
+    other, other_aux = prefill_attention(query, key, value, CONFIG, **named)
+    assert relative_error(output, other) <= 2 * theirs
+    assert (aux.lse - other_aux.lse).abs().max() <= soft_cap * 2**-10 + 1e-3  # tanh to 2**-11 of its result
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("package")
+def test_empty_rows_are_zero():
+    query, key, value = make_qkv(1000, heads=4, kv_heads=2, head_dim=128, **BF16_CUDA)
+    kept, _ = random_map(1000, 1000, 128, heads=4, share=0.2)
+    kept = BlockMap.from_dense(kept.to_dense().cuda(), q_len=1000, kv_len=1000, block_size=128)
+    output, aux = prefill_attention(query, key, value, block_map=kept, return_aux=LSE)
+    exact = masked_attention(query, key, value, kept, dtype=torch.float32).nan_to_num(0)
+    theirs = relative_error(masked_attention(query, key, value, kept, dtype=torch.bfloat16).nan_to_num(0), exact)
+    assert relative_error(output, exact) <= 2 * theirs
+    empty = ~kept.to_dense().any(-1).repeat_interleave(128, 2)[:, :, :1000]
+    assert empty.any() and not output[empty].any() and torch.isneginf(aux.lse[empty]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("package")
+def test_views_modes_graphs_and_threads_change_nothing():
+    query, key, value = make_qkv(2000, heads=8, kv_heads=2, head_dim=128, **BF16_CUDA)
+    expected = prefill_attention(query, key, value, CONFIG)
+    assert explain_backend(query, key, value, CONFIG).by_itself
+    memory = torch.empty(query.numel() + 1, **BF16_CUDA)
+    shifted = memory[1:].view(query.shape).copy_(query)
+    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
+    parts = fused[:, :8], fused[:, 8:10], fused[:, 10:]
+    for inputs in ((shifted, key, value), parts):
+        assert torch.equal(prefill_attention(*inputs, CONFIG), expected)
+    with torch.no_grad():
+        assert torch.equal(prefill_attention(torch.nn.Parameter(query), key, value, CONFIG), expected)
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+        assert torch.equal(prefill_attention(query, key, value, CONFIG), expected)
+    outputs, stream = {}, torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def in_a_thread(name):
+        with torch.cuda.stream(stream):
+            outputs[name] = prefill_attention(query, key, value, CONFIG)
+
+    threads = [threading.Thread(target=in_a_thread, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(outputs) == 4 and all(torch.equal(output, expected) for output in outputs.values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = prefill_attention(query, key, value, CONFIG)
+    captured.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(captured, expected)
