@@ -5,8 +5,8 @@ python examples/benchmarks/prefill_attention.py --crossover
 
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
-sparse call with dense attention from 1K to 16K tokens: `flexprefill.attention.backends.DENSE_BELOW` holds what it
-finds. Both print tables. --output keeps every repeat.
+sparse call with dense attention from 1K to 16K tokens, by the device's time and by the wall clock, one by one and in a
+row: `flexprefill.attention.backends.DENSE_BELOW` holds what it finds. Both print tables. --output keeps every repeat.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from flexprefill.bench.settings import DEFAULTS, Settings, default_density
 from flexprefill.runtime.machine import describe_machine, versions
 
 WHOLES = ("prefill-attention", "prefill-triton", "prefill-flash")
+CROSSING = ("prefill-triton", "prefill-flash", "two-sided-triton", "two-sided-flash")
 PARTS = ("search", "lists", "attention-triton", "attention-flash")
 DENSES = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
 GOALS = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
@@ -48,9 +49,8 @@ def parts_of(crossover: bool) -> list[Part]:
         usual = {length: default_density("cuda", length) for length in SHORT}
         published = {length: PUBLISHED[min(PUBLISHED, key=lambda known: abs(known - length))] for length in SHORT}
         return [
-            Part(f"{name}, {how}", densities, (*WHOLES[1:], *DENSES), how == "host time included", 0)
+            Part(name, densities, (*CROSSING, *DENSES), dense_below=0)
             for name, densities in (("usual densities", usual), ("published densities", published))
-            for how in ("device time", "host time included")
         ]
     short = {length: default_density("cuda", length) for length in EAGER}
     return [
@@ -58,6 +58,12 @@ def parts_of(crossover: bool) -> list[Part]:
         Part("published densities", PUBLISHED, (*WHOLES, "flash-attention-4")),
         Part("host time included", short, (*WHOLES, *DENSES), eager=True),
     ]
+
+
+def crossovers(runs: list[Run]) -> dict[str, dict[str, int | None]]:
+    """By whole call and clock, the shortest length from which on it is never slower than the best dense attention."""
+    clocks = {"device": runs} | {kind: [report.by_the_clock(run, kind) for run in runs] for kind in report.BY_THE_CLOCK}
+    return {whole: {clock: first_sparse(clocked, whole) for clock, clocked in clocks.items()} for whole in CROSSING}
 
 
 def first_sparse(runs: list[Run], whole: str) -> int | None:
@@ -111,14 +117,15 @@ def main() -> None:
         print("", report.tables(runs, names, "flexprefill bench has them"), sep="\n", flush=True)
         table = {"settings": report.describe_settings(settings), "runs": [dataclasses.asdict(run) for run in runs]}
         if arguments.crossover:
-            table["first_sparse"] = {whole: first_sparse(runs, whole) for whole in WHOLES[1:]}
+            table["first_sparse"] = crossovers(runs)
         record["parts"][part.title] = table
         if arguments.output:
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.crossover:
         print("\nshortest length from which on sparse is never slower than the best dense attention")
         for title, table in record["parts"].items():
-            print(f"  {title:<45} {table['first_sparse']}")
+            for whole, by_clock in table["first_sparse"].items():
+                print(f"  {title:<22} {whole:<18} {by_clock}")
     if arguments.output:
         print(f"\nfigures  {arguments.output}")
 

@@ -17,6 +17,7 @@ from flexprefill.bench import floors
 from flexprefill.bench.inputs import Case
 from flexprefill.bench.timing import reason
 from flexprefill.blockmap.index_lists import ListBuffers
+from flexprefill.config import PrefillConfig
 from flexprefill.errors import FlexPrefillError
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.rule import Rule
@@ -114,6 +115,11 @@ def _whole(backend: str, case: Case) -> Callable[[], Any]:
     return lambda: prefill_attention(case.query, case.key, case.value, case.config, backend=backend)
 
 
+def _two_sided(backend: str, case: Case) -> Callable[[], Any]:
+    config = replace(PrefillConfig.recommended(), dense_below=case.config.dense_below)
+    return lambda: prefill_attention(case.query, case.key, case.value, config, backend=backend)
+
+
 def _dense_flex(case: Case) -> Callable[[], Any]:
     everything = case.everything()
     return lambda: prefill_attention(case.query, case.key, case.value, block_map=everything)
@@ -166,6 +172,9 @@ EVERY = {
     "prefill-attention": Contestant("prefill_attention", WHOLE, partial(_whole, "auto"), floors.whole_work),
     "prefill-triton": Contestant("the whole, triton", WHOLE, partial(_whole, "triton"), floors.whole_work),
     "prefill-flash": Contestant("the whole, flash", WHOLE, partial(_whole, "flash"), floors.whole_work),
+    "two-sided": Contestant("two-sided", WHOLE, partial(_two_sided, "auto")),
+    "two-sided-triton": Contestant("two-sided, triton", WHOLE, partial(_two_sided, "triton")),
+    "two-sided-flash": Contestant("two-sided, flash", WHOLE, partial(_two_sided, "flash")),
     "sdpa": Contestant("SDPA", DENSE, _sdpa),
     "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
     "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),

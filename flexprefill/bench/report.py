@@ -75,7 +75,7 @@ def tables(runs: Sequence[Run], names: Mapping[str, str], no_floors: str | None)
     lines += [*_speedups(runs), ""]
 
     for kind, title in BY_THE_CLOCK.items():
-        clocked = [_by_the_clock(run, kind) for run in runs]
+        clocked = [by_the_clock(run, kind) for run in runs]
         if any(run.contestants for run in clocked):
             lines += [f"{title}, by the wall clock: median ms ± the same", header]
             for key, name in names.items():
@@ -162,7 +162,7 @@ def _speedups(runs: Sequence[Run]) -> list[str]:
     return [] if set(cells) == {ABSENT} else [_line("faster than best dense", cells)]
 
 
-def _by_the_clock(run: Run, kind: str) -> Run:
+def by_the_clock(run: Run, kind: str) -> Run:
     """The same run with the times of a kind of BY_THE_CLOCK."""
     clocked = {
         name: dataclasses.replace(result, note=None, median_ms=statistics.median(series), repeats_ms=series)
