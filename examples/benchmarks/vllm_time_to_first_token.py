@@ -5,7 +5,8 @@
 A stack of Llama-3.1-8B's shape with random weights, as many layers as --layers says, in an engine of this process. Two
 engines, one after the other: stock, and with the plug-in. The second one takes each measurement twice, in turns: with
 the search, and with every batch left to vLLM's own attention. That second figure and the stock engine's are to agree.
-Each part is written to --output as soon as it is done.
+Each part is written to --output as soon as it is done. With --only-plug-in and --jit-monitor error, a request that
+compiles fails: vLLM watches for that from the end of its first engine's warm-up on.
 
 The prompt is stretches of --stretch times one token, as in time_to_first_token.py: of tokens drawn one by one such a
 model keeps every block. The density is measured with the times, and they say nothing about accuracy.
@@ -34,6 +35,7 @@ parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s
 parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
 parser.add_argument("--vocabulary", type=int, default=32_000, help="(default: %(default)s)")
 parser.add_argument("--alpha", type=float, default=0.18, help="published for Llama-3.1-8B (default: %(default)s)")
+parser.add_argument("--recommended", action="store_true", help="the two-sided search's setting in place of --alpha")
 parser.add_argument("--stretch", type=int, default=400, help="tokens that are alike (default: %(default)s)")
 parser.add_argument("--repeats", type=int, default=3, help="after one that does not count (default: %(default)s)")
 parser.add_argument("--beside", type=int, default=65536, help="the long prompt beside decoding (default: %(default)s)")
@@ -42,6 +44,10 @@ parser.add_argument("--min-keys", type=int, help="of the plug-in (default: its o
 parser.add_argument("--min-queries", type=int, default=1024, help="of the plug-in (default: %(default)s)")
 parser.add_argument("--page", type=int, default=16, help="tokens of a cache's page (default: %(default)s)")
 parser.add_argument("--memory", type=float, default=0.4, help="of the GPU's, for each engine (default: %(default)s)")
+parser.add_argument("--only-plug-in", action="store_true", help="no stock engine (default: both, one after the other)")
+parser.add_argument(
+    "--jit-monitor", choices=("warn", "error"), default="warn", help="a request that compiles (default: warn)"
+)
 parser.add_argument("--eager", action="store_true", help="no compiled model and no CUDA graphs (default: both)")
 parser.add_argument("--output", type=Path, help="a JSON file for every repeat (default: none)")
 settings = parser.parse_args()
@@ -142,6 +148,7 @@ def engine(folder, **options):
         block_size=settings.page if device.type == "cuda" else None,
         gpu_memory_utilization=settings.memory,
         enforce_eager=settings.eager,
+        jit_monitor_mode=settings.jit_monitor,
         **options,
     )
     llm.apply_model(initialize)
@@ -293,17 +300,19 @@ def density_of(sums_before):
 
 
 folder = model_folder()
-with part("stock engine"):
-    began = time.perf_counter()
-    llm = engine(folder)
-    record["engines"]["stock"] = {"start_s": time.perf_counter() - began}
-    measure("stock engine", llm, {"stock": contextlib.nullcontext})
-    del llm
-gc.collect()
-if device.type == "cuda":
-    torch.cuda.empty_cache()
+if not settings.only_plug_in:
+    with part("stock engine"):
+        began = time.perf_counter()
+        llm = engine(folder)
+        record["engines"]["stock"] = {"start_s": time.perf_counter() - began}
+        measure("stock engine", llm, {"stock": contextlib.nullcontext})
+        del llm
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 with part("engine with the plug-in"):
-    register(PrefillConfig(alpha=settings.alpha), min_keys=settings.min_keys, min_queries=settings.min_queries)
+    config = PrefillConfig.recommended() if settings.recommended else PrefillConfig(alpha=settings.alpha)
+    register(config, min_keys=settings.min_keys, min_queries=settings.min_queries)
     began = time.perf_counter()
     llm = engine(folder, attention_backend="CUSTOM")
     record["engines"]["plug-in"] = {"start_s": time.perf_counter() - began}
@@ -316,13 +325,14 @@ with part("engine with the plug-in"):
             record["first_token"][str(length)]["first_request_ms"] = took  # would show what was not warmed up
             kept = f"{statistics.mean(density.values()):.1%} kept" if density else "dense"
             print(f"{length:>8,} tokens: {kept}, first request {took:.0f} ms", flush=True)
-    with part("agreement with every block kept"):
-        with left_to_vllm():
-            of_vllm, again = answers(llm), answers(llm)
-        with every_block(llm):
-            ours = answers(llm)
-        record["agreement"] = {"plug-in": agreement(ours, of_vllm), "vLLM with itself": agreement(again, of_vllm)}
-        print(json.dumps(record["agreement"]), flush=True)
+    if not settings.recommended:  # it has no alpha
+        with part("agreement with every block kept"):
+            with left_to_vllm():
+                of_vllm, again = answers(llm), answers(llm)
+            with every_block(llm):
+                ours = answers(llm)
+            record["agreement"] = {"plug-in": agreement(ours, of_vllm), "vLLM with itself": agreement(again, of_vllm)}
+            print(json.dumps(record["agreement"]), flush=True)
     measure("plug-in", llm, {"plug-in, left to vLLM": left_to_vllm, "plug-in": contextlib.nullcontext})
 for length, found in record["first_token"].items():
     if "plug-in" in found and "stock" in found:
