@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.nn.attention.flex_attention import AuxOutput
 
-from flexprefill.attention.backends import BackendChoice
+from flexprefill.attention.backends import MAX_ELEMENTS, BackendChoice, triton_options
 from flexprefill.attention.call import Call
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
@@ -22,8 +22,7 @@ from flexprefill.search.blocks import refuse_with_pages, search_pages
 from flexprefill.search.page_means import PageMeans
 from flexprefill.variant.paged_kv import PagedKV
 
-# the tests for a GPU found FlexAttention's Triton kernel wrong or failing on pages where they lie
-GPU_GATHERS = "the kernels for a GPU take keys in a row"
+FLASH_GATHERS = "FlashAttention-4 takes keys in a row"
 
 
 def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
@@ -45,7 +44,22 @@ def choose_paged(call: Call, paged: PagedKV) -> BackendChoice:
     against = paged.why_gathered(call.block_size) or _against_long_lists(call, paged)
     if against is not None:
         return replace(choice, gathers=against)
-    return choice if choice.name == "cpp" else replace(choice, gathers=GPU_GATHERS)
+    return choice if choice.name == "cpp" else _choose_on_gpu(call, paged, choice)
+
+
+def _choose_on_gpu(call: Call, paged: PagedKV, choice: BackendChoice) -> BackendChoice:
+    """Whether Triton's kernel reads the pages, and with which options."""
+    if choice.name == "flash":
+        return replace(choice, gathers=FLASH_GATHERS)
+    piece, pages = paged.piece(call.block_size), paged.in_a_row()
+    if piece < call.block_size:
+        # a tile of keys would be as small as a piece
+        return replace(choice, gathers=f"kernels for a GPU read blocks whole, and a page has pieces of {piece} keys")
+    if paged.reach >= MAX_ELEMENTS:
+        return replace(choice, gathers=f"the pages span {paged.reach:,} elements, more than 32-bit offsets reach")
+    assert pages is not None  # asked already
+    options = triton_options(call._replace(key=pages[0], value=pages[1]).request())
+    return replace(choice, kernel_options=options, tail_parts=1)
 
 
 def _against_long_lists(call: Call, paged: PagedKV) -> str | None:
@@ -114,7 +128,7 @@ def _attend_in_place(
     asked = call.aux_request(dense=choice.dense)
     settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, places.size)
     output, aux = flex_over(call.query, *pages, listed, settings)
-    if _may_not_be_finite(call, paged):
+    if choice.name == "cpp" and _may_not_be_finite(call, paged):
         mark_rows_not_finite(call._replace(key=paged.gather_keys()).attention, kept, output)
     return output, aux
 

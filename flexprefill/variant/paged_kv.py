@@ -29,8 +29,8 @@ class PagedKV:
 
     - the pages stand one behind the other for each head: page i + 1 begins where page i ends. A tensor
       [pages, page size, Hkv, D] has this order. Pass its ``transpose(1, 2)``;
-    - page size and block size have a common divisor of 16 or more;
-    - the kernel is FlexAttention's for the CPU or its Triton kernel.
+    - on the CPU, page size and block size have a common divisor of 16 or more;
+    - on a GPU, the kernel is Triton's and the page size is a multiple of the block size.
 
     Otherwise the keys are gathered first, into tensors of their own. ``explain_backend`` says so and why.
 
@@ -134,6 +134,14 @@ class PagedKV:
         """All pages of keys and of values as [1, Hkv, pages · page size, D], not copied; None if that is impossible."""
         found = [_in_a_row(pages) for pages in (self.pages_of_keys, self.pages_of_values)]
         return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first to behind the last of the pages of keys, or of values if these are more."""
+        return max(
+            1 + sum((size - 1) * stride for size, stride in zip(pages.shape, pages.stride(), strict=True))
+            for pages in (self.pages_of_keys, self.pages_of_values)
+        )
 
     def piece(self, block_size: int) -> int:
         """Keys that a page and a block of this size have in common."""

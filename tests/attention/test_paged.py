@@ -303,18 +303,31 @@ def test_pages_of_another_kind_are_refused(change, error, message):
     assert paged.page_size == 16 and paged.batch == 1
 
 
-def test_pages_are_gathered_on_a_gpu(machine, monkeypatch):
+def test_which_kernel_reads_pages_on_a_gpu(machine, monkeypatch):
     """The choice alone, for a machine that is not here."""
     from support.machines import PUBLISHED
 
     machine()
     query, key, value = make_qkv(256, 512, heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
     monkeypatch.setattr(over_pages.Call, "request", lambda call: PUBLISHED._replace(block_size=call.block_size))
-    for page_size, backend in ((256, "auto"), (32, "triton"), (128, "flash")):
-        choice = explain_backend(
-            query, in_pages(key, value, page_size), config=PrefillConfig(dense_below=0), backend=backend
-        )
-        assert choice.gathers == over_pages.GPU_GATHERS and choice.name == ("flash" if backend == "auto" else backend)
+    config = PrefillConfig(dense_below=0)
+    for page_size, backend, name, why in (
+        (256, "auto", "flash", over_pages.FLASH_GATHERS),
+        (128, "flash", "flash", over_pages.FLASH_GATHERS),
+        (32, "triton", "triton", "pieces of 32 keys"),
+        (24, "triton", "triton", "no common divisor"),
+    ):
+        choice = explain_backend(query, in_pages(key, value, page_size), config=config, backend=backend)
+        assert choice.name == name and why in choice.gathers
+    whole = in_pages(key, value, 256)
+    choice = explain_backend(query, whole, config=config, backend="triton")
+    assert (choice.name, choice.gathers, choice.tail_parts) == ("triton", None, 1)
+    # keys and values in turns, as engines keep them: offsets grow twice as fast as the number of elements
+    both = torch.zeros(4, 128, 4, 2, 64)
+    pages = both[..., 0, :].transpose(1, 2), both[..., 1, :].transpose(1, 2)
+    assert PagedKV(*pages, torch.tensor([[0]]), 128).reach == both.numel() - 64
+    monkeypatch.setattr(over_pages, "MAX_ELEMENTS", 100_000)
+    assert "the pages span 327,680 elements" in explain_backend(query, whole, config=config, backend="triton").gathers
 
 
 @pytest.mark.gpu
@@ -336,10 +349,11 @@ def test_pages_on_a_gpu(page_size, dtype):
             means.forget()
         found = search_blocks(query, key, config)
         assert search_blocks(query, paged, config, means=means) == found and found.density().mean() < 0.8
-        assert explain_backend(query, paged, config=config).gathers is not None
+        gathers = explain_backend(query, paged, config=config, backend="triton").gathers
+        assert (gathers is None) == (page_size % 128 == 0)
         expected = prefill_attention(query, key, value, config, backend="triton")
-        for pages in (paged, interleaved(paged)):
-            output = prefill_attention(query, pages, config=config, means=means)
+        for pages, backend in ((paged, "auto"), (paged, "triton"), (interleaved(paged), "triton")):
+            output = prefill_attention(query, pages, config=config, means=means, backend=backend)
             assert relative_error(output, expected) <= 5e-3
         if (page_size, dtype) == (128, torch.bfloat16):
             asked = {"config": config, "backend": "triton", "return_aux": AuxRequest(lse=True)}
@@ -361,6 +375,6 @@ def test_two_batch_entries_on_a_gpu():
     shape = {"batch": 2, "heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
     query, key, value = make_qkv(1000, 3000, **shape)
     config = PrefillConfig(alpha=0.5, dense_below=0)
-    for page_size in (64, 128):
-        output = prefill_attention(query, in_pages(key, value, page_size), config=config)
+    for page_size, backend in ((64, "auto"), (128, "auto"), (128, "triton")):
+        output = prefill_attention(query, in_pages(key, value, page_size), config=config, backend=backend)
         assert relative_error(output, prefill_attention(query, key, value, config)) <= 5e-3
