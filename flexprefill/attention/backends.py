@@ -270,8 +270,9 @@ def against_flash(request: Request, *, named: bool) -> str | None:
 def _against_mods(request: Request) -> str | None:
     """Why FlashAttention-4 should not compute a request's mods unless it is named.
 
-    With masks it takes 0.64 to 0.73 of the Triton kernel's time, with a soft cap 1.6 times, and with ALiBi 1.05 times
-    (H200, 32,768 and 131,072 tokens; examples/benchmarks/windows_and_sequences.py).
+    With masks it takes 0.60 to 0.73 of the Triton kernel's time, and with ALiBi 1.02 to 1.06 times. With a soft cap it
+    takes 0.51 by itself and 1.6 times through FlexAttention (H200, 32,768 and 131,072 tokens;
+    examples/benchmarks/windows_and_sequences.py).
     """
     if request.mods == "own":
         return "whether it can do a caller's mask_mod or score_mod shows only when it is compiled: name it to try"

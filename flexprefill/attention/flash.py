@@ -36,7 +36,7 @@ def flash_over(
     """Causal attention over listed blocks. Their own masks are not read: ``mods`` says what they hide.
 
     Args:
-        query: As in prefill_attention, checked, plain and with a last stride of 1.
+        query: As in prefill_attention, checked, with a last stride of 1.
         key: Likewise.
         value: Likewise.
         listed: The kept blocks, of `BLOCK` tokens.

@@ -61,6 +61,8 @@ def flex_over(
 ) -> FlexResult:
     """FlexAttention over listed blocks, compiled. Inside a caller's own torch.compile it is a part of that graph.
 
+    With ``settings.by_itself`` it is FlashAttention-4 without FlexAttention.
+
     Args:
         query: As in prefill_attention, checked.
         key: As in prefill_attention, checked.
@@ -76,11 +78,11 @@ def flex_over(
     with torch.no_grad(), without_autocast():
         if is_tracing():
             return _attend(((query, key, value), NO_RULERS, *listed, score_mods), settings)
-        query, key, value = map(_of_a_common_kind, (query, key, value))
         if settings.by_itself is not None:
             needs_lse = settings.return_aux is not None and settings.return_aux.lse
             with without_dispatch_modes():
                 return flash_over(query, key, value, listed, settings.scale, settings.by_itself, needs_lse)
+        query, key, value = map(_of_a_common_kind, (query, key, value))
         _let_lengths_change(query, key, value, listed)
         tensors = query, key, value
         # FlashAttention-4 is as fast with strides that it reads at run time
