@@ -54,15 +54,15 @@ class BackendChoice:
     """What computes an attention call, and why.
 
     Attributes:
-        name: The kernel. In FlexAttention: "flash" (FlashAttention-4), "triton" (CUDA) or "cpp" (CPU). Without
-            FlexAttention: "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
+        name: The kernel: "flash" (FlashAttention-4), or FlexAttention's "triton" (CUDA) or "cpp" (CPU). Dense and
+            without a search: "dense-flash" (FlashAttention-4) or "dense-sdpa" (scaled_dot_product_attention).
         reason: Why this kernel was chosen.
         dense: Whether every query attends to all keys before it, instead of the kept blocks.
         kernel_options: FlexAttention's options, as pairs of name and setting.
         passed_over: Pairs of name and reason: why a better kernel was not chosen.
         tail_parts: The last query blocks keep all keys. Their keys are split into this many parts; 1 means that these
             blocks are computed with the others.
-        by_itself: FlashAttention-4 is called without FlexAttention, whose entry takes longer on the host.
+        by_itself: Whether FlashAttention-4 is called without FlexAttention, whose entry takes longer on the host.
         gathers: Why the pages of a `PagedKV` are first gathered into tensors of their own. None: they are read where
             they lie, or the call has none.
     """

@@ -26,7 +26,12 @@ from flexprefill.integrations.vllm.parts import part_of
 from flexprefill.integrations.vllm.planner import Plan, Prompt, Run, plan_batch
 from flexprefill.integrations.vllm.recording import Served
 from flexprefill.integrations.vllm.refusals import against_batch, against_layer, against_parallelism
-from flexprefill.integrations.vllm.settings import DEFAULT_MIN_KEYS, DEFAULT_MIN_QUERIES, Settings
+from flexprefill.integrations.vllm.settings import (
+    DEFAULT_MIN_KEYS,
+    DEFAULT_MIN_QUERIES,
+    TWO_SIDED_MIN_KEYS,
+    Settings,
+)
 from flexprefill.variant.variant import PLAIN
 
 LIMITS = {"min_keys": 256, "min_queries": 128}
@@ -214,6 +219,9 @@ def test_settings_of_a_wrong_kind_are_refused():
 
 def test_thresholds_have_an_order():
     assert Settings().keys_from == DEFAULT_MIN_KEYS and Settings().min_queries == DEFAULT_MIN_QUERIES
+    two_sided = PrefillConfig.recommended()
+    assert Settings(two_sided).keys_from == Settings(layers={1: None, 2: two_sided}).keys_from == TWO_SIDED_MIN_KEYS
+    assert Settings(replace(two_sided, dense_below=100)).keys_from == 100
     assert Settings(PrefillConfig(dense_below=0)).keys_from == 0
     assert Settings(PrefillConfig(dense_below=0), min_keys=9).keys_from == 9
 

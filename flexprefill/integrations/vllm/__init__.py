@@ -48,7 +48,8 @@ def register(
         config: The settings of every layer. Default: those published for the model's type, and ``PrefillConfig()`` for
             other types.
         layers: Settings of single layers, by their index. None keeps a layer dense.
-        min_keys: Prompts of fewer tokens so far go to vLLM's own attention. Default: ``config.dense_below``, or 8,192.
+        min_keys: Prompts of fewer tokens so far go to vLLM's own attention. Default: ``config.dense_below``. Without it
+            8,192, or 16,384 with the two-sided search.
         min_queries: Chunks of fewer tokens go to vLLM's own attention.
 
     Raises:

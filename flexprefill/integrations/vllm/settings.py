@@ -24,6 +24,9 @@ ON, OFF = ("on", "1", "true", "yes"), ("", "off", "0", "false", "no")
 # The attention alone gains from 4,096 tokens on (attention/backends.py, DENSE_BELOW). A server's call also copies the
 # pages, and takes 1 to 3 ms of the host in each layer (H200, vLLM 0.26). That is hidden behind the device from here on.
 DEFAULT_MIN_KEYS = 8192
+# The two-sided search takes longer: 54.1 ms to the first token at 8,192 tokens, where vLLM's own attention takes 52.6
+# (three quarters of the blocks kept; examples/benchmarks/results/vllm_recommended_h200.json). At 32,768 it gains.
+TWO_SIDED_MIN_KEYS = 16_384
 # Computed, not measured: copying the keys of a long prompt takes as long as attending densely to them from 100 queries
 # (0.25 ms at 131,072 keys of 8 heads). The host's time is hidden from about 1,000.
 DEFAULT_MIN_QUERIES = 1024
@@ -36,8 +39,8 @@ class Settings:
     Args:
         config: The settings of every layer. None takes those published for the model's type.
         layers: Settings of single layers, by their index. None keeps a layer dense.
-        min_keys: Prompts of fewer tokens so far go to vLLM's own attention. None is ``config.dense_below``, or
-            ``DEFAULT_MIN_KEYS`` without it.
+        min_keys: Prompts of fewer tokens so far go to vLLM's own attention. None is ``config.dense_below``. Without it,
+            it is ``DEFAULT_MIN_KEYS``, or ``TWO_SIDED_MIN_KEYS`` if a setting is two-sided.
         min_queries: Chunks of fewer tokens go to vLLM's own attention.
 
     Raises:
@@ -70,7 +73,10 @@ class Settings:
         if self.min_keys is not None:
             return self.min_keys
         below = None if self.config is None else self.config.dense_below
-        return DEFAULT_MIN_KEYS if below is None else below
+        if below is not None:
+            return below
+        two_sided = any(config is not None and config.two_sided for config in (self.config, *self.layers.values()))
+        return TWO_SIDED_MIN_KEYS if two_sided else DEFAULT_MIN_KEYS
 
     def of_layer(self, index: int, published: PrefillConfig) -> PrefillConfig | None:
         """The settings of one layer, with ``published`` for what nobody said. None: it stays dense."""
