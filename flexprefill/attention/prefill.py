@@ -102,8 +102,8 @@ def prefill_attention(
         scale: Factor on the dot products. Default: 1 / sqrt(D).
         last_chunk: Whether these queries end the prompt, as in ``search_blocks``.
         backend: "triton" (CUDA), "flash" (a Hopper GPU with the package flash-attn-4) or "auto". On CUDA, "auto" is
-            flash where flash can do the request and is faster: without mods, and with a variant's sequences and window.
-            Elsewhere it is triton. On the CPU it is FlexAttention's own C++ kernel.
+            flash where flash can do the request and is faster: without mods, and with a variant's sequences, window, or
+            soft cap without sequences. Elsewhere it is triton. On the CPU it is FlexAttention's own C++ kernel.
         return_aux: As in flex_attention. Not supported on the CPU. FlashAttention-4's log-sum-exp is checked at its
             first use, which waits for the device, and corrected where torch scales it wrongly.
         means: Block means kept from chunk to chunk, as in ``search_blocks``. A call without a search does not use them.
