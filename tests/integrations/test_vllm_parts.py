@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flexprefill import BlockMap, FlexPrefillError, PrefillConfig, load_masks, read_mask_info, search_blocks
 from flexprefill.attention.dense import dense_attention
+from flexprefill.attention.tail import TAIL_SPLIT_FROM
 from flexprefill.config import save_layers
 from flexprefill.integrations.vllm import record_request, report
 from flexprefill.integrations.vllm.attend import ServedLayer, Sizes, attend_prompt, lengths_to_warm, warm_up
@@ -307,10 +308,11 @@ def test_pages_are_gathered_in_one_layout(gather, length):
 
 def test_warming_up_meets_each_kind():
     on_cpu, on_gpu = list(lengths_to_warm(False, 8192)), list(lengths_to_warm(True, 131_072))
-    assert len(on_cpu) == 4 and len(on_gpu) == 14 and set(on_cpu) < set(on_gpu)
+    assert len(on_cpu) == 4 and len(on_gpu) == 15 and set(on_cpu) < set(on_gpu)
     for at_offset, ragged in itertools.product((False, True), repeat=2):
         kind = [(q, kv) for q, kv in on_gpu if (q < kv, kv % 128 > 0) == (at_offset, ragged)]
         assert len(kind) >= 2 and len({q for q, _ in kind}) >= 2 and len({kv for _, kv in kind}) >= 2
+    assert any(q == kv >= TAIL_SPLIT_FROM for q, kv in on_gpu), "a whole prompt whose tail is split"
     multiples = {(kv % 16 > 0, -(-kv // 128) % 16 > 0) for _, kv in on_gpu}
     assert multiples == set(itertools.product((False, True), repeat=2))
     assert max(kv for _, kv in lengths_to_warm(True, 4000)) <= 4000 and len(list(lengths_to_warm(False, 100))) == 2
@@ -342,6 +344,7 @@ def test_no_prompt_compiles_on_a_warm_gpu(last_full_blocks, monkeypatch):
             (3000, 40_000),
             (8192, 65_536),
             (2000, 100_000),
+            (20_000, 20_000),
         ):
             key, value = torch.randn(2, 2, kv_len, 128, dtype=torch.bfloat16)
             cache, pages = pages_of(key, value, 16, for_cpu=False)
