@@ -6,9 +6,7 @@ And a soft cap that FlexAttention translates has no tanh instruction.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 from flexprefill.blockmap.block_mask import ListedBlocks
+from flexprefill.runtime.thread_state import without_dispatch_modes
 
 BLOCK = 128  # tokens of a block
 ALIGNMENT = 16  # bytes: tensors begin at a multiple of it
@@ -50,16 +49,17 @@ def flash_over(
 
     counts, indices, full_counts, full_indices = listed.lists
     blocks = BlockSparseTensorsTorch(counts, indices, full_counts, full_indices, (BLOCK, BLOCK))
-    output = _like_query(query, value.shape[3])
-    _, lse = _forward(
-        (query, key, value),
-        softmax_scale=scale if mods.soft_cap is None else scale / mods.soft_cap,
-        score_mod=flash_mods.soft_capped(mods.soft_cap),
-        mask_mod=flash_mods.causal_within(mods.sliding_window),
-        out=output.transpose(1, 2),
-        return_lse=needs_lse,
-        block_sparse_tensors=blocks,
-    )
+    with without_dispatch_modes():
+        output = _like_query(query, value.shape[3])
+        _, lse = _forward(
+            (query, key, value),
+            softmax_scale=scale if mods.soft_cap is None else scale / mods.soft_cap,
+            score_mod=flash_mods.soft_capped(mods.soft_cap),
+            mask_mod=flash_mods.causal_within(mods.sliding_window),
+            out=output.transpose(1, 2),
+            return_lse=needs_lse,
+            block_sparse_tensors=blocks,
+        )
     return output, AuxOutput(lse=lse if needs_lse else None)
 
 
@@ -74,7 +74,8 @@ def _forward(tensors: tuple[Tensor, Tensor, Tensor], **settings: Any) -> tuple[T
     from flash_attn.cute.interface import _flash_attn_fwd
 
     heads_inside = (_aligned(tensor.detach()).transpose(1, 2) for tensor in tensors)  # [B, S, H, D]
-    with _on_device_of(tensors[0]), _turn:
+    # kernels are launched on the current device, and the tensors may be on another
+    with torch.cuda.device_of(tensors[0]), _turn:
         return _flash_attn_fwd(*heads_inside, **settings)
 
 
@@ -88,10 +89,3 @@ def _like_query(query: Tensor, value_dim: int) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device, and a tensor may be on another one."""
-    if tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device_of(tensor)

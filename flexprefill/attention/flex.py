@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attent
 from torch.nn.functional import pad
 
 from flexprefill.attention.backends import Options
-from flexprefill.attention.flash import FlashMods, flash_over
 from flexprefill.attention.strides import NO_RULERS, layout_of, ruler_for, stated
 from flexprefill.blockmap.block_mask import ListedBlocks, block_mask_of
 from flexprefill.blockmap.geometry import Geometry
@@ -48,7 +47,6 @@ class FlexSettings(NamedTuple):
     kernel_options: Options
     return_aux: AuxRequest | None = None
     piece: int | None = None  # keys of a listed piece, if the keys lie in pages; see blockmap.places
-    by_itself: FlashMods | None = None  # what FlashAttention-4 is told instead of mods, where it is called directly
 
 
 def flex_over(
@@ -60,8 +58,6 @@ def flex_over(
     score_mods: tuple[ScoreMod, ...] = (),
 ) -> FlexResult:
     """FlexAttention over listed blocks, compiled. Inside a caller's own torch.compile it is a part of that graph.
-
-    With ``settings.by_itself`` it is FlashAttention-4 without FlexAttention.
 
     Args:
         query: As in prefill_attention, checked.
@@ -78,10 +74,6 @@ def flex_over(
     with torch.no_grad(), without_autocast():
         if is_tracing():
             return _attend(((query, key, value), NO_RULERS, *listed, score_mods), settings)
-        if settings.by_itself is not None:
-            needs_lse = settings.return_aux is not None and settings.return_aux.lse
-            with without_dispatch_modes():
-                return flash_over(query, key, value, listed, settings.scale, settings.by_itself, needs_lse)
         query, key, value = map(_of_a_common_kind, (query, key, value))
         _let_lengths_change(query, key, value, listed)
         tensors = query, key, value

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill.attention.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.attention.call import Call
-from flexprefill.attention.flash import FlashMods
+from flexprefill.attention.flash import FlashMods, flash_over
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over, with_lse
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
@@ -100,24 +100,27 @@ def visible_blocks_of(call: Call, kept: BlockMap) -> tuple[BlockMap, Cut]:
 
 
 def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> FlexResult:
-    """FlexAttention over the kept blocks."""
+    """Attention over the kept blocks, by FlexAttention or by FlashAttention-4 itself."""
     query, key, value, sequences = call.query, call.key, call.value, call.variant.sequences
     if sequences is not None:
         # a weight of zero times a value that is not finite is NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
     asked = call.aux_request(dense=choice.dense)
-    itself = FlashMods(call.variant.soft_cap, call.variant.sliding_window) if choice.by_itself else None
-    settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, by_itself=itself)
+    settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked)
     split = choice.tail_parts > 1
     needs_lse = split or (asked is not None and asked.lse)
     through_flex = choice.name == "flash" and not choice.by_itself
-    factor = flash_lse_factor(query.device) if through_flex and needs_lse else 1.0
+    factor = flash_lse_factor(query.device) if needs_lse and through_flex else 1.0
     if split:
         tail = Split(call.config.last_full_blocks, choice.tail_parts, factor)
         output, aux = flex_in_parts(query, key, value, kept, tail, settings, buffers)
     else:
         listed = list_blocks(kept.words, kept.geometry, cut, buffers)
-        output, aux = flex_over(query, key, value, listed, settings, () if choice.by_itself else call.score_mods())
+        if choice.by_itself:
+            mods = FlashMods(call.variant.soft_cap, call.variant.sliding_window)
+            output, aux = flash_over(query, key, value, listed, call.scale, mods, needs_lse)
+        else:
+            output, aux = flex_over(query, key, value, listed, settings, call.score_mods())
         if is_tracing() and not choice.dense:
             output, aux = sparse_by_any_compiler(call, kept, output, aux)
         if choice.name == "cpp":

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.decoder import make_decoder
-from support.inputs import DEVICE, make_qkv
+from support.inputs import DEVICE, as_projected, at_an_odd_address, make_qkv
 from support.oracle import relative_error
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -114,9 +114,6 @@ def test_graphs_know_that_rows_are_aligned(compile_with):
 def test_kernels_load_as_widely_from_views_that_begin_inside_their_memory():
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
     query, key, value = make_qkv(1000, **shape)
-    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
-    memory = torch.empty(query.numel() + 1, dtype=query.dtype, device="cuda")
-    shifted = memory[1:].view(query.shape).copy_(query)
 
     def attend(*tensors):
         return prefill_attention(*tensors, CONFIG, backend="triton")
@@ -128,7 +125,11 @@ def test_kernels_load_as_widely_from_views_that_begin_inside_their_memory():
         return set(re.findall(r"\((\d+),\): \[\['tt.divisibility', 16\]\]", "".join(codes)))
 
     expected = attend(query, key, value)
-    for tensors in ((query, key, value), (fused[:, :4], fused[:, 4:6], fused[:, 6:]), (shifted, key, value)):
+    for tensors in (
+        (query, key, value),
+        as_projected(query, key, value),
+        (at_an_odd_address(query), key, value),
+    ):
         assert known_to_be_aligned(*tensors) >= {"0", "1", "2"}
 
 

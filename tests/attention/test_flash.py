@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from support.inputs import make_qkv, random_map
+from support.inputs import as_projected, at_an_odd_address, make_qkv, random_map
 from support.oracle import attention_weights, masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -21,11 +21,6 @@ from flexprefill.blockmap.block_mask import list_blocks
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
 LSE = AuxRequest(lse=True)
 BF16_CUDA = {"dtype": torch.bfloat16, "device": "cuda"}
-
-
-@pytest.fixture
-def package():
-    pytest.importorskip("flash_attn.cute", reason="needs the package flash-attn-4")
 
 
 @pytest.fixture
@@ -47,18 +42,17 @@ def pretended(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", types.SimpleNamespace(_flash_attn_fwd=forward))
     monkeypatch.setitem(sys.modules, "flexprefill.attention.flash_mods", mods)
     monkeypatch.setattr("flexprefill.attention.flash_mods", mods, raising=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of tensors on the CPU
     return asked
 
 
-def listed_of(query, key, *, share=0.5):
-    kept, _ = random_map(query.shape[2], key.shape[2], 128, batch=query.shape[0], heads=query.shape[1], share=share)
-    return kept, list_blocks(kept.words, kept.geometry)
+def listed_of(query, key):
+    kept, _ = random_map(query.shape[2], key.shape[2], 128, batch=query.shape[0], heads=query.shape[1])
+    return list_blocks(kept.words, kept.geometry)
 
 
 def test_the_kernel_gets_the_lists_and_what_the_attention_is(pretended):
     query, key, value = make_qkv(300, 700, batch=2, heads=4, kv_heads=2)
-    _, listed = listed_of(query, key)
+    listed = listed_of(query, key)
     output, aux = flash_over(query, key, value[..., :32], listed, 0.3, FlashMods(20.0, 100), True)
     (asked,) = pretended
     assert output.shape == (2, 4, 300, 32) and output.stride() == torch.empty(output.shape).stride()
@@ -73,12 +67,11 @@ def test_the_kernel_gets_the_lists_and_what_the_attention_is(pretended):
 
 def test_outputs_lie_as_queries_do_and_tensors_off_their_alignment_are_moved(pretended):
     query, key, value = make_qkv(256, heads=4, kv_heads=2)
-    _, listed = listed_of(query, key)
+    listed = listed_of(query, key)
     inside = query.transpose(1, 2).contiguous().transpose(1, 2)
     output, _ = flash_over(inside, key, value, listed, 1.0, FlashMods(), False)
     assert output.stride() == inside.stride()
-    memory = torch.empty(query.numel() + 1)
-    shifted = memory[1:].view(query.shape).copy_(query)
+    shifted = at_an_odd_address(query)
     assert shifted.data_ptr() % flash.ALIGNMENT
     flash_over(shifted, key, value, listed, 1.0, FlashMods(), False)
     assert pretended[1]["q"].data_ptr() % flash.ALIGNMENT == 0 and torch.equal(pretended[1]["q"], query.transpose(1, 2))
@@ -86,7 +79,7 @@ def test_outputs_lie_as_queries_do_and_tensors_off_their_alignment_are_moved(pre
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("package")
+@pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "q_len, kv_len, head_dim, value_dim, kv_heads",
@@ -108,11 +101,11 @@ def test_the_bits_are_those_that_flexattention_gives(dtype, q_len, kv_len, head_
     listed = list_blocks(kept.words, kept.geometry)
     through = FlexSettings(128, 0.1, (("BACKEND", "FLASH"),), LSE)
     expected, expected_aux = flex_over(query, key, value, listed, through)
-    output, aux = flex_over(query, key, value, listed, through._replace(by_itself=FlashMods()))
+    output, aux = flash_over(query, key, value, listed, 0.1, FlashMods(), True)
     assert torch.equal(output, expected) and output.stride() == expected.stride()
     right = expected_aux.lse * flash_lse_factor(query.device)
     assert (aux.lse - right).abs().max() <= 1e-5 * right.abs().max()
-    alone, without = flex_over(query, key, value, listed, through._replace(by_itself=FlashMods(), return_aux=None))
+    alone, without = flash_over(query, key, value, listed, 0.1, FlashMods(), False)
     assert torch.equal(alone, expected) and without.lse is None
 
 
@@ -137,7 +130,7 @@ def test_capped_attention_in_pytorch_is_that_of_the_oracle():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("package")
+@pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("soft_cap, window", [(50.0, None), (5.0, None), (1.0, None), (30.0, 300)])
 @pytest.mark.parametrize("q_len, kv_len, head_dim", [(2048, 2048, 128), (700, 3001, 64), (1001, 1001, 96)])
 def test_a_soft_cap_is_right(soft_cap, window, q_len, kv_len, head_dim):
@@ -159,7 +152,7 @@ def test_a_soft_cap_is_right(soft_cap, window, q_len, kv_len, head_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("package")
+@pytest.mark.usefixtures("flash")
 def test_empty_rows_are_zero():
     query, key, value = make_qkv(1000, heads=4, kv_heads=2, head_dim=128, **BF16_CUDA)
     kept, _ = random_map(1000, 1000, 128, heads=4, share=0.2)
@@ -173,16 +166,12 @@ def test_empty_rows_are_zero():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("package")
+@pytest.mark.usefixtures("flash")
 def test_views_modes_graphs_and_threads_change_nothing():
     query, key, value = make_qkv(2000, heads=8, kv_heads=2, head_dim=128, **BF16_CUDA)
     expected = prefill_attention(query, key, value, CONFIG)
     assert explain_backend(query, key, value, CONFIG).by_itself
-    memory = torch.empty(query.numel() + 1, **BF16_CUDA)
-    shifted = memory[1:].view(query.shape).copy_(query)
-    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
-    parts = fused[:, :8], fused[:, 8:10], fused[:, 10:]
-    for inputs in ((shifted, key, value), parts):
+    for inputs in ((at_an_odd_address(query), key, value), as_projected(query, key, value)):
         assert torch.equal(prefill_attention(*inputs, CONFIG), expected)
     with torch.no_grad():
         assert torch.equal(prefill_attention(torch.nn.Parameter(query), key, value, CONFIG), expected)

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support.inputs import DEVICE, make_qkv
+from support.inputs import DEVICE, at_an_odd_address, make_qkv
 from torch.nn.attention.flex_attention import BlockMask
 
 import flexprefill
@@ -212,7 +212,7 @@ LAYOUTS = {
     "dimension by dimension": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
     "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
     "part of a cache": lambda t: torch.cat([t, torch.full_like(t, math.nan)], 2)[:, :, :LENGTH],
-    "at an odd address": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "at an odd address": at_an_odd_address,
     "one token for all": lambda t: t[:, :, :1].expand_as(t),
     "one number for all": lambda t: t[..., :1].expand_as(t),
     "overlapping": lambda t: t.flatten().as_strided(t.shape, (1, 16, 8, 1)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inputs import DEVICE, make_qkv
+from support.inputs import DEVICE, at_an_odd_address, make_qkv
 from support.oracle import masked_attention, relative_error
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -89,7 +89,7 @@ VIEWS = {
     "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
     "part of a cache": lambda t: torch.cat([t, torch.full_like(t, torch.nan)], 2)[:, :, : t.shape[2]],
     "part of a projection": lambda t: torch.cat([t, torch.full_like(t, torch.nan)], 3)[..., : t.shape[3]],
-    "at an odd address": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "at an odd address": at_an_odd_address,
     "one head for all": lambda t: t[:, :1].expand_as(t),
     "one token for all": lambda t: t[:, :, :1].expand_as(t),
     "one number for all": lambda t: t[..., :1].expand_as(t),

@@ -32,7 +32,7 @@ from flexprefill.attention.flex import FlexSettings, flex_over
 from flexprefill.blockmap.block_mask import ListedBlocks, list_blocks, offsets_at
 from flexprefill.blockmap.index_lists import make_lists
 from flexprefill.blockmap.places import names_of
-from support.inputs import make_qkv, random_map
+from support.inputs import as_projected, make_qkv, random_map
 from support.no_gpu import NoDriver
 from support.oracle import masked_attention, relative_error
 from support.paged import in_pages, interleaved
@@ -162,12 +162,6 @@ def show(name, qkv, read, kept, listed, piece=None):
     print(name, relative_error(output, masked_attention(*qkv, kept).nan_to_num(0)), aligned, flush=True)
 
 
-def views(query, key, value):
-    """The same numbers as parts of a fused projection."""
-    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
-    return fused.split([query.shape[1], key.shape[1], value.shape[1]], 1)
-
-
 def in_a_cache(query, key, value):
     """The same numbers, keys and values in a cache that has room for more."""
     cache = torch.full((2, *key.shape[:2], key.shape[2] + 64, key.shape[3]), torch.nan)
@@ -180,7 +174,7 @@ def main():
     plain = {
         "whole": (256, 256, None),
         "chunk": (200, 500, None),
-        "views": (384, 384, views),
+        "views": (384, 384, as_projected),
         "cache": (130, 300, in_a_cache),
     }
     for name, (q_len, kv_len, laid) in plain.items():

@@ -34,6 +34,17 @@ def make_qkv(
     return tuple(tensor.to(device, dtype) for tensor in (query, key, value))
 
 
+def at_an_odd_address(tensor):
+    """The same numbers, contiguous, one element behind where memory begins."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
+def as_projected(query, key, value):
+    """The same numbers as views of a fused projection, [B, S, H, D] in memory."""
+    fused = torch.cat([query, key, value], 1).transpose(1, 2).contiguous().transpose(1, 2)
+    return fused.split([query.shape[1], key.shape[1], value.shape[1]], 1)
+
+
 def random_map(q_len, kv_len, block_size, *, batch=1, heads=2, share=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, -(-q_len // block_size), -(-kv_len // block_size))

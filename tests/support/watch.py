@@ -63,6 +63,7 @@ def lists_are_contiguous():
     with contextlib.ExitStack() as stack:
         for module, name, place in (
             (steps, "flex_over", 3),
+            (steps, "flash_over", 3),
             (tail, "flex_over", 3),
             (log_sum_exp, "flex_over", 3),
             (block_map, "block_mask_of", 0),
