@@ -6,7 +6,8 @@ python examples/benchmarks/prefill_attention.py --crossover
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
 sparse call with dense attention from 1K to 16K tokens, by the device's time and by the wall clock, one by one and in a
-row: `flexprefill.attention.backends.DENSE_BELOW` holds what it finds. Both print tables. --output keeps every repeat.
+row. `flexprefill.attention.backends.DENSE_BELOW` goes by the device's time. Both print tables. --output keeps every
+repeat.
 """
 
 import argparse

@@ -117,7 +117,7 @@ def _whole(backend: str, case: Case) -> Callable[[], Any]:
 
 def _two_sided(backend: str, case: Case) -> Callable[[], Any]:
     config = replace(PrefillConfig.recommended(), dense_below=case.config.dense_below)
-    return lambda: prefill_attention(case.query, case.key, case.value, config, backend=backend)
+    return _whole(backend, replace(case, config=config))
 
 
 def _dense_flex(case: Case) -> Callable[[], Any]:

@@ -97,16 +97,15 @@ def lengths_to_warm(on_gpu: bool, most_keys: int) -> Iterator[tuple[int, int]]:
     """Queries and keys of prompts that together meet each kind of call.
 
     The kinds: whole or ragged tiles, for each of which a GPU has a kernel; at the start of a prompt or behind a cache;
-    and on a GPU the split tail of long prompts, and the search's three steps of words, from 256 and from 512 key blocks
-    on. There are two lengths of each, because Triton compiles once more where a length or its number of blocks is a
-    multiple of 16. tests/support/served_program.py finds what is missing.
+    and on a GPU the split tail of long prompts, whole ones too, and the search's three steps of words, from 256 and
+    from 512 key blocks on. There are two lengths of each, because Triton compiles once more where a length or its
+    number of blocks is a multiple of 16. tests/support/served_program.py finds what is missing.
     """
     lengths = [(1024, 1024), (2048, 2048), (1024, 3072), (1280, 4352)]
     if on_gpu:
         lengths += [(1001, 1001), (2041, 2041), (1001, 3077), (1307, 4409)]
         tail = TAIL_SPLIT_FROM
         lengths += [(4096, tail), (4352, tail + 4096), (4001, tail + 17), (4307, tail + 4089)]
-        lengths += [(1024, 40_960), (1024, 73_728)]
-        lengths += [(tail, tail)]  # a split prompt that begins here: FlashAttention-4 is not called by itself for it
+        lengths += [(1024, 40_960), (1024, 73_728), (tail, tail)]
     # the first ones in any case: shorter prompts are of their kind
     return ((q_len, kv_len) for q_len, kv_len in lengths if kv_len <= max(most_keys, 2048))
