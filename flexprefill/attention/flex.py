@@ -91,7 +91,7 @@ def flex_over(
             tuple(ruler is None for ruler in rulers),
             (query.shape[1], key.shape[1]),
             (query.shape[3], value.shape[3]),
-            (listed.offset is not None, listed.starts is not None),
+            (listed.offset is not None, listed.positions is not None),
             _sizes_of_one(query, key, listed),  # torch.compile makes code of its own for each of them
             (tuple(map(_code_of, listed.mask_mods)), tuple(map(_code_of, score_mods))),
             state,
@@ -118,8 +118,8 @@ def _let_lengths_change(query: Tensor, key: Tensor, value: Tensor, listed: Liste
         sizes_may_change(of_blocks, 2)
     for of_blocks in (indices, full_indices):
         sizes_may_change(of_blocks, 2, 3)
-    if listed.starts is not None:
-        sizes_may_change(listed.starts, 1)
+    if listed.positions is not None:
+        sizes_may_change(listed.positions, 1)
 
 
 def _sizes_of_one(query: Tensor, key: Tensor, listed: ListedBlocks) -> tuple[bool, ...]:
@@ -191,20 +191,20 @@ def _chained(score_mods: tuple[ScoreMod, ...]) -> ScoreMod | None:
 
 
 def _attend(inputs: tuple[Any, ...], settings: FlexSettings) -> FlexResult:
-    """flex_attention of (tensors, rulers, lists, offset, mask_mods, starts, score_mods)."""
+    """flex_attention of (tensors, rulers, lists, offset, mask_mods, positions, score_mods)."""
     if not is_tracing():
         # torch.compile is off, by its environment variable or a stance: eager flex is dense
         raise RanEagerlyError(
             "flex_attention would run without torch.compile, where it ignores the block mask; "
             "switch torch.compile on again (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)"
         )
-    tensors, rulers, lists, offset, mask_mods, starts, score_mods = inputs
+    tensors, rulers, lists, offset, mask_mods, positions, score_mods = inputs
     query, key, value = map(stated, tensors, rulers)
     if query.device.type == "cpu" and query.shape[3] < CPU_LEAST_HEAD_DIM:
         missing = CPU_LEAST_HEAD_DIM - query.shape[3]
         query, key = pad(query, (0, missing)), pad(key, (0, missing))  # zeros change no product
     # made in here: a BlockMask from outside costs a guard for each of its attributes, in every call
-    listed = ListedBlocks(lists, offset, mask_mods, starts)
+    listed = ListedBlocks(lists, offset, mask_mods, positions)
     geometry = Geometry(query.shape[2], key.shape[2], settings.block_size)
     arguments: dict[str, Any] = {
         "score_mod": _chained(score_mods),

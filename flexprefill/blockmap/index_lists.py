@@ -21,6 +21,14 @@ CPU_BYTES_A_BLOCK = 22  # at the peak of the process's memory
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
 
 
+class Listing(NamedTuple):
+    """What is listed of a map's blocks, and how; see index_lists."""
+
+    all_partial: bool = False
+    uncut: Tensor | None = None
+    names: Tensor | None = None
+
+
 class ListBuffers:
     """Memory for the index lists of one BlockMask at a time. The next BlockMask of the same shape uses it again.
 
@@ -100,9 +108,13 @@ def index_lists(
         Partial counts [B, H, M], partial indices [B, H, M, N or N · pieces], full counts, full indices. All int32 and
         contiguous.
     """
-    geometry = Geometry(q_len, kv_len, block_size)
-    lists = _allocate(words.new_empty, words, geometry.columns if names is None else names.shape[1])
-    _fill(lists, words, geometry, Listing(all_partial, uncut, names), reused=False)
+    return new_lists(words, Geometry(q_len, kv_len, block_size), Listing(all_partial, uncut, names))
+
+
+def new_lists(words: Tensor, geometry: Geometry, listing: Listing) -> Lists:
+    """As `index_lists`, not as an operator."""
+    lists = _allocate(words.new_empty, words, geometry.columns if listing.names is None else listing.names.shape[1])
+    _fill(lists, words, geometry, listing, reused=False)
     return lists
 
 
@@ -113,14 +125,6 @@ def _allocate(new: Callable[..., Tensor], words: Tensor, columns: int) -> Lists:
     needed = math.prod(indices) * (8 if words.is_cuda else CPU_BYTES_A_BLOCK)
     with room_for("the index lists", needed, words.device, f"share a ListBuffers between layers, or {IN_CHUNKS}"):
         return new(counts), new(indices), new(counts), new(indices)
-
-
-class Listing(NamedTuple):
-    """What is listed of a map's blocks, and how; see index_lists."""
-
-    all_partial: bool
-    uncut: Tensor | None
-    names: Tensor | None
 
 
 def _fill(lists: Lists, words: Tensor, geometry: Geometry, listing: Listing, *, reused: bool) -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.blockmap.index_lists import ListBuffers, Lists, make_lists
 
-ABSENT = 2**30  # behind every query; the sum with a key's place in its piece is an int32 too
+ABSENT = 2**30  # behind every query
 
 
 class Places(NamedTuple):
@@ -26,7 +26,7 @@ class Places(NamedTuple):
 
     size: int  # keys of a piece
     of_pieces: Tensor  # int32 [B, ceil(kv_len / size)], the place of each piece of the entry's keys
-    starts: Tensor  # int32 [B, places], the position of a place's first key; ABSENT where it is no key of the entry
+    positions: Tensor  # int32 [B, places · size], of the key in each slot; ABSENT where it is no key of the entry
 
 
 def find_places(block_table: Tensor, kv_len: int, page_size: int, pages: int, size: int) -> Places:
@@ -43,10 +43,10 @@ def find_places(block_table: Tensor, kv_len: int, page_size: int, pages: int, si
     a_page, count, device = page_size // size, ceil_div(kv_len, size), block_table.device
     used = block_table[:, : ceil_div(kv_len, page_size), None].long()
     of_pieces = (used * a_page + torch.arange(a_page, device=device)).flatten(1)[:, :count]
-    starts = torch.full((block_table.shape[0], pages * a_page), ABSENT, dtype=torch.int32, device=device)
-    positions = torch.arange(count, dtype=torch.int32, device=device) * size
-    starts.scatter_(1, of_pieces, positions.expand(of_pieces.shape))
-    return Places(size, of_pieces.to(torch.int32), starts)
+    positions = torch.full((block_table.shape[0], pages * a_page, size), ABSENT, dtype=torch.int32, device=device)
+    inside = torch.arange(count * size, dtype=torch.int32, device=device).unflatten(0, (count, size))
+    positions.scatter_(1, of_pieces[..., None].expand(-1, -1, size), inside.expand(*of_pieces.shape, size))
+    return Places(size, of_pieces.to(torch.int32), positions.flatten(1))
 
 
 def names_of(places: Places, geometry: Geometry) -> Tensor:
@@ -62,7 +62,7 @@ def lists_in_places(words: Tensor, geometry: Geometry, places: Places, buffers: 
     On the CPU they are as wide as there are places, because FlexAttention's kernel asks for it.
     """
     partial_counts, partial, full_counts, full = make_lists(words, geometry, buffers, names=names_of(places, geometry))
-    missing = places.starts.shape[1] - partial.shape[3]
+    missing = places.positions.shape[1] // places.size - partial.shape[3]
     if words.is_cuda or missing <= 0:
         return partial_counts, partial, full_counts, full
     return partial_counts, pad(partial, (0, missing)), full_counts, pad(full, (0, missing))

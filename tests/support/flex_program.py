@@ -103,7 +103,7 @@ def code_for(tensors, listed, settings):
     written.clear()
     with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Written):
         lists = tuple(map(on_gpu, listed.lists))
-        of_gpu = ListedBlocks(lists, on_gpu(listed.offset), listed.mask_mods, on_gpu(listed.starts))
+        of_gpu = ListedBlocks(lists, on_gpu(listed.offset), listed.mask_mods, on_gpu(listed.positions))
         flex_over(*map(on_gpu, tensors), of_gpu, settings)
     return written[0]
 
@@ -154,7 +154,7 @@ def show(name, qkv, read, kept, listed, piece=None):
     whole_tiles = query.shape[2] % BLOCK == read[1].shape[2] % BLOCK == 0
     options = (("BACKEND", "TRITON"), *([("IS_DIVISIBLE", True)] if whole_tiles else []))
     settings = FlexSettings(BLOCK, query.shape[3] ** -0.5, options, None, piece)
-    inputs = [tensor for tensor in (*read, *listed.lists, listed.offset, listed.starts) if tensor is not None]
+    inputs = [tensor for tensor in (*read, *listed.lists, listed.offset, listed.positions) if tensor is not None]
     code = code_for(read, listed, settings)
     with tempfile.TemporaryDirectory() as folder:
         output = run(code, inputs, Path(folder))
@@ -190,7 +190,7 @@ def main():
         read = query, *(laid(paged) if laid else paged).in_a_row()
         places = paged.places(BLOCK)
         lists = make_lists(kept.words, kept.geometry, names=names_of(places, kept.geometry))  # as narrow as on a GPU
-        listed = ListedBlocks(lists, offsets_at(kept.words, kept.offset), (), places.starts)
+        listed = ListedBlocks(lists, offsets_at(kept.words, kept.offset), (), places.positions)
         show(f"pages-{page_size}", (query, key, value), read, kept, listed, places.size)
 
 
