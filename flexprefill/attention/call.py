@@ -41,6 +41,7 @@ class Call(NamedTuple):
     last_chunk: bool
     backend: str
     return_aux: AuxRequest | None
+    layout: Layout | None = None  # of query, key and value, if nothing else decides what is done with them
 
     @property
     def plain(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 from flexprefill.attention.backends import MAX_ELEMENTS, BackendChoice, triton_options
@@ -11,12 +12,12 @@ from flexprefill.attention.call import Call
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
 from flexprefill.attention.not_finite import mark_rows_not_finite, may_not_be_finite
-from flexprefill.attention.steps import attend_kept, choose
-from flexprefill.blockmap.block_mask import UNCUT, ListedBlocks, offsets_at
+from flexprefill.attention.steps import LSE, attend_kept, choose, split_of
+from flexprefill.attention.tail import attend_in_parts, lists_in_parts
+from flexprefill.blockmap.block_mask import UNCUT, ListedBlocks, list_blocks
 from flexprefill.blockmap.geometry import ceil_div
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, all_blocks
-from flexprefill.blockmap.places import lists_in_places
 from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.search.blocks import refuse_with_pages, search_pages
 from flexprefill.search.page_means import PageMeans
@@ -59,7 +60,7 @@ def _choose_on_gpu(call: Call, paged: PagedKV, choice: BackendChoice) -> Backend
         return replace(choice, gathers=f"the pages span {paged.reach:,} elements, more than 32-bit offsets reach")
     assert pages is not None  # asked already
     options = triton_options(call._replace(key=pages[0], value=pages[1]).request())
-    return replace(choice, kernel_options=options, tail_parts=1)
+    return replace(choice, kernel_options=options)
 
 
 def _against_long_lists(call: Call, paged: PagedKV) -> str | None:
@@ -100,7 +101,7 @@ def attend_paged(
     recording = is_recording() and not choice.dense
     if choice.gathers is not None or recording:
         key, value = paged.gather()
-        call = call._replace(key=key, value=value)
+        call = call._replace(key=key, value=value, layout=None)
     if recording:
         note_attention(call.attention, call.config if call.block_map is None else None)
         note(kept, kept)
@@ -123,11 +124,17 @@ def _attend_in_place(
     pages = paged.in_a_row()
     assert pages is not None  # choose_paged asked
     places = paged.places(kept.block_size)
-    lists = lists_in_places(kept.words, kept.geometry, places, buffers)
-    listed = ListedBlocks(lists, offsets_at(kept.words, kept.offset), (), places.starts)
     asked = call.aux_request(dense=choice.dense)
     settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked, places.size)
-    output, aux = flex_over(call.query, *pages, listed, settings)
+
+    def attend(query: Tensor, listed: ListedBlocks, needs_lse: bool) -> FlexResult:
+        return flex_over(query, *pages, listed, settings._replace(return_aux=LSE) if needs_lse else settings)
+
+    if (split := split_of(call, choice)) is not None:
+        in_parts = lists_in_parts(kept, split, buffers, places)
+        return attend_in_parts(attend, call.query, kept.geometry, split, *in_parts)
+    listed = list_blocks(kept.words, kept.geometry, UNCUT, buffers, places)
+    output, aux = attend(call.query, listed, False)
     if choice.name == "cpp" and _may_not_be_finite(call, paged):
         mark_rows_not_finite(call._replace(key=paged.gather_keys()).attention, kept, output)
     return output, aux

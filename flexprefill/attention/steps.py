@@ -14,9 +14,9 @@ from flexprefill.attention.flash import FlashMods, flash_over
 from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over, with_lse
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
-from flexprefill.attention.tail import TAIL_SPLIT_FROM, Split, flex_in_parts, parts_for
-from flexprefill.blockmap.block_mask import Cut, cut_by, list_blocks, masks_of
-from flexprefill.blockmap.geometry import ceil_div
+from flexprefill.attention.tail import TAIL_SPLIT_FROM, Split, attend_in_parts, lists_in_parts, parts_for
+from flexprefill.blockmap.block_mask import Cut, ListedBlocks, cut_by, list_blocks, masks_of
+from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, all_blocks
 from flexprefill.config import PrefillConfig
@@ -28,21 +28,22 @@ from flexprefill.runtime.state import Remembered
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.key_means import KeyMeans
-from flexprefill.variant.inputs import Layout
 from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.variant import PLAIN, AttentionVariant
+
+LSE = AuxRequest(lse=True)
 
 _choices: Remembered[BackendChoice] = Remembered("choices of calls", most=1024)
 
 
-def choose_by_layout(call: Call, layout: Layout | None) -> BackendChoice:
+def choose_by_layout(call: Call) -> BackendChoice:
     """As choose, once for all calls that are alike."""
     own = call.mask_mod, call.score_mod, call.return_aux
-    if layout is None or call.variant is not PLAIN or own != (None, None, None) or type(call.backend) is not str:
+    if call.layout is None or call.variant is not PLAIN or own != (None, None, None) or type(call.backend) is not str:
         return choose(call)
     size = None if call.block_map is None else call.block_map.block_size
     # of the scale a choice takes the sign alone
-    key = layout, call.config, call.scale > 0, call.last_chunk, call.backend, size, is_recording()
+    key = call.layout, call.config, call.scale > 0, call.last_chunk, call.backend, size, is_recording()
     return _choices.get(key, lambda: choose(call))
 
 
@@ -79,8 +80,7 @@ def _with_tail(call: Call, request: Request, sparse: BackendChoice) -> BackendCh
     parts = parts_for(batch * heads * rows, sparse.name, request.value_dim, request.device)
     most = ceil_div(call.key.shape[2], request.block_size) // (rows + 2)
     parts = max(1, min(parts, most))
-    # parts stand among the keys where lengths do not tell, and FlashAttention-4 by itself knows lengths alone
-    return replace(sparse, tail_parts=parts, by_itself=sparse.by_itself and parts == 1)
+    return replace(sparse, tail_parts=parts)
 
 
 def kept_blocks(call: Call, choice: BackendChoice, means: KeyMeans | None) -> BlockMap:
@@ -101,32 +101,52 @@ def visible_blocks_of(call: Call, kept: BlockMap) -> tuple[BlockMap, Cut]:
 
 def attend_kept(call: Call, choice: BackendChoice, kept: BlockMap, cut: Cut, buffers: ListBuffers | None) -> FlexResult:
     """Attention over the kept blocks, by FlexAttention or by FlashAttention-4 itself."""
+    if (split := split_of(call, choice)) is not None:
+        return attend_listed(call, choice, *lists_in_parts(kept, split, buffers))
+    output, aux = attend_listed(call, choice, list_blocks(kept.words, kept.geometry, cut, buffers))
+    if is_tracing() and not choice.dense:
+        output, aux = sparse_by_any_compiler(call, kept, output, aux)
+    if choice.name == "cpp":
+        mark_rows_not_finite(call.attention, kept, output)
+    return output, aux
+
+
+def split_of(call: Call, choice: BackendChoice) -> Split | None:
+    """How a call's last query blocks are split, if they are."""
+    return Split(call.config.last_full_blocks, choice.tail_parts) if choice.tail_parts > 1 else None
+
+
+def attend_listed(
+    call: Call, choice: BackendChoice, listed: ListedBlocks, of_parts: ListedBlocks | None = None
+) -> FlexResult:
+    """Attention over listed blocks, and where the last rows are split, over those of their parts."""
+    split = split_of(call, choice)
+    if split is None or of_parts is None:
+        return _attend(call, choice, listed)
+
+    def attend(query: Tensor, listed: ListedBlocks, needs_lse: bool) -> FlexResult:
+        asked = call._replace(query=query, return_aux=LSE, layout=None) if needs_lse else call
+        return _attend(asked, choice, listed)
+
+    geometry = Geometry(call.query.shape[2], call.key.shape[2], call.block_size)
+    return attend_in_parts(attend, call.query, geometry, split, listed, of_parts)
+
+
+def _attend(call: Call, choice: BackendChoice, listed: ListedBlocks) -> FlexResult:
+    """Attention over the blocks of one list."""
     query, key, value, sequences = call.query, call.key, call.value, call.variant.sequences
     if sequences is not None:
         # a weight of zero times a value that is not finite is NaN
         value = value.masked_fill(sequences.padding[:, None, :, None], 0)
     asked = call.aux_request(dense=choice.dense)
-    settings = FlexSettings(kept.block_size, call.scale, choice.kernel_options, asked)
-    split = choice.tail_parts > 1
-    needs_lse = split or (asked is not None and asked.lse)
-    through_flex = choice.name == "flash" and not choice.by_itself
-    factor = flash_lse_factor(query.device) if needs_lse and through_flex else 1.0
-    if split:
-        tail = Split(call.config.last_full_blocks, choice.tail_parts, factor)
-        output, aux = flex_in_parts(query, key, value, kept, tail, settings, buffers)
-    else:
-        listed = list_blocks(kept.words, kept.geometry, cut, buffers)
-        if choice.by_itself:
-            mods = FlashMods(call.variant.soft_cap, call.variant.sliding_window)
-            output, aux = flash_over(query, key, value, listed, call.scale, mods, needs_lse)
-        else:
-            output, aux = flex_over(query, key, value, listed, settings, call.score_mods())
-        if is_tracing() and not choice.dense:
-            output, aux = sparse_by_any_compiler(call, kept, output, aux)
-        if choice.name == "cpp":
-            mark_rows_not_finite(call.attention, kept, output)
-    if aux.lse is not None and factor != 1:
-        aux = with_lse(aux, aux.lse * factor)
+    needs_lse = asked is not None and asked.lse
+    if choice.by_itself:
+        mods = FlashMods(call.variant.soft_cap, call.variant.sliding_window)
+        return flash_over(query, key, value, listed, call.scale, mods, needs_lse, call.layout)
+    settings = FlexSettings(call.block_size, call.scale, choice.kernel_options, asked)
+    output, aux = flex_over(query, key, value, listed, settings, call.score_mods())
+    if aux.lse is not None and choice.name == "flash":
+        aux = with_lse(aux, aux.lse * flash_lse_factor(query.device))
     return output, aux
 
 

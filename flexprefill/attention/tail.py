@@ -7,18 +7,18 @@ parts of their keys, which keeps the GPU busy. The parts are merged by their log
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
-from torch.nn.functional import pad
 
-from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
-from flexprefill.blockmap.block_mask import Cut, ListedBlocks, list_blocks, offsets_at
-from flexprefill.blockmap.geometry import ceil_div
-from flexprefill.blockmap.index_lists import ListBuffers, make_lists
+from flexprefill.attention.flex import FlexResult
+from flexprefill.blockmap.block_mask import UNCUT, ListedBlocks, list_blocks, offsets_at
+from flexprefill.blockmap.geometry import Geometry, ceil_div
+from flexprefill.blockmap.index_lists import ListBuffers, Lists
 from flexprefill.blockmap.map import BlockMap
+from flexprefill.blockmap.places import Places
 from flexprefill.runtime.state import remembered
 
 TAIL_SPLIT_FROM = 16_384  # tokens (S_kv) from which splitting pays, by device times on an H200
@@ -47,45 +47,84 @@ class Split(NamedTuple):
     """How the last rows are split."""
 
     rows: int  # query blocks that are split; fewer than all
-    parts: int  # of equally many key blocks, each more than rows + 1: the first holds the whole causal edge
-    lse_factor: float  # corrects the kernel's log-sum-exp; the one that is returned is not corrected
+    parts: int  # two or more, of equally many key blocks, each more than rows + 1: the last holds the whole causal edge
+
+    def first(self, geometry: Geometry) -> int:
+        """The first of the query blocks."""
+        return geometry.rows - self.rows
+
+    def of_rows(self, geometry: Geometry) -> Geometry:
+        """The geometry of the last rows alone."""
+        return geometry._replace(q_len=geometry.q_len - self.first(geometry) * geometry.block_size)
+
+    def of_parts(self, geometry: Geometry) -> Geometry:
+        """The geometry of their attention: a part begins on a block's edge, and the last one ends where queries do."""
+        before = (self.parts - 1) * self.rows * geometry.block_size
+        return geometry._replace(q_len=before + self.of_rows(geometry).q_len)
 
 
-def flex_in_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_map: BlockMap,
-    split: Split,
-    settings: FlexSettings,
-    buffers: ListBuffers | None = None,
-) -> FlexResult:
-    """As flex_over without mods. The last query blocks are computed on their own, split over their keys.
+def words_in_parts(words: Tensor, geometry: Geometry, split: Split) -> tuple[Tensor, Tensor]:
+    """A map's words without the last rows, and those of the last rows by part; see tail_kernel.split_words."""
+    from flexprefill.attention import tail_kernel  # imports triton
+
+    # Triton launches on the current device, and the tensors may be on another
+    with torch.cuda.device_of(words):
+        return tail_kernel.split_words(words, split.first(geometry), geometry.columns, split.parts)
+
+
+def lists_in_parts(
+    block_map: BlockMap, split: Split, buffers: ListBuffers | None = None, places: Places | None = None
+) -> tuple[ListedBlocks, ListedBlocks]:
+    """What `attend_in_parts` takes of a map: the lists of the other rows, and those of the last rows by part.
 
     Args:
-        settings: ``return_aux`` asks for the log-sum-exp at most.
+        block_map: The kept blocks.
+        split: How to split.
+        buffers: Memory for the lists of the other rows.
+        places: Where the keys lie, if they lie in pages.
+    """
+    words, geometry = block_map.words, block_map.geometry
+    others, by_part = words_in_parts(words, geometry, split)
+    of_rows = list_blocks(by_part, split.of_rows(geometry), places=places)
+    offset = offsets_at(words, split.of_parts(geometry).offset)
+    of_parts = of_rows._replace(lists=in_one_row(of_rows.lists, split), offset=offset)
+    return list_blocks(others, geometry, UNCUT, buffers, places), of_parts
+
+
+def in_one_row(lists: Lists, split: Split) -> Lists:
+    """Lists of [B, H · parts, rows] as lists of [B, H, parts · rows]."""
+    counts, partial, full_counts, full = lists
+    rows = counts.shape[0], counts.shape[1] // split.parts, split.parts * split.rows
+    return counts.view(rows), partial.view(*rows, -1), full_counts.view(rows), full.view(*rows, -1)
+
+
+# Attention of queries over listed blocks, and whether it has to return log-sum-exps. Causal attention gets queries at
+# the last positions, as their number tells.
+Attend = Callable[[Tensor, ListedBlocks, bool], FlexResult]
+
+
+def attend_in_parts(
+    attend: Attend, query: Tensor, geometry: Geometry, split: Split, others: ListedBlocks, of_parts: ListedBlocks
+) -> FlexResult:
+    """Attention without mods. The last query blocks are computed apart, split over their keys, and merged.
+
+    Args:
+        attend: Computes attention over any lists, for the call's keys. Without being told to, it returns the
+            log-sum-exps that the call asks for.
+        query: The call's.
+        geometry: The call's.
+        split: How to split.
+        others: `lists_in_parts`'.
+        of_parts: Likewise.
     """
     from flexprefill.attention import tail_kernel  # imports triton
 
-    rows, parts, _ = split
-    words, geometry, block = block_map.words, block_map.geometry, block_map.block_size
-    first = geometry.rows - rows
-    length = geometry.q_len - first * block
-    others = list_blocks(pad(words[:, :, :first], (0, 0, 0, rows)), geometry, Cut(), buffers)
-    output, aux = flex_over(query, key, value, others, settings)
-
-    tail = query[:, :, first * block :]
-    if length < rows * block:  # padded, so that every part starts on a block's edge
-        tail = pad(tail, (0, 0, 0, rows * block - length))
-    # Triton launches on the current device, and the tensors may be on another
-    with torch.cuda.device_of(query):
-        by_part = tail_kernel.part_words(words, first, geometry.columns, parts)
-    lists = make_lists(by_part, geometry._replace(q_len=length))
-    counts, partial, full_counts, full = (tensor.unflatten(1, (-1, parts)).flatten(2, 3) for tensor in lists)
-    listed = ListedBlocks((counts, partial, full_counts, full), offsets_at(words, geometry.offset + first * block))
-    of_parts = settings._replace(return_aux=AuxRequest(lse=True))
-    outputs, part_aux = flex_over(tail.repeat(1, 1, parts, 1), key, value, listed, of_parts)
+    output, aux = attend(query, others, False)
+    length = split.of_rows(geometry).q_len
+    tail, missing = query[:, :, query.shape[2] - length :], split.rows * geometry.block_size - length
+    gap = [tail.new_zeros(*tail.shape[:2], missing, tail.shape[3])] if missing else []
+    outputs, part_aux = attend(torch.cat([*[tail, *gap] * (split.parts - 1), tail], 2), of_parts, True)
     assert part_aux.lse is not None  # asked for
     with torch.cuda.device_of(query):
-        tail_kernel.merge_parts(outputs, part_aux.lse, parts, split.lse_factor, output, aux.lse, length)
+        tail_kernel.merge_parts(outputs, part_aux.lse, split.parts, output, aux.lse, length)
     return output, aux

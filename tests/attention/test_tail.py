@@ -9,25 +9,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.inputs import make_qkv
 from support.oracle import masked_attention, relative_error
+from support.paged import in_pages
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from flexprefill import BlockMap, ListBuffers, PrefillConfig, explain_backend, prefill_attention, search_blocks
 from flexprefill.attention import steps, tail
-from flexprefill.attention.flex import FlexSettings
 from flexprefill.blockmap.block_mask import list_blocks
 from flexprefill.runtime.state import forget
 
-LN2 = math.log(2)
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
 LSE = AuxRequest(lse=True)
 
 
-def listed_attention(query, key, value, listed, settings, *, lse_scale=1.0):
-    """flex_over in plain PyTorch: partial blocks causal by the offset, full blocks whole, from the lists alone."""
+def listed_attention(query, key, value, listed, block_size, scale):
+    """flex_over in plain PyTorch: partial blocks causal by the positions, full blocks whole, from the lists alone."""
     lists, offset = listed.lists, listed.offset
-    block_size, scale, return_aux = settings.block_size, settings.scale, settings.return_aux
     batch, heads, q_len, _ = query.shape
-    kv_len = key.shape[2]
+    kv_len = key.shape[2]  # of all pages, if the keys lie in pages
     rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
     kept = torch.zeros(2, batch, heads, rows, columns, dtype=torch.bool)
     for kind in range(2):
@@ -40,14 +38,15 @@ def listed_attention(query, key, value, listed, settings, *, lse_scale=1.0):
             assert not kept[(kind, *place)][found].any()
             kept[(kind, *place)][found] = True
     positions = torch.arange(q_len) + (0 if offset is None else offset[0])
-    causal = torch.arange(kv_len) <= positions[:, None]
+    keys = torch.arange(kv_len)[None] if listed.positions is None else listed.positions
+    causal = keys[:, None, None] <= positions[:, None]
     partial, full = (
         each.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)[:, :, :q_len, :kv_len] for each in kept
     )
     key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
     products = (scale * query @ key.transpose(2, 3)).masked_fill(~(partial & causal | full), -math.inf)
-    output = products.softmax(-1).nan_to_num() @ value  # rows without a block: zeros, as from the kernels
-    return output, AuxOutput(lse=lse_scale * products.logsumexp(-1)) if return_aux is not None else AuxOutput()
+    output = products.softmax(-1).nan_to_num() @ value.nan_to_num()  # rows without a block: zeros, as from the kernels
+    return output, AuxOutput(lse=products.logsumexp(-1))
 
 
 @st.composite
@@ -57,14 +56,15 @@ def cases(draw):
     q_len = draw(st.integers(rows * block_size + 1, 12 * block_size))
     kv_len = q_len + draw(st.sampled_from([0, 1, block_size, 25 * block_size - 3]))
     assume(-(-kv_len // block_size) >= parts * (rows + 2))
-    return block_size, rows, parts, q_len, kv_len, draw(st.integers(1, 2)), draw(st.booleans())
+    blocks_a_page = draw(st.sampled_from([None, 1, 3]))  # None: keys in a row
+    return block_size, rows, parts, q_len, kv_len, draw(st.integers(1, 2)), draw(st.booleans()), blocks_a_page
 
 
 @settings(max_examples=8, deadline=None)
-@given(cases(), st.integers(0, 2**31), st.sampled_from([1.0, LN2]))
+@given(cases(), st.integers(0, 2**31))
 @pytest.mark.slow
-def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
-    block_size, rows, parts, q_len, kv_len, batch, with_buffers = case
+def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed):
+    block_size, rows, parts, q_len, kv_len, batch, with_buffers, blocks_a_page = case
     query, key, value = (
         tensor.double() for tensor in make_qkv(q_len, kv_len, batch=batch, heads=4, kv_heads=2, head_dim=16, seed=seed)
     )
@@ -73,21 +73,29 @@ def test_parts_of_any_map_merge_to_what_one_call_gives(case, seed, lse_scale):
     dense = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     block_map = BlockMap.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=block_size)
     buffers = ListBuffers() if with_buffers else None
-    settings_of_call = FlexSettings(block_size, 0.25, (), LSE)
+    read, places = (key, value), None
+    if blocks_a_page is not None:
+        paged = in_pages(key.float(), value.float(), blocks_a_page * block_size)  # the same numbers
+        read, places = [pages.double() for pages in paged.in_a_row()], paged.places(block_size)
+    asked = []
 
-    def flex_over(*inputs, **arguments):
-        return listed_attention(*inputs, **arguments, lse_scale=lse_scale)
+    def attend(queries, listed, needs_lse):
+        if places is None:  # causal attention by lengths alone is right too, as FlashAttention-4 computes it
+            offset = 0 if listed.offset is None else listed.offset[0]
+            assert offset == kv_len - queries.shape[2]
+        asked.append(needs_lse)
+        return listed_attention(queries, *read, listed, block_size, 0.25)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tail, "flex_over", flex_over)
-        for _ in range(2):  # the second one finds the buffers as the first one left them
-            split = tail.Split(rows, parts, 1 / lse_scale)
-            output, aux = tail.flex_in_parts(query, key, value, block_map, split, settings_of_call, buffers)
-    listed = list_blocks(block_map.words, block_map.geometry)._replace(offset=torch.tensor([kv_len - q_len]))
-    whole, whole_aux = listed_attention(query, key, value, listed, settings_of_call)
+    split = tail.Split(rows, parts)
+    for _ in range(2):  # the second one finds the buffers as the first one left them
+        lists = tail.lists_in_parts(block_map, split, buffers, places)
+        output, aux = tail.attend_in_parts(attend, query, block_map.geometry, split, *lists)
+    assert asked == [False, True] * 2
+    listed = list_blocks(block_map.words, block_map.geometry)
+    whole, whole_aux = listed_attention(query, key, value, listed, block_size, 0.25)
     expected = masked_attention(query, key, value, block_map).nan_to_num(0)
     assert relative_error(whole, expected) <= 1e-12 and relative_error(output, expected) <= 1e-6  # merged in float32
-    assert torch.allclose(aux.lse / lse_scale, whole_aux.lse, rtol=1e-6)
+    assert torch.allclose(aux.lse, whole_aux.lse, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ def test_a_split_call_is_as_right_as_one_that_is_not(backend, q_len, kv_len, bat
         q_len, kv_len, batch=batch, heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
     )
     choice = explain_backend(*inputs, CONFIG, backend=backend)
-    assert choice.tail_parts > 1 and not choice.by_itself
+    assert choice.tail_parts > 1 and choice.by_itself == (backend == "flash")
     block_map = search_blocks(*inputs[:2], CONFIG)
     exact = masked_attention(*inputs, block_map, dtype=torch.float32)
     theirs = relative_error(masked_attention(*inputs, block_map, dtype=torch.bfloat16), exact)
@@ -208,3 +216,17 @@ def test_splitting_compiles_once_for_all_lengths(backend):
     for length in (1280, 2048, 4096, 4224):
         attend(length)
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("q_len", "kv_len", "page_size"), [(4096, 4096, 128), (700, 5001, 256)])
+def test_the_last_rows_over_pages_are_split_too(q_len, kv_len, page_size):
+    shape = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
+    query, key, value = make_qkv(q_len, kv_len, **shape)
+    paged = in_pages(key, value, page_size)
+    choice = explain_backend(query, paged, config=CONFIG, backend="triton")
+    assert choice.tail_parts > 1 and choice.gathers is None
+    output = prefill_attention(query, paged, config=CONFIG, backend="triton")
+    expected = prefill_attention(query, key, value, CONFIG, backend="triton")
+    assert relative_error(output, expected) <= 5e-3

@@ -90,11 +90,11 @@ def run_kernels(device="cuda"):
             assert BlockMap.from_block_mask(found.to_block_mask()) == found
             ran += 1
     words = search_blocks(*make(1024, head_dim=64, dtype=torch.bfloat16)[:2]).words
-    parts = tail_kernel.part_words(words, 6, 8, 3)
-    assert parts.shape == (1, 12, 2, 1)
-    outputs, sums = torch.randn(1, 4, 3 * 256, 64, device=device), torch.randn(1, 4, 3 * 256, device=device)
+    others, parts = tail_kernel.split_words(words, 6, 8, 3)
+    assert others.shape == words.shape and parts.shape == (1, 12, 2, 1)
+    outputs, sums = torch.randn(1, 4, 762, 64, device=device), torch.randn(1, 4, 762, device=device)
     output, lse = torch.zeros(1, 4, 1000, 64, device=device), torch.zeros(1, 4, 1000, device=device)
-    tail_kernel.merge_parts(outputs, sums, 3, 1.0, output, lse, 250)
+    tail_kernel.merge_parts(outputs, sums, 3, output, lse, 250)
     if device == "cuda":
         torch.cuda.synchronize()
     assert output[:, :, -250:].isfinite().all() and (output[:, :, :-250] == 0).all()

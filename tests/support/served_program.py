@@ -40,10 +40,12 @@ def serve(q_len, kv_len):
     words = torch.zeros(1, HEADS, geometry.rows, -(-geometry.columns // 32), dtype=torch.int32)
     fill(words, geometry)
     if kv_len >= TAIL_SPLIT_FROM:
-        fill(tail_kernel.part_words(words, geometry.rows - 2, geometry.columns, PARTS), geometry._replace(q_len=256))
+        _, by_part = tail_kernel.split_words(words, geometry.rows - 2, geometry.columns, PARTS)
+        fill(by_part, geometry._replace(q_len=256))
         output = torch.empty(1, HEADS, q_len, DIM, dtype=torch.bfloat16)
-        outputs = torch.empty(1, HEADS, PARTS * 256, DIM, dtype=torch.bfloat16)
-        tail_kernel.merge_parts(outputs, torch.empty(1, HEADS, PARTS * 256), PARTS, 1.0, output, None, 200)
+        length = (PARTS - 1) * 256 + 200
+        outputs = torch.empty(1, HEADS, length, DIM, dtype=torch.bfloat16)
+        tail_kernel.merge_parts(outputs, torch.empty(1, HEADS, length), PARTS, output, None, 200)
 
 
 def fill(words, geometry):

@@ -50,7 +50,7 @@ def check_lists(lists):
 @contextlib.contextmanager
 def lists_are_contiguous():
     """All that goes from the library to FlexAttention: to the compiled function, and into BlockMasks."""
-    from flexprefill.attention import log_sum_exp, steps, tail
+    from flexprefill.attention import log_sum_exp, paged, steps
     from flexprefill.blockmap import map as block_map
 
     def checked(function, place):
@@ -64,7 +64,7 @@ def lists_are_contiguous():
         for module, name, place in (
             (steps, "flex_over", 3),
             (steps, "flash_over", 3),
-            (tail, "flex_over", 3),
+            (paged, "flex_over", 3),
             (log_sum_exp, "flex_over", 3),
             (block_map, "block_mask_of", 0),
         ):
