@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexprefill.attention.flash import flash_dense
 from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
+from flexprefill.variant.inputs import Layout
 
 _ordering = threading.Lock()  # the order of backends is the process's, and each thread puts back what it found
 
@@ -28,7 +29,9 @@ SDPA_ORDER = [
 ]
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, kernel: str) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, kernel: str, layout: Layout | None = None
+) -> Tensor:
     """Causal attention of the last S_q of S_kv positions over all keys before them.
 
     Args:
@@ -37,13 +40,14 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
         value: [B, Hkv, S_kv, Dv].
         scale: Positive.
         kernel: "dense-flash" or "dense-sdpa", as choose_dense names them.
+        layout: Of the tensors, if it is known.
 
     Returns:
         [B, Hq, S_q, Dv].
     """
     with torch.no_grad(), without_autocast():
         if kernel == "dense-flash":
-            return flash_dense(query, key, value, scale)
+            return flash_dense(query, key, value, scale, layout)
         return _sdpa(query, key, value, scale)
 
 

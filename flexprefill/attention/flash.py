@@ -6,20 +6,19 @@ And a soft cap that FlexAttention translates has no tanh instruction.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
+from flexprefill.attention.flash_calls import call_flash
 from flexprefill.blockmap.block_mask import ListedBlocks
 from flexprefill.runtime.thread_state import without_dispatch_modes
+from flexprefill.variant.inputs import Layout
 
 BLOCK = 128  # tokens of a block
 ALIGNMENT = 16  # bytes: tensors begin at a multiple of it
-
-_turn = threading.Lock()  # threads that find a kind of call new at once would all compile it
 
 
 class FlashMods(NamedTuple):
@@ -30,7 +29,14 @@ class FlashMods(NamedTuple):
 
 
 def flash_over(
-    query: Tensor, key: Tensor, value: Tensor, listed: ListedBlocks, scale: float, mods: FlashMods, needs_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    listed: ListedBlocks,
+    scale: float,
+    mods: FlashMods,
+    needs_lse: bool,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, AuxOutput]:
     """Causal attention over listed blocks. Their own masks are not read: ``mods`` says what they hide.
 
@@ -42,41 +48,45 @@ def flash_over(
         scale: Factor on the dot products.
         mods: What the attention is besides causal. Each combination is compiled once, which takes seconds.
         needs_lse: Whether to return log-sum-exps.
+        layout: Of query, key and value. From its second call on, a layout takes less of the host's time.
     """
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch  # an optional package
+    lists = listed.lists
 
-    from flexprefill.attention import flash_mods
+    def settings() -> dict[str, Any]:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch  # an optional package
 
-    counts, indices, full_counts, full_indices = listed.lists
-    blocks = BlockSparseTensorsTorch(counts, indices, full_counts, full_indices, (BLOCK, BLOCK))
+        from flexprefill.attention import flash_mods
+
+        return {
+            "softmax_scale": scale if mods.soft_cap is None else scale / mods.soft_cap,
+            "score_mod": flash_mods.soft_capped(mods.soft_cap),
+            "mask_mod": flash_mods.causal_within(mods.sliding_window),
+            "block_sparse_tensors": BlockSparseTensorsTorch(*lists, (BLOCK, BLOCK)),
+        }
+
     with without_dispatch_modes():
         output = _like_query(query, value.shape[3])
-        _, lse = _forward(
-            (query, key, value),
-            softmax_scale=scale if mods.soft_cap is None else scale / mods.soft_cap,
-            score_mod=flash_mods.soft_capped(mods.soft_cap),
-            mask_mod=flash_mods.causal_within(mods.sliding_window),
-            out=output.transpose(1, 2),
-            return_lse=needs_lse,
-            block_sparse_tensors=blocks,
-        )
-    return output, AuxOutput(lse=lse if needs_lse else None)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if needs_lse else None
+        tensors = *_heads_inside(query, key, value), output.transpose(1, 2), lse, *lists
+        call_flash(tensors, settings, None if layout is None else (layout, scale, mods, needs_lse))
+    return output, AuxOutput(lse=lse)
 
 
-def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last S_q of S_kv positions over all keys before them: [B, Hq, S_q, Dv]."""
-    output, _ = _forward((query, key, value), softmax_scale=scale, causal=True)
+def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout | None = None) -> Tensor:
+    """Causal attention of the last S_q of S_kv positions over all keys before them: [B, Hq, S_q, Dv].
+
+    The layout is as in flash_over.
+    """
+    inside = _heads_inside(query, key, value)
+    output = inside[0].new_empty(*inside[0].shape[:3], value.shape[3])
+    kind = None if layout is None else (layout, scale)
+    call_flash((*inside, output, None), lambda: {"softmax_scale": scale, "causal": True}, kind)
     return output.transpose(1, 2)
 
 
-def _forward(tensors: tuple[Tensor, Tensor, Tensor], **settings: Any) -> tuple[Tensor, Tensor | None]:
-    """The package's entry below its autograd function, which is what torch's own FlexAttention calls."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    heads_inside = (_aligned(tensor.detach()).transpose(1, 2) for tensor in tensors)  # [B, S, H, D]
-    # kernels are launched on the current device, and the tensors may be on another
-    with torch.cuda.device_of(tensors[0]), _turn:
-        return _flash_attn_fwd(*heads_inside, **settings)
+def _heads_inside(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [B, H, S, D] as the package takes them, [B, S, H, D], without gradients."""
+    return tuple([_aligned(tensor.detach()).transpose(1, 2) for tensor in tensors])
 
 
 def _like_query(query: Tensor, value_dim: int) -> Tensor:

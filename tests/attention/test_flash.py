@@ -13,13 +13,17 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill import AttentionVariant, BlockMap, PrefillConfig, explain_backend, prefill_attention, search_blocks
 from flexprefill.attention import flash
-from flexprefill.attention.flash import FlashMods, flash_over
+from flexprefill.attention.flash import FlashMods, flash_dense, flash_over
+from flexprefill.attention.flash_calls import call_flash
 from flexprefill.attention.flex import FlexSettings, flex_over
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.blockmap.block_mask import list_blocks
+from flexprefill.runtime.state import forget
+from flexprefill.variant.inputs import Layout
 
 CONFIG = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, last_full_blocks=2, dense_below=0)
 LSE = AuxRequest(lse=True)
+LAYOUT = Layout()
 BF16_CUDA = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
@@ -28,10 +32,10 @@ def pretended(monkeypatch):
     """The package in plain PyTorch, as far as flash_over asks for it. Gives what was asked."""
     asked = []
 
-    def forward(q, k, v, *, out, return_lse, block_sparse_tensors, softmax_scale, **mods):
+    def forward(q, k, v, *, out, lse, return_lse, softmax_scale, block_sparse_tensors=None, **mods):
+        assert return_lse == (lse is not None)
         asked.append({"q": q, "k": k, "v": v, "lists": block_sparse_tensors, "scale": softmax_scale, **mods})
         out.fill_(1.0)
-        return out, torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if return_lse else None
 
     mods = types.SimpleNamespace(causal_within=lambda window: ("mask", window), soft_capped=lambda cap: ("cap", cap))
     monkeypatch.setitem(
@@ -78,6 +82,70 @@ def test_outputs_lie_as_queries_do_and_tensors_off_their_alignment_are_moved(pre
     assert pretended[1]["k"].data_ptr() == key.data_ptr()
 
 
+@pytest.fixture
+def entered(pretended, monkeypatch):
+    """The package as above, with a cache of compiled functions. Gives what each of their calls got."""
+    called, entry = [], sys.modules["flash_attn.cute.interface"]._flash_attn_fwd
+
+    def forward(q, k, v, *, out, lse, softmax_scale, block_sparse_tensors=None, **others):
+        entry(q, k, v, out=out, lse=lse, softmax_scale=softmax_scale, **others)
+        if "compiled" not in forward.compile_cache:
+            forward.compile_cache["compiled"] = lambda *given: called.append(given)
+        lists = None if block_sparse_tensors is None else block_sparse_tensors[:4]
+        forward.compile_cache["compiled"](q.detach(), k, v, out.detach(), lse, softmax_scale, None, lists)
+
+    forward.compile_cache = {}
+    monkeypatch.setattr(sys.modules["flash_attn.cute.interface"], "_flash_attn_fwd", forward)
+    forget("FlashAttention-4's functions, by layout")
+    yield called
+    assert type(forward.compile_cache) is dict
+    forget("FlashAttention-4's functions, by layout")
+
+
+def test_a_known_layout_calls_the_compiled_function_with_its_own_tensors(pretended, entered):
+    for seed, needs_lse in ((0, True), (1, True), (2, False), (3, False), (4, True)):
+        query, key, value = make_qkv(300, 700, batch=2, heads=4, kv_heads=2, seed=seed)
+        listed = listed_of(query, key)
+        output, aux = flash_over(query, key, value, listed, 0.3, FlashMods(), needs_lse, LAYOUT)
+        *tensors, scale, nothing, lists = entered[-1]
+        assert len(entered) == seed + 1 and (scale, nothing) == (0.3, None)
+        expected = *(tensor.transpose(1, 2) for tensor in (query, key, value, output)), aux.lse
+        assert [one is not None and (one.data_ptr(), one.stride()) for one in tensors] == [
+            one is not None and (one.data_ptr(), one.stride()) for one in expected
+        ]
+        assert all(a is b for a, b in zip(lists, listed.lists, strict=True))
+    assert len(pretended) == 2, "with a log-sum-exp and without"
+    flash_over(query, key, value, listed, 0.5, FlashMods(), True, LAYOUT)
+    flash_over(query, key, value, listed, 0.3, FlashMods(), True, Layout())
+    flash_over(query, key, value, listed, 0.3, FlashMods(soft_cap=2.0), True, LAYOUT)
+    assert len(pretended) == 5 and entered[-1][5] == 0.15
+    for _ in range(2):
+        dense = flash_dense(query, key, value, 0.3, LAYOUT)
+    assert dense.shape == query.shape and len(pretended) == 6 and entered[-1][3].data_ptr() == dense.data_ptr()
+
+
+def test_calls_that_do_not_tell_tensors_apart_go_through_the_entry(pretended, entered):
+    query, key, value = make_qkv(300, heads=4, kv_heads=2)
+    listed = listed_of(query, key)
+    for _ in range(2):  # which of two equal tensors stands where cannot be told
+        flash_over(query, key, key, listed, 0.3, FlashMods(), False, LAYOUT)
+    assert len(pretended) == 2
+    for _ in range(2):
+        flash_over(query, key, value, listed, 0.3, FlashMods(), False, LAYOUT)
+    assert len(pretended) == 3 and entered[-1][2].data_ptr() == value.data_ptr()
+    flash_over(query, key, key, listed, 0.3, FlashMods(), False, LAYOUT)
+    assert len(pretended) == 3 and entered[-1][2].data_ptr() == key.data_ptr()
+    for _ in range(2):  # nor do those whose layout is not known
+        flash_over(query, key, value, listed, 0.3, FlashMods(), False)
+    assert len(pretended) == 5
+
+
+def test_an_entry_that_fails_leaves_its_cache_as_it_was(entered):
+    query, key, value = make_qkv(300, heads=4, kv_heads=2)
+    with pytest.raises(TypeError, match="softmax_scale"):
+        call_flash((query, key, value, query, None), dict)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -105,8 +173,12 @@ def test_the_bits_are_those_that_flexattention_gives(dtype, q_len, kv_len, head_
     assert torch.equal(output, expected) and output.stride() == expected.stride()
     right = expected_aux.lse * flash_lse_factor(query.device)
     assert (aux.lse - right).abs().max() <= 1e-5 * right.abs().max()
-    alone, without = flash_over(query, key, value, listed, 0.1, FlashMods(), False)
-    assert torch.equal(alone, expected) and without.lse is None
+    layout = Layout()
+    for _ in range(2):  # the second calls do not go through the package's entry
+        alone, without = flash_over(query, key, value, listed, 0.1, FlashMods(), False, layout)
+        assert torch.equal(alone, expected) and without.lse is None
+        again, aux_again = flash_over(query, key, value, listed, 0.1, FlashMods(), True, layout)
+        assert torch.equal(again, expected) and torch.equal(aux_again.lse, aux.lse)
 
 
 def in_pytorch(query, key, value, kept, soft_cap, window, dtype):
