@@ -15,7 +15,15 @@ from flexprefill.attention.flex import with_lse
 from flexprefill.attention.log_sum_exp import log_sum_exp_over
 from flexprefill.attention.mean_correction import add_dropped_blocks
 from flexprefill.attention.paged import attend_paged, choose_paged
-from flexprefill.attention.steps import attend_kept, choose, choose_by_layout, kept_blocks, visible_blocks_of
+from flexprefill.attention.searched_lists import lists_by_layout
+from flexprefill.attention.steps import (
+    attend_kept,
+    attend_listed,
+    choose,
+    choose_by_layout,
+    kept_blocks,
+    visible_blocks_of,
+)
 from flexprefill.blockmap.block_mask import masks_of
 from flexprefill.blockmap.index_lists import ListBuffers
 from flexprefill.blockmap.map import BlockMap, block_mask_under
@@ -126,10 +134,10 @@ def prefill_attention(
     scale, variant, layout = check_tensors(*tensors, scale, variant)
     config = resolve_config(config, variant, in_a_row=paged is None and block_map is None)
     call = check_call(
-        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
+        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux, layout)
     )
     check_means(means, key)
-    choice = choose_by_layout(call, layout) if paged is None else choose_paged(call, paged)
+    choice = choose_by_layout(call) if paged is None else choose_paged(call, paged)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(call.query.shape), list(call.key.shape), choice)
     if paged is not None:
@@ -138,8 +146,12 @@ def prefill_attention(
         return output if return_aux is None else (output, aux)
     query, key, value = call.query, call.key, call.value
     if choice.name in DENSE_KERNELS:
-        return dense_attention(query, key, value, scale=scale, kernel=choice.name)
+        return dense_attention(query, key, value, scale=scale, kernel=choice.name, layout=call.layout)
     assert not isinstance(means, PageMeans)  # checked
+    listed = lists_by_layout(call, choice) if means is None and buffers is None else None
+    if listed is not None:
+        output, aux = attend_listed(call, choice, *listed)
+        return output if return_aux is None else (output, aux)
     searched = kept_blocks(call, choice, means)
     kept, cut = visible_blocks_of(call, searched)
     if not choice.dense and is_recording():

@@ -5,14 +5,17 @@ A launch returns the compiled kernel, which can then be launched by itself, as i
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
 from flexprefill.runtime.state import Remembered
+from flexprefill.runtime.thread_state import without_dispatch_modes
 
 NOT_COMPILED_FOR = frozenset(("base", "shape", "strides"))  # of a tensor descriptor
 NUMBERS = frozenset((int, float, bool, type(None)))
@@ -25,7 +28,26 @@ class Bound(NamedTuple):
     ordered: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # a launch's arguments in the order of its parameters
 
 
+class Launch(NamedTuple):
+    """A launch as it can be made again: ``kernel[grid](*arguments)``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # in the order of the kernel's parameters
+
+
 _bound: Remembered[Bound] = Remembered("compiled kernels, by kind of launch", most=4096)
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def launches_noted() -> Iterator[list[Launch]]:
+    """Notes this thread's launches to the end of the block."""
+    outer, _thread.noted = getattr(_thread, "noted", None), []
+    try:
+        yield _thread.noted
+    finally:
+        _thread.noted = outer
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
@@ -38,22 +60,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
         named: The other parameters', and Triton's options.
     """
     values = (*arguments, *named.values())
-    if not isinstance(kernel, triton.JITFunction):  # the interpreter's, which compiles nothing
-        kernel[grid](*arguments, **named)
-        return
-    fresh = []
+    launched = False
 
     def launch_first() -> Bound:
-        compiled = kernel[grid](*arguments, **named)
-        fresh.append(compiled)
+        nonlocal launched
+        launched = True
+        with without_dispatch_modes():  # the interpreter copies tensors
+            compiled = kernel[grid](*arguments, **named)
         names = (*kernel.arg_names[: len(arguments)], *named)
-        return Bound(compiled, operator.itemgetter(*map(names.index, kernel.arg_names)))
+        return Bound(compiled or kernel, operator.itemgetter(*map(names.index, kernel.arg_names)))
 
-    # what Triton compiles for; 1, 1.0 and True are equal, and their types are not
-    kinds = tuple([value if type(value) in NUMBERS else _kind_of(value) for value in values])
-    bound = _bound.get((id(kernel), tuple(named), kinds, tuple(map(type, values))), launch_first)
-    if not fresh:
-        bound.kernel[(*grid, 1, 1)[:3]](*bound.ordered(values))
+    if isinstance(kernel, triton.JITFunction):
+        # what Triton compiles for; 1, 1.0 and True are equal, and their types are not
+        kinds = tuple([value if type(value) in NUMBERS else _kind_of(value) for value in values])
+        bound = _bound.get((id(kernel), tuple(named), kinds, tuple(map(type, values))), launch_first)
+    else:
+        bound = launch_first()  # by the interpreter, which compiles nothing
+    ordered = bound.ordered(values)
+    in_three = (*grid, 1, 1)[:3]
+    if not launched:
+        bound.kernel[in_three](*ordered)
+    noted = getattr(_thread, "noted", None)
+    if noted is not None:
+        noted.append(Launch(bound.kernel, in_three, ordered))
 
 
 def _kind_of(argument: Any) -> tuple[object, ...]:

@@ -40,16 +40,29 @@ class Remembered(Generic[Thing]):
         self._turn = threading.Lock()
         _forgetting[what] = self._held.clear
 
+    def find(self, key: Hashable) -> Thing | None:
+        """What is kept for a key, if anything is."""
+        return self._held.get(key)
+
     def get(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
         """What was made first for a key. Nothing is kept if it cannot be made. The oldest goes where there are more."""
         found = self._held.get(key)
         if found is None:
             found = make()
             with self._turn:
-                if len(self._held) >= self._most:
-                    self._held.pop(next(iter(self._held)))
+                self._make_room(key)
                 found = self._held.setdefault(key, found)
         return found
+
+    def keep(self, key: Hashable, thing: Thing) -> None:
+        """Keeps a thing for a key in place of another."""
+        with self._turn:
+            self._make_room(key)
+            self._held[key] = thing
+
+    def _make_room(self, key: Hashable) -> None:
+        if key not in self._held and len(self._held) >= self._most:
+            self._held.pop(next(iter(self._held)))
 
 
 def registered(what: str, reset: Callable[[], object]) -> None:

@@ -45,17 +45,7 @@ def search_words(
         probe_rows, probe_share, outlier_keys, outlier_share,
     )  # fmt: skip
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
-    if rule.two_sided:
-        sketch = sketch_keys(key, rule, implementation)
-        return two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
-    if scorer != MEANS_SCORER:
-        pooled = find_scorer(scorer).pool(key, block_size)
-        if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
-            found = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(f"scorer {scorer!r} must pool keys to {list(key.shape[:2])} and more, got {found}")
-    else:
-        pooled = pool_keys(key, block_size, implementation, variant.sequences)
-    return score_words(query, pooled, key.shape[2], rule, implementation, variant)
+    return find_words(query, key, rule, implementation, variant)
 
 
 @torch.library.register_fake("flexprefill::search_words")
@@ -64,6 +54,23 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     # torch.export compares a size with 1, and cannot do so with an expression that is always 1
     width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
     return query.new_empty(*query.shape[:2], geometry.rows, width, dtype=torch.int32)
+
+
+def find_words(
+    query: Tensor, key: Tensor, rule: Rule, implementation: str, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """As `search_words`, not as an operator."""
+    if rule.two_sided:
+        sketch = sketch_keys(key, rule, implementation)
+        return two_sided_words(query, key, sketch, rule, implementation, measured=False)[0]
+    if rule.scorer != MEANS_SCORER:
+        pooled = find_scorer(rule.scorer).pool(key, rule.block_size)
+        if not isinstance(pooled, Tensor) or pooled.shape[:2] != key.shape[:2]:
+            found = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"scorer {rule.scorer!r} must pool keys to {list(key.shape[:2])} and more, got {found}")
+    else:
+        pooled = pool_keys(key, rule.block_size, implementation, variant.sequences)
+    return score_words(query, pooled, key.shape[2], rule, implementation, variant)
 
 
 class Sketch(NamedTuple):

@@ -1,0 +1,156 @@
+"""Work that is launches of kernels and nothing else, done again for other tensors of the same layout.
+
+To work out a launch takes the host longer than to launch: sizes, settings and descriptors are found anew each time. So
+the second run of a kind of work is recorded: the memory that it takes, and each kernel with its arguments. Later runs
+take new memory and launch the same kernels.
+
+Work is recorded only if that is all it does: a mode sees torch's other operators, and then nothing is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexprefill.runtime.memory import IN_CHUNKS, room_for
+from flexprefill.runtime.state import Remembered
+
+if TYPE_CHECKING:
+    from flexprefill.runtime.launching import Launch
+
+Work = Callable[..., Sequence[Tensor]]
+
+SEEN_ONCE = "recorded when it comes again, as recording takes longer than work of a length that never does"
+NOT_RECORDED = "more than launches of kernels"
+_recordings: Remembered[Recording | str] = Remembered("launches of whole steps", most=2048)
+
+aten = torch.ops.aten
+TAKE_MEMORY = frozenset((aten.empty.memory_format, aten.new_empty.default))
+LOOK_AT_MEMORY = frozenset((aten.view.default, aten.detach.default, aten.transpose.int, aten.alias.default))
+
+
+class Step(NamedTuple):
+    """A launch without its tensors."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # None where a tensor stands, and a descriptor's other settings where it stands
+    tensors: tuple[tuple[int, int], ...]  # an argument's place, and which tensor stands there
+    descriptors: tuple[tuple[int, int, type], ...]  # likewise, and the descriptor's type
+
+
+class Recording(NamedTuple):
+    """Launches for tensors of one layout. Tensors are counted: inputs first, then those of ``memory``."""
+
+    memory: tuple[tuple[torch.Size, torch.dtype], ...]
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
+    nbytes: int  # of the memory
+
+    def replay(self, *inputs: Tensor) -> list[Tensor]:
+        """What the work returned, for other inputs of the layout, on the current device and stream."""
+        new_empty = inputs[0].new_empty
+        tensors = [*inputs, *[new_empty(shape, dtype=dtype) for shape, dtype in self.memory]]
+        for kernel, grid, arguments, places, descriptors in self.steps:
+            filled = list(arguments)
+            for place, which in places:
+                filled[place] = tensors[which]
+            for place, which, kind in descriptors:
+                descriptor: Any = object.__new__(kind)
+                vars(descriptor).update(arguments[place], base=tensors[which])
+                filled[place] = descriptor
+            kernel[grid](*filled)
+        return [tensors[which] for which in self.results]
+
+
+def replayed(kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor]:
+    """What ``work(*inputs)`` returns, by recorded launches where that is possible.
+
+    Args:
+        kind: All that work depends on besides what inputs hold: settings, and the inputs' layouts. That they begin at
+            multiples of 16 bytes is looked at here.
+        work: What is done. It takes less memory than would be worth a thought, as none of it is freed in between.
+        inputs: The tensors that it reads.
+    """
+    places = [tensor.data_ptr() for tensor in inputs]
+    kind = kind, tuple([place % 16 for place in places])
+    recording = _recordings.find(kind)
+    # kernels are launched on the current device, and the tensors may be on another
+    with torch.cuda.device_of(inputs[0]):
+        if isinstance(recording, Recording):
+            with room_for("the search and its index lists", recording.nbytes, inputs[0].device, IN_CHUNKS):
+                return recording.replay(*inputs)
+        if recording is SEEN_ONCE and len(set(places)) == len(places):
+            results, found = record(work, *inputs)
+            _recordings.keep(kind, found or NOT_RECORDED)
+            return results
+        if recording is None:
+            _recordings.keep(kind, SEEN_ONCE)
+        return work(*inputs)
+
+
+def record(work: Work, *inputs: Tensor) -> tuple[Sequence[Tensor], Recording | None]:
+    """What work returns, and its recording. None if it does more than to launch kernels on inputs and new memory."""
+    from flexprefill.runtime.launching import launches_noted  # imports triton
+
+    with _Watch() as watch, launches_noted() as launches:
+        results = work(*inputs)
+    if not watch.only_memory:
+        return results, None
+    memory = [tensor for tensor in watch.taken if tensor.numel() > 0]
+    try:
+        return results, _recording_of(inputs, memory, launches, results)
+    except LookupError:
+        return results, None
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what memory is taken, and whether anything else is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[Tensor] = []  # held, so that none of it is given out twice
+        self.only_memory = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in TAKE_MEMORY:
+            self.taken.append(found)
+        elif func not in LOOK_AT_MEMORY:
+            self.only_memory = False
+        return found
+
+
+def _recording_of(
+    inputs: Sequence[Tensor], memory: Sequence[Tensor], launches: Sequence[Launch], results: Sequence[Tensor]
+) -> Recording:
+    """Raises LookupError where a tensor is none of inputs and memory, or is a part of one."""
+    known = [*inputs, *memory]
+    at = {tensor.data_ptr(): which for which, tensor in enumerate(known)}
+    if len(at) < len(known):
+        raise LookupError("two tensors begin at one place")
+
+    def which(tensor: Tensor) -> int:
+        found = at[tensor.data_ptr()]
+        if (tensor.numel(), tensor.dtype) != (known[found].numel(), known[found].dtype):
+            raise LookupError("a part of a tensor")
+        return found
+
+    steps = []
+    for kernel, grid, arguments in launches:
+        tensors, descriptors, others = [], [], list(arguments)
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                tensors.append((place, which(argument)))
+                others[place] = None
+            elif hasattr(argument, "base"):
+                settings = dict(vars(argument))
+                descriptors.append((place, which(settings.pop("base")), type(argument)))
+                others[place] = settings
+        steps.append(Step(kernel, grid, tuple(others), tuple(tensors), tuple(descriptors)))
+    taken = tuple((tensor.shape, tensor.dtype) for tensor in memory)
+    return Recording(taken, tuple(steps), tuple(map(which, results)), sum(tensor.nbytes for tensor in memory))
