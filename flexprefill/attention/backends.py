@@ -38,14 +38,14 @@ TRITON_OPTIONS: dict[tuple[tuple[int, int], int, int], Options] = {
 }
 
 # Tokens (S_kv) below which dense attention is faster than search, lists and sparse attention together. By compute
-# capability, FlexAttention's kernel, and whether the search is two-sided. For float16 and bfloat16, D and Dv of 128.
-# Device times on an H200: FlashPrefill's is never slower from 4,096 tokens on with flash, up to a density of 71 %, and
-# from 6,144 tokens on with triton. The two-sided search adds 0.045 ms at 4,096 tokens and 0.1 at 8,192.
+# capability, the kernel, and whether the search is two-sided. For float16 and bfloat16, D and Dv of 128. By the wall
+# clock on an H200, one call on an idle GPU and calls in a row (docs/howto/attention.md). Device times alone would give
+# 4,096 and 6,144 tokens without the two-sided search, and on prompts of text 5,120 and 8,192 with it.
 DENSE_BELOW: dict[tuple[tuple[int, int], str, bool], int] = {
-    (HOPPER, "flash", False): 4096,
-    (HOPPER, "triton", False): 6144,
-    (HOPPER, "flash", True): 5120,
-    (HOPPER, "triton", True): 8192,
+    (HOPPER, "flash", False): 6144,
+    (HOPPER, "triton", False): 10_240,
+    (HOPPER, "flash", True): 12_288,
+    (HOPPER, "triton", True): 20_480,
 }
 
 
