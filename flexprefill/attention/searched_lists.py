@@ -15,13 +15,11 @@ from flexprefill.blockmap.block_mask import ListedBlocks, offsets_at
 from flexprefill.blockmap.geometry import Geometry
 from flexprefill.blockmap.index_lists import Listing, Lists, new_lists
 from flexprefill.runtime.listeners import is_recording
-from flexprefill.runtime.replaying import replayed
+from flexprefill.runtime.replaying import LONG, replayed
 from flexprefill.search.operator import find_words
 from flexprefill.search.rule import Rule
 from flexprefill.search.scorers import MEANS_SCORER
 from flexprefill.variant.variant import PLAIN
-
-LONG = 65_536  # tokens (S_kv) from which the device takes longer than the host in any case
 
 
 def lists_by_layout(call: Call, choice: BackendChoice) -> tuple[ListedBlocks, ...] | None:
@@ -37,7 +35,7 @@ def lists_by_layout(call: Call, choice: BackendChoice) -> tuple[ListedBlocks, ..
         return None
     split = split_of(call, choice)
     rule = Rule.of(config, scale=call.scale, last_chunk=call.last_chunk)
-    lists = replayed((call.layout, rule, split), partial(_search_and_list, rule, split), query, key)
+    lists = replayed(("search and lists", call.layout, rule, split), partial(_search_and_list, rule, split), query, key)
     geometry = Geometry(query.shape[2], key.shape[2], config.block_size)
     whole = _listed(_four(lists[:4]), geometry, choice)
     if split is None:

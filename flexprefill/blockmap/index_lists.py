@@ -14,6 +14,7 @@ from flexprefill.blockmap.bits import unpack_bits
 from flexprefill.blockmap.geometry import Geometry, causal_blocks, ceil_div, full_blocks
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
+from flexprefill.runtime.replaying import LONG, layouts_of, replayed
 from flexprefill.runtime.tracing import is_tracing
 
 CPU_BYTES_A_BLOCK = 22  # at the peak of the process's memory
@@ -108,7 +109,12 @@ def index_lists(
         Partial counts [B, H, M], partial indices [B, H, M, N or N · pieces], full counts, full indices. All int32 and
         contiguous.
     """
-    return new_lists(words, Geometry(q_len, kv_len, block_size), Listing(all_partial, uncut, names))
+    geometry, listing = Geometry(q_len, kv_len, block_size), Listing(all_partial, uncut, names)
+    if words.is_cuda and uncut is None and names is None and kv_len < LONG:
+        kind = "lists", geometry, all_partial, layouts_of(words)
+        partial_counts, partial, full_counts, full = replayed(kind, lambda w: new_lists(w, geometry, listing), words)
+        return partial_counts, partial, full_counts, full
+    return new_lists(words, geometry, listing)
 
 
 def new_lists(words: Tensor, geometry: Geometry, listing: Listing) -> Lists:

@@ -28,6 +28,8 @@ SEEN_ONCE = "recorded when it comes again, as recording takes longer than work o
 NOT_RECORDED = "more than launches of kernels"
 _recordings: Remembered[Recording | str] = Remembered("launches of whole steps", most=2048)
 
+LONG = 65_536  # tokens from which the device takes longer than the host in any case
+
 aten = torch.ops.aten
 TAKE_MEMORY = frozenset((aten.empty.memory_format, aten.new_empty.default))
 LOOK_AT_MEMORY = frozenset((aten.view.default, aten.detach.default, aten.transpose.int, aten.alias.default))
@@ -65,6 +67,11 @@ class Recording(NamedTuple):
                 filled[place] = descriptor
             kernel[grid](*filled)
         return [tensors[which] for which in self.results]
+
+
+def layouts_of(*tensors: Tensor) -> tuple[object, ...]:
+    """All of tensors that launches depend on, besides their places in memory."""
+    return tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors])
 
 
 def replayed(kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor]:

@@ -15,6 +15,7 @@ from flexprefill.blockmap.bits import WORD_BITS, pack_bits
 from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
+from flexprefill.runtime.replaying import LONG, layouts_of, replayed
 from flexprefill.runtime.tracing import one_if_known
 from flexprefill.search import reference, two_sided
 from flexprefill.search.grid import Grid
@@ -45,6 +46,9 @@ def search_words(
         probe_rows, probe_share, outlier_keys, outlier_share,
     )  # fmt: skip
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
+    if implementation == "triton" and variant is PLAIN and query.is_cuda and key.shape[2] < LONG:
+        kind = "search", rule, layouts_of(query, key)
+        return replayed(kind, lambda q, k: [find_words(q, k, rule, implementation)], query, key)[0]
     return find_words(query, key, rule, implementation, variant)
 
 

@@ -12,6 +12,7 @@ from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS
 from flexprefill.config import check_number, plain_number
 from flexprefill.runtime.layout import layout_hint, warn_of_layout
 from flexprefill.runtime.operators import stands_between
+from flexprefill.runtime.replaying import layouts_of
 from flexprefill.runtime.state import Remembered
 from flexprefill.runtime.thread_state import is_fake, is_in_vmap
 from flexprefill.runtime.tracing import is_tracing
@@ -61,7 +62,7 @@ def _facts_of(*tensors: Tensor) -> tuple[object, ...] | None:
     # a negated, nested or sparse tensor stands between too, and a vmap, and a device that does not compute
     if stands_between(tensors) or any(tensor.requires_grad for tensor in tensors):
         return None
-    return tuple((tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors)
+    return layouts_of(*tensors)
 
 
 def _check_together(query: Tensor, key: Tensor, *value: Tensor) -> None:

@@ -134,11 +134,21 @@ def test_calls_of_one_layout_get_their_own_blocks(seen, backend, config, q_len, 
             assert ours.offset is None if needless else torch.equal(ours.offset, theirs.offset)
         assert not expected or not torch.equal(wanted[0].lists[3], expected[-1])
         expected.append(wanted[0].lists[3])
+        made = list_blocks(found.words, found.geometry)
         plain = prefill_attention(*inputs, config, backend=backend, block_map=found)
         assert torch.equal(output, plain)
     assert len(seen) == 4
-    (recording,) = replaying._recordings._held.values()
-    assert isinstance(recording, Recording)
+    kinds = {kind[0][0] for kind, found in replaying._recordings._held.items() if isinstance(found, Recording)}
+    assert kinds >= {"search", "search and lists"}
+    forget("launches of whole steps")
+    assert search_blocks(*inputs[:2], config) == found
+    assert all(map(torch.equal, made.lists, list_blocks(found.words, found.geometry).lists))
+
+
+def count_recorded():
+    """How many kinds of a search with its lists are recorded."""
+    held = replaying._recordings._held.items()
+    return sum(kind[0][0] == "search and lists" and isinstance(found, Recording) for kind, found in held)
 
 
 @pytest.mark.gpu
@@ -161,14 +171,12 @@ def test_layouts_settings_and_places_in_memory_have_their_own_launches(seen):
     for place, tensor in zip(odd, inputs, strict=True):
         place.copy_(tensor.flatten())
     call([place.view(tensor.shape) for place, tensor in zip(odd, inputs, strict=True)])
-    assert len(seen) == 18
-    recorded = replaying._recordings._held.values()
-    assert len(recorded) == 6 and all(isinstance(one, Recording) for one in recorded)
+    assert len(seen) == 18 and count_recorded() == 6
     # what cannot be recorded is right too: negated queries, and two inputs that are one
     call(inputs, scale=-0.3, config=TWO_SIDED)
     query, _, value = inputs
     call((query[:, :2], query[:, :2], value))
-    assert len(seen) == 24 and sum(isinstance(one, Recording) for one in recorded) == 6
+    assert len(seen) == 24 and count_recorded() == 6
     for more in ({"means": KeyMeans()}, {"buffers": ListBuffers()}, {"return_aux": AuxRequest(lse=True)}):
         prefill_attention(*inputs, PUBLISHED, **more)
     assert len(seen) == 25, "the log-sum-exp alone comes with recorded launches"
