@@ -80,8 +80,8 @@ def replayed(kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor]:
     Args:
         kind: All that work depends on besides what inputs hold: settings, and the inputs' layouts. That they begin at
             multiples of 16 bytes is looked at here.
-        work: What is done. It takes less memory than would be worth a thought, as none of it is freed in between.
-        inputs: The tensors that it reads.
+        work: What is done. In a replay its memory is held until it ends.
+        inputs: The tensors that it reads, on one device.
     """
     places = [tensor.data_ptr() for tensor in inputs]
     kind = kind, tuple([place % 16 for place in places])
@@ -135,7 +135,7 @@ class _Watch(TorchDispatchMode):
 def _recording_of(
     inputs: Sequence[Tensor], memory: Sequence[Tensor], launches: Sequence[Launch], results: Sequence[Tensor]
 ) -> Recording:
-    """Raises LookupError where a tensor is none of inputs and memory, or is a part of one."""
+    """Raises LookupError where a tensor is none of inputs and memory, a part of one, or a result that is a view."""
     known = [*inputs, *memory]
     at = {tensor.data_ptr(): which for which, tensor in enumerate(known)}
     if len(at) < len(known):
@@ -147,6 +147,12 @@ def _recording_of(
             raise LookupError("a part of a tensor")
         return found
 
+    for tensor in memory:
+        if tensor.device != inputs[0].device or not tensor.is_contiguous():
+            raise LookupError("memory of another kind")
+    for tensor in results:
+        if tensor.shape != known[which(tensor)].shape or not tensor.is_contiguous():
+            raise LookupError("a view")
     steps = []
     for kernel, grid, arguments in launches:
         tensors, descriptors, others = [], [], list(arguments)

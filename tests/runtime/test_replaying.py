@@ -64,6 +64,8 @@ def test_what_is_more_than_launches_is_not_recorded(device):
         "memory from elsewhere": lambda x, y: (added(x, held),),
         "a part of an input": lambda x, y: (added(x[:8], y),),
         "a part of a result": lambda x, y: (added(x, y)[3:],),
+        "a view of a result": lambda x, y: (added(x, y).view(8, 5),),
+        "a result in another order": lambda x, y: (added(x.view(5, 8), y).transpose(0, 1),),
     }.items():
         results, recording = record(work, x, y)
         assert recording is None, name
