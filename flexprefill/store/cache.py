@@ -62,7 +62,7 @@ class _Identity:
     """
 
     key: Hashable | None
-    tokens: bytes = b""
+    tokens: bytes = field(default=b"", repr=False)
     item: str = "i4"
     batch: int = 1
 

@@ -105,6 +105,11 @@ def test_rows_of_several_maps_are_joined():
     assert cache.stats().reused_rows == 30 and cache.stats().searched_rows == 30 + 10
 
 
+def test_a_long_prompt_shows_itself_in_a_line():
+    shown = repr(MaskCache().prompt(torch.arange(100_000)))
+    assert "CachedPrompt" in shown and len(shown) < 300
+
+
 def test_what_tokens_take_counts_too_once_for_all_layers():
     tokens = tokens_of(512)
     query, key = model(tokens)

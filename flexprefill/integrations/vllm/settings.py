@@ -21,7 +21,7 @@ FIRST_PROCESS = "FLEXPREFILL_FIRST_PROCESS"  # set by the plug-in itself: the pr
 TICKET = "record.json"  # in the folder: which recording was asked for last
 ON, OFF = ("on", "1", "true", "yes"), ("", "off", "0", "false", "no")
 
-# The attention alone gains from 4,096 tokens on (attention/backends.py, DENSE_BELOW). A server's call also copies the
+# By the device's clock attention gains from 4,096 tokens on (docs/howto/attention.md). A server's call also copies the
 # pages, and takes 1 to 3 ms of the host in each layer (H200, vLLM 0.26). That is hidden behind the device from here on.
 DEFAULT_MIN_KEYS = 8192
 # The two-sided search takes longer: 54.1 ms to the first token at 8,192 tokens, where vLLM's own attention takes 52.6
