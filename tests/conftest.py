@@ -38,6 +38,17 @@ def the_same_random_numbers():
 
 
 @pytest.fixture(autouse=True)
+def nothing_recorded():
+    """Every test works its launches out anew: what it patches takes part, and is not found by the next one."""
+    from flexprefill.runtime import replaying  # noqa: F401  # makes the name known
+    from flexprefill.runtime.state import forget
+
+    forget("launches of whole steps")
+    yield
+    forget("launches of whole steps")
+
+
+@pytest.fixture(autouse=True)
 def nothing_silent(request):
     """Every test fails where FlexAttention runs eagerly, unless it is marked for that, or gets other lists."""
     from support.watch import eager_flex_raises, lists_are_contiguous

@@ -59,28 +59,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
         arguments: Tensors, tensor descriptors and numbers, one for each of the first parameters.
         named: The other parameters', and Triton's options.
     """
+    noted, in_three = getattr(_thread, "noted", None), (*grid, 1, 1)[:3]
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter's, which compiles nothing
+        with without_dispatch_modes():  # it copies tensors
+            kernel[grid](*arguments, **named)
+        if noted is not None:
+            given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **named}
+            noted.append(Launch(kernel, in_three, tuple([given[name] for name in kernel.arg_names])))
+        return
     values = (*arguments, *named.values())
     launched = False
 
     def launch_first() -> Bound:
         nonlocal launched
         launched = True
-        with without_dispatch_modes():  # the interpreter copies tensors
-            compiled = kernel[grid](*arguments, **named)
+        compiled = kernel[grid](*arguments, **named)
         names = (*kernel.arg_names[: len(arguments)], *named)
-        return Bound(compiled or kernel, operator.itemgetter(*map(names.index, kernel.arg_names)))
+        return Bound(compiled, operator.itemgetter(*map(names.index, kernel.arg_names)))
 
-    if isinstance(kernel, triton.JITFunction):
-        # what Triton compiles for; 1, 1.0 and True are equal, and their types are not
-        kinds = tuple([value if type(value) in NUMBERS else _kind_of(value) for value in values])
-        bound = _bound.get((id(kernel), tuple(named), kinds, tuple(map(type, values))), launch_first)
-    else:
-        bound = launch_first()  # by the interpreter, which compiles nothing
+    # what Triton compiles for; 1, 1.0 and True are equal, and their types are not
+    kinds = tuple([value if type(value) in NUMBERS else _kind_of(value) for value in values])
+    bound = _bound.get((id(kernel), tuple(named), kinds, tuple(map(type, values))), launch_first)
     ordered = bound.ordered(values)
-    in_three = (*grid, 1, 1)[:3]
     if not launched:
         bound.kernel[in_three](*ordered)
-    noted = getattr(_thread, "noted", None)
     if noted is not None:
         noted.append(Launch(bound.kernel, in_three, ordered))
 

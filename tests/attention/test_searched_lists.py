@@ -36,13 +36,6 @@ PUBLISHED = PrefillConfig(alpha=0.5, sink_blocks=1, window_blocks=1, dense_below
 TWO_SIDED = replace(PrefillConfig.recommended(), dense_below=0)
 
 
-@pytest.fixture(autouse=True)
-def nothing_recorded():
-    forget("launches of whole steps")
-    yield
-    forget("launches of whole steps")
-
-
 class OnGpu:
     """A tensor as far as a call that is not run looks at it."""
 

@@ -14,7 +14,6 @@ import triton.language as tl
 from flexprefill import PrefillConfig
 from flexprefill.runtime.launching import launch
 from flexprefill.runtime.replaying import record, replayed
-from flexprefill.runtime.state import forget
 from flexprefill.search.operator import find_words
 from flexprefill.search.rule import Rule
 
@@ -75,7 +74,6 @@ def test_what_is_more_than_launches_is_not_recorded(device):
 
 
 def test_the_second_run_is_recorded_and_the_third_is_replayed(device):
-    forget("launches of whole steps")
     ran = []
 
     def work(x, y):
@@ -97,7 +95,6 @@ def test_the_second_run_is_recorded_and_the_third_is_replayed(device):
     for _ in range(4):
         assert torch.equal(replayed("another kind", other, x, y)[0], 2 * (x + y))
     assert len(ran) == 10, "what is more than launches runs as it is"
-    forget("launches of whole steps")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Probes and outliers: the two-sided search against its definition, and with everything that it meets."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from flexprefill import (
     search_blocks,
 )
 from flexprefill.blockmap.bits import unpack_bits
-from flexprefill.search import two_sided
+from flexprefill.search import operator, two_sided
 from flexprefill.search.rule import Rule
 
 BOTH = PrefillConfig(
@@ -308,6 +309,27 @@ def test_any_scale_is_followed(implementation, scale):
     keep, doubt = oracle(query, key, BOTH, scale)
     found = search_blocks(query, key, BOTH, scale=scale, implementation=implementation).to_dense().cpu()
     assert not ((found != keep) & ~doubt).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_the_probes_hold_is_the_share_of_the_kept_blocks(implementation):
+    """Of the evenly placed probes alone, computed here one by one."""
+    query, key, _ = make_qkv(100, 230, heads=6, kv_heads=2, head_dim=16, device=DEVICE)
+    rule = Rule.of(dataclasses.replace(BOTH, probe_share=0.2, last_full_blocks=0), scale=0.7, last_chunk=True)
+    sketch = operator.sketch_keys(key, rule, implementation)
+    words, held = operator.two_sided_words(query, key, sketch, rule, implementation, measured=True)
+    kept, b, group = unpack_bits(words, -(-230 // rule.block_size)).cpu(), rule.block_size, 3
+    query, key = query.double().cpu(), key.double().cpu()
+    assert 0.2 < kept.float().mean() < 0.8 and held.min() < 0.9
+    for h, I in itertools.product(range(6), range(kept.shape[2])):
+        size, even = min(b, 100 - I * b), -(-rule.probe_rows // 2)
+        shares = []
+        for i in range(even):
+            row = I * b + (2 * (i * group + h % group) + 1) * size // (2 * group * even)
+            weights = (0.7 * key[0, h // group, : 130 + row + 1] @ query[0, h, row]).softmax(0)
+            inside = kept[0, h, I].repeat_interleave(b)[: len(weights)]
+            shares.append(weights[inside].sum())
+        assert abs(held[0, h, I].item() - sum(shares) / even) <= 1e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
