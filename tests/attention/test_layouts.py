@@ -201,7 +201,7 @@ def test_a_choice_by_layout_is_that_of_the_call_alone(device, around):
             layout = check_attention_inputs(call.query, call.key, call.value)
             for state in (contextlib.nullcontext, around):
                 with state():
-                    choice = outcome(choose_by_layout, call, layout)
+                    choice = outcome(choose_by_layout, call._replace(layout=layout))
                     assert choice == outcome(choose, call), name
                     found.append(choice)
     assert len(set(map(str, found))) >= (14 if device == "cuda" else 6)
@@ -212,8 +212,8 @@ def test_a_choice_is_kept_for_plain_calls_alone(device):
 
     for make in (a_call, CALLS["mask_mod"], CALLS["window"], CALLS["log-sum-exp"], CALLS["no name"]):
         call = make()
-        outcome(choose_by_layout, call, check_attention_inputs(call.query, call.key, call.value))
-    outcome(choose_by_layout, a_call(), None)
+        outcome(choose_by_layout, call._replace(layout=check_attention_inputs(call.query, call.key, call.value)))
+    outcome(choose_by_layout, a_call())
     assert len(steps._choices._held) == 1
 
 
