@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,7 +42,7 @@ class Call(NamedTuple):
     last_chunk: bool
     backend: str
     return_aux: AuxRequest | None
-    layout: Layout | None = None  # of query, key and value, if nothing else decides what is done with them
+    layout: Hashable | None = None  # names that of query, key and value, if nothing else decides what is done with them
 
     @property
     def plain(self) -> bool:

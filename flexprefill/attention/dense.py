@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexprefill.attention.flash import flash_dense
 from flexprefill.runtime.thread_state import without_autocast
 from flexprefill.runtime.tracing import is_tracing
-from flexprefill.variant.inputs import Layout
 
 _ordering = threading.Lock()  # the order of backends is the process's, and each thread puts back what it found
 
@@ -30,7 +30,7 @@ SDPA_ORDER = [
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, kernel: str, layout: Layout | None = None
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, kernel: str, layout: Hashable | None = None
 ) -> Tensor:
     """Causal attention of the last S_q of S_kv positions over all keys before them.
 
@@ -40,7 +40,7 @@ def dense_attention(
         value: [B, Hkv, S_kv, Dv].
         scale: Positive.
         kernel: "dense-flash" or "dense-sdpa", as choose_dense names them.
-        layout: Of the tensors, if it is known.
+        layout: Names that of the tensors, if it is known.
 
     Returns:
         [B, Hq, S_q, Dv].

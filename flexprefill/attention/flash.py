@@ -6,6 +6,7 @@ And a soft cap that FlexAttention translates has no tanh instruction.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from torch.nn.attention.flex_attention import AuxOutput
 from flexprefill.attention.flash_calls import call_flash
 from flexprefill.blockmap.block_mask import ListedBlocks
 from flexprefill.runtime.thread_state import without_dispatch_modes
-from flexprefill.variant.inputs import Layout
 
 BLOCK = 128  # tokens of a block
 ALIGNMENT = 16  # bytes: tensors begin at a multiple of it
@@ -36,7 +36,7 @@ def flash_over(
     scale: float,
     mods: FlashMods,
     needs_lse: bool,
-    layout: Layout | None = None,
+    layout: Hashable | None = None,
 ) -> tuple[Tensor, AuxOutput]:
     """Causal attention over listed blocks. Their own masks are not read: ``mods`` says what they hide.
 
@@ -48,7 +48,7 @@ def flash_over(
         scale: Factor on the dot products.
         mods: What the attention is besides causal. Each combination is compiled once, which takes seconds.
         needs_lse: Whether to return log-sum-exps.
-        layout: Of query, key and value. From its second call on, a layout takes less of the host's time.
+        layout: Names that of query, key and value. From its second call on, a layout takes less of the host's time.
     """
     lists = listed.lists
 
@@ -72,7 +72,7 @@ def flash_over(
     return output, AuxOutput(lse=lse)
 
 
-def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout | None = None) -> Tensor:
+def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Hashable | None = None) -> Tensor:
     """Causal attention of the last S_q of S_kv positions over all keys before them: [B, Hq, S_q, Dv].
 
     The layout is as in flash_over.

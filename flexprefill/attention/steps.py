@@ -125,8 +125,10 @@ def attend_listed(
         return _attend(call, choice, listed)
 
     def attend(query: Tensor, listed: ListedBlocks, needs_lse: bool) -> FlexResult:
-        asked = call._replace(query=query, return_aux=LSE, layout=None) if needs_lse else call
-        return _attend(asked, choice, listed)
+        if not needs_lse:
+            return _attend(call, choice, listed)
+        layout = None if call.layout is None else (call.layout, split)
+        return _attend(call._replace(query=query, return_aux=LSE, layout=layout), choice, listed)
 
     geometry = Geometry(call.query.shape[2], call.key.shape[2], call.block_size)
     return attend_in_parts(attend, call.query, geometry, split, listed, of_parts)
