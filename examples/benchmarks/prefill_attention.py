@@ -5,8 +5,8 @@ python examples/benchmarks/prefill_attention.py --crossover
 
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
-sparse call with dense attention from 1K to 16K tokens, by the device's time and by the wall clock, one by one and in a
-row. `flexprefill.attention.backends.DENSE_BELOW` goes by the device's time. Both print tables. --output keeps every
+sparse call with dense attention from 1K to 24K tokens, by the device's time and by the wall clock, one by one and in a
+row. `flexprefill.attention.backends.DENSE_BELOW` goes by the wall clock. Both print tables. --output keeps every
 repeat.
 """
 
@@ -31,7 +31,7 @@ PARTS = ("search", "lists", "attention-triton", "attention-flash")
 DENSES = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
 GOALS = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
 PUBLISHED = {4096: 0.71, 8192: 0.458, 16384: 0.28, 32768: 0.16, 65536: 0.082, 131072: 0.045}
-SHORT = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+SHORT = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
 EAGER = (1024, 2048, 4096, 8192, 16384)  # beyond, launches are short against the work
 
 

@@ -123,10 +123,10 @@ PLAIN = AttentionVariant()
 
 
 def check_variant(variant: AttentionVariant | None, query: Tensor, key: Tensor) -> AttentionVariant:
-    """The variant, or plain causal attention for None. Raises unless it fits query and key."""
+    """The variant. `PLAIN` itself for None and for one that says nothing. Raises unless it fits query and key."""
     if variant is None:
         return PLAIN
     if not isinstance(variant, AttentionVariant):
         raise TypeError(f"variant must be an AttentionVariant or None, got {type(variant).__name__}")
     variant.check_fits(query, key)
-    return variant
+    return PLAIN if variant == PLAIN else variant

@@ -2,20 +2,22 @@
 
 import contextlib
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from support.inputs import make_qkv
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill import AttentionVariant, BlockMap, PrefillConfig
+from flexprefill import AttentionVariant, BlockMap, PrefillConfig, prefill_attention
+from flexprefill.attention import steps
 from flexprefill.attention.backends import Request
 from flexprefill.attention.call import Call
 from flexprefill.attention.steps import choose, choose_by_layout
 from flexprefill.runtime.listeners import listen
 from flexprefill.runtime.state import forget
 from flexprefill.variant.inputs import check_attention_inputs
-from flexprefill.variant.variant import PLAIN
+from flexprefill.variant.variant import PLAIN, check_variant
 
 KINDS = {"kv_len": 300, "batch": 1, "heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16}
 
@@ -208,13 +210,24 @@ def test_a_choice_by_layout_is_that_of_the_call_alone(device, around):
 
 
 def test_a_choice_is_kept_for_plain_calls_alone(device):
-    from flexprefill.attention import steps
-
     for make in (a_call, CALLS["mask_mod"], CALLS["window"], CALLS["log-sum-exp"], CALLS["no name"]):
         call = make()
         outcome(choose_by_layout, call._replace(layout=check_attention_inputs(call.query, call.key, call.value)))
     outcome(choose_by_layout, a_call())
     assert len(steps._choices._held) == 1
+
+
+def test_a_variant_that_says_nothing_is_the_plain_one():
+    query, key, _ = tensors()
+    for variant in (None, PLAIN, AttentionVariant(), AttentionVariant(sliding_window=10**6).over(300)):
+        assert check_variant(variant, query, key) is PLAIN
+    assert check_variant(AttentionVariant(soft_cap=1.0), query, key) is not PLAIN
+    other = replace(AttentionVariant(soft_cap=1.0), soft_cap=None)
+    given = tensors(dtype=torch.float32)
+    prefill_attention(*given, PrefillConfig(alpha=0.5), variant=other)
+    before = len(steps._choices._held)
+    prefill_attention(*given, PrefillConfig(alpha=0.5))
+    assert len(steps._choices._held) == before, "the same choice is found"
 
 
 def test_another_threads_export_does_not_change_a_choice(machine, monkeypatch):
