@@ -5,6 +5,8 @@ the second run of a kind of work is recorded: the memory that it takes, and each
 take new memory and launch the same kernels.
 
 Work is recorded only if that is all it does: a mode sees torch's other operators, and then nothing is recorded.
+
+Private to torch 2.11 to 2.13: the module of TorchDispatchMode (no public one has it).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from support.oracle import attention_weights, masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill import AttentionVariant, BlockMap, PrefillConfig, explain_backend, prefill_attention, search_blocks
-from flexprefill.attention import flash
+from flexprefill.attention import flash, flash_calls
 from flexprefill.attention.flash import FlashMods, flash_dense, flash_over
 from flexprefill.attention.flash_calls import call_flash
 from flexprefill.attention.flex import FlexSettings, flex_over
@@ -179,6 +179,7 @@ def test_the_bits_are_those_that_flexattention_gives(dtype, q_len, kv_len, head_
         assert torch.equal(alone, expected) and without.lse is None
         again, aux_again = flash_over(query, key, value, listed, 0.1, FlashMods(), True, layout)
         assert torch.equal(again, expected) and torch.equal(aux_again.lse, aux.lse)
+    assert sum(kind[0] is layout for kind in flash_calls._known._held) == 2, "the package has its cache elsewhere"
 
 
 def in_pytorch(query, key, value, kept, soft_cap, window, dtype):
