@@ -44,8 +44,6 @@ def nothing_recorded():
     from flexprefill.runtime.state import forget
 
     forget("launches of whole steps")
-    yield
-    forget("launches of whole steps")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,15 +67,16 @@ def _enter(tensors: Sequence[Tensor | None], settings: dict[str, Any]) -> Known 
     from flash_attn.cute.interface import _flash_attn_fwd as entry  # an optional package
 
     query, key, value, output, lse, *_ = tensors
+    enter = partial(entry, query, key, value, out=output, lse=lse, return_lse=lse is not None, **settings)
     cache = getattr(entry, "compile_cache", None)
-    watched = Watched(cache)
-    if cache is not None:
-        entry.compile_cache = watched
+    if cache is None:
+        enter()
+        return None
+    entry.compile_cache = watched = Watched(cache)
     try:
-        entry(query, key, value, out=output, lse=lse, return_lse=lse is not None, **settings)
+        enter()
     finally:
-        if cache is not None:
-            entry.compile_cache = cache
+        entry.compile_cache = cache
     if len(watched.calls) != 1:
         return None
     function, arguments = watched.calls[0]

@@ -30,6 +30,7 @@ _making = threading.Lock()  # a kind has one compiled function, whichever thread
 # With fewer, FlexAttention's C++ kernel is wrong for 8, 24, 40, … keys that are less than a block (torch 2.11 and 2.13
 # on a CPU with AVX2 and without AVX-512)
 CPU_LEAST_HEAD_DIM = 24
+LSE = AuxRequest(lse=True)
 NAMES = 8  # names that inputs get in turn where torch mixes sizes up
 FIRST_OVER_PAGES = 3  # torch 2.13 mixes sizes up under the names before it, and takes seconds to say so
 

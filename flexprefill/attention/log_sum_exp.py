@@ -7,9 +7,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill.attention.flex import FlexSettings, flex_over
+from flexprefill.attention.flex import LSE, FlexSettings, flex_over
 from flexprefill.blockmap.bits import unpack_bits
 from flexprefill.blockmap.block_mask import list_blocks
 from flexprefill.blockmap.geometry import ceil_div
@@ -92,7 +91,7 @@ def flash_lse_factor(device: torch.device) -> float:
     query, key = known.to(device, torch.bfloat16)
     block_map = BlockMap.causal(1, 1, q_len=KNOWN_LENGTH, kv_len=KNOWN_LENGTH, block_size=KNOWN_LENGTH, device=device)
     attention = PlainAttention(query, key, KNOWN_HEAD_DIM**-0.5, PLAIN)
-    settings = FlexSettings(KNOWN_LENGTH, attention.scale, (("BACKEND", "FLASH"),), AuxRequest(lse=True))
+    settings = FlexSettings(KNOWN_LENGTH, attention.scale, (("BACKEND", "FLASH"),), LSE)
     _, aux = flex_over(query, key, key, list_blocks(block_map.words, block_map.geometry), settings)
     assert aux is not None and aux.lse is not None  # asked for
     return factor_to(aux.lse, attention.attend(key)[1])

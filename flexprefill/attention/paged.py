@@ -10,9 +10,9 @@ from torch.nn.attention.flex_attention import AuxOutput
 from flexprefill.attention.backends import MAX_ELEMENTS, BackendChoice, triton_options
 from flexprefill.attention.call import Call
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
-from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over
+from flexprefill.attention.flex import LSE, FlexResult, FlexSettings, flex_over
 from flexprefill.attention.not_finite import mark_rows_not_finite, may_not_be_finite
-from flexprefill.attention.steps import LSE, attend_kept, choose, split_of
+from flexprefill.attention.steps import attend_kept, choose, split_of
 from flexprefill.attention.tail import attend_in_parts, lists_in_parts
 from flexprefill.blockmap.block_mask import UNCUT, ListedBlocks, list_blocks
 from flexprefill.blockmap.geometry import ceil_div

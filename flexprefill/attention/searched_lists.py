@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from flexprefill.attention.steps import split_of
 from flexprefill.attention.tail import Split, in_one_row, words_in_parts
 from flexprefill.blockmap.block_mask import ListedBlocks, offsets_at
 from flexprefill.blockmap.geometry import Geometry
-from flexprefill.blockmap.index_lists import Listing, Lists, new_lists
+from flexprefill.blockmap.index_lists import Listing, Lists, as_lists, new_lists
 from flexprefill.runtime.listeners import is_recording
 from flexprefill.runtime.replaying import LONG, replayed
 from flexprefill.search.operator import find_words
@@ -37,15 +36,10 @@ def lists_by_layout(call: Call, choice: BackendChoice) -> tuple[ListedBlocks, ..
     rule = Rule.of(config, scale=call.scale, last_chunk=call.last_chunk)
     lists = replayed(("search and lists", call.layout, rule, split), partial(_search_and_list, rule, split), query, key)
     geometry = Geometry(query.shape[2], key.shape[2], config.block_size)
-    whole = _listed(_four(lists[:4]), geometry, choice)
+    whole = _listed(as_lists(lists[:4]), geometry, choice)
     if split is None:
         return (whole,)
-    return whole, _listed(in_one_row(_four(lists[4:]), split), split.of_parts(geometry), choice)
-
-
-def _four(lists: Sequence[Tensor]) -> Lists:
-    partial_counts, partial_blocks, full_counts, full_blocks = lists
-    return partial_counts, partial_blocks, full_counts, full_blocks
+    return whole, _listed(in_one_row(as_lists(lists[4:]), split), split.of_parts(geometry), choice)
 
 
 def _listed(lists: Lists, geometry: Geometry, choice: BackendChoice) -> ListedBlocks:

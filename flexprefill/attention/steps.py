@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
+from torch.nn.attention.flex_attention import AuxOutput
 
 from flexprefill.attention.backends import BackendChoice, Request, choose_backend, choose_dense, measured_dense_below
 from flexprefill.attention.call import Call
 from flexprefill.attention.flash import FlashMods, flash_over
-from flexprefill.attention.flex import FlexResult, FlexSettings, flex_over, with_lse
+from flexprefill.attention.flex import LSE, FlexResult, FlexSettings, flex_over, with_lse
 from flexprefill.attention.log_sum_exp import flash_lse_factor
 from flexprefill.attention.not_finite import mark_rows_not_finite
 from flexprefill.attention.tail import TAIL_SPLIT_FROM, Split, attend_in_parts, lists_in_parts, parts_for
@@ -30,8 +30,6 @@ from flexprefill.search.blocks import search_checked
 from flexprefill.search.key_means import KeyMeans
 from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.variant import PLAIN, AttentionVariant
-
-LSE = AuxRequest(lse=True)
 
 _choices: Remembered[BackendChoice] = Remembered("choices of calls", most=1024)
 
@@ -182,7 +180,7 @@ def over_kept_blocks(
         )
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
     kept = BlockMap(words, query.shape[2], key.shape[2], block_size)
-    asked = AuxRequest(lse=True) if lse.numel() > 0 else None
+    asked = LSE if lse.numel() > 0 else None
     config = PrefillConfig(last_full_blocks=0)
     call = Call(query, key, value, config, variant, kept, None, None, scale, False, "auto", asked)
     output, aux = attend_kept(call, choose(call), *visible_blocks_of(call, kept), None)

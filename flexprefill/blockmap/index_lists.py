@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,12 @@ from flexprefill.runtime.tracing import is_tracing
 CPU_BYTES_A_BLOCK = 22  # at the peak of the process's memory
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # partial counts, partial indices, full counts, full indices
+
+
+def as_lists(tensors: Sequence[Tensor]) -> Lists:
+    """Four tensors as lists."""
+    partial_counts, partial, full_counts, full = tensors
+    return partial_counts, partial, full_counts, full
 
 
 class Listing(NamedTuple):
@@ -112,8 +118,7 @@ def index_lists(
     geometry, listing = Geometry(q_len, kv_len, block_size), Listing(all_partial, uncut, names)
     if words.is_cuda and uncut is None and names is None and kv_len < LONG:
         kind = "lists", geometry, all_partial, layouts_of(words)
-        partial_counts, partial, full_counts, full = replayed(kind, lambda w: new_lists(w, geometry, listing), words)
-        return partial_counts, partial, full_counts, full
+        return as_lists(replayed(kind, lambda own: new_lists(own, geometry, listing), words))
     return new_lists(words, geometry, listing)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flexprefill.runtime.descriptors import with_tensor, without_tensor
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.state import Remembered
 
@@ -64,9 +65,7 @@ class Recording(NamedTuple):
             for place, which in places:
                 filled[place] = tensors[which]
             for place, which, kind in descriptors:
-                descriptor: Any = object.__new__(kind)
-                vars(descriptor).update(arguments[place], base=tensors[which])
-                filled[place] = descriptor
+                filled[place] = with_tensor(kind, arguments[place], tensors[which])
             kernel[grid](*filled)
         return [tensors[which] for which in self.results]
 
@@ -82,24 +81,24 @@ def replayed(kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor]:
     Args:
         kind: All that work depends on besides what inputs hold: settings, and the inputs' layouts. That they begin at
             multiples of 16 bytes is looked at here.
-        work: What is done. In a replay its memory is held until it ends.
+        work: What is done, on the inputs' device. In a replay its memory is held until it ends.
         inputs: The tensors that it reads, on one device.
     """
     places = [tensor.data_ptr() for tensor in inputs]
     kind = kind, tuple([place % 16 for place in places])
     recording = _recordings.find(kind)
-    # kernels are launched on the current device, and the tensors may be on another
-    with torch.cuda.device_of(inputs[0]):
-        if isinstance(recording, Recording):
-            with room_for("the search and its index lists", recording.nbytes, inputs[0].device, IN_CHUNKS):
-                return recording.replay(*inputs)
-        if recording is SEEN_ONCE and len(set(places)) == len(places):
-            results, found = record(work, *inputs)
-            _recordings.keep(kind, found or NOT_RECORDED)
-            return results
-        if recording is None:
-            _recordings.keep(kind, SEEN_ONCE)
-        return work(*inputs)
+    if isinstance(recording, Recording):
+        room = room_for("the search and its index lists", recording.nbytes, inputs[0].device, IN_CHUNKS)
+        # kernels are launched on the current device, and the tensors may be on another
+        with room, torch.cuda.device_of(inputs[0]):
+            return recording.replay(*inputs)
+    if recording is SEEN_ONCE and len(set(places)) == len(places):
+        results, found = record(work, *inputs)
+        _recordings.keep(kind, found or NOT_RECORDED)
+        return results
+    if recording is None:
+        _recordings.keep(kind, SEEN_ONCE)
+    return work(*inputs)
 
 
 def record(work: Work, *inputs: Tensor) -> tuple[Sequence[Tensor], Recording | None]:
@@ -163,9 +162,8 @@ def _recording_of(
                 tensors.append((place, which(argument)))
                 others[place] = None
             elif hasattr(argument, "base"):
-                settings = dict(vars(argument))
-                descriptors.append((place, which(settings.pop("base")), type(argument)))
-                others[place] = settings
+                descriptors.append((place, which(argument.base), type(argument)))
+                others[place] = without_tensor(argument)
         steps.append(Step(kernel, grid, tuple(others), tuple(tensors), tuple(descriptors)))
     taken = tuple((tensor.shape, tensor.dtype) for tensor in memory)
     return Recording(taken, tuple(steps), tuple(map(which, results)), sum(tensor.nbytes for tensor in memory))

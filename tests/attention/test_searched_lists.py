@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.inputs import as_projected, make_qkv
+from support.inputs import as_projected, at_an_odd_address, make_qkv
 from support.oracle import relative_error
 from torch.nn.attention.flex_attention import AuxRequest
 
@@ -147,7 +147,7 @@ def count_recorded():
 @pytest.mark.gpu
 def test_layouts_settings_and_places_in_memory_have_their_own_launches(seen):
     def call(inputs, config=PUBLISHED, **arguments):
-        found = search_blocks(*inputs[:2], config, **{k: v for k, v in arguments.items() if k != "backend"})
+        found = search_blocks(*inputs[:2], config, **arguments)
         for _ in range(3):
             output = prefill_attention(*inputs, config, **arguments)
             expected = prefill_attention(*inputs, config, block_map=found, scale=arguments.get("scale"))
@@ -160,10 +160,7 @@ def test_layouts_settings_and_places_in_memory_have_their_own_launches(seen):
     call(inputs, last_chunk=False)
     call(inputs, TWO_SIDED)
     call(as_projected(*inputs))
-    odd = [torch.empty(tensor.numel() + 4, dtype=tensor.dtype, device="cuda")[4:] for tensor in inputs]
-    for place, tensor in zip(odd, inputs, strict=True):
-        place.copy_(tensor.flatten())
-    call([place.view(tensor.shape) for place, tensor in zip(odd, inputs, strict=True)])
+    call([at_an_odd_address(tensor) for tensor in inputs])
     assert len(seen) == 18 and count_recorded() == 6
     # what cannot be recorded is right too: negated queries, and two inputs that are one
     call(inputs, scale=-0.3, config=TWO_SIDED)

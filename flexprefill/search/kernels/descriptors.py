@@ -8,24 +8,21 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout, float16
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flexprefill.runtime.descriptors import with_tensor, without_tensor
 from flexprefill.runtime.state import Remembered
 
-_fields: Remembered[dict[str, Any]] = Remembered("tensor descriptors without their tensors", most=4096)
+_settings: Remembered[dict[str, Any]] = Remembered("tensor descriptors without their tensors", most=4096)
 
 
 def described(tensor: Tensor, *block: int) -> TensorDescriptor:
     """A tensor of 16 bits an entry, to be copied by blocks of a shape. Rows behind the end come as zeros.
 
-    Triton checks a descriptor for 8 µs. Here that is done once for a kind.
+    Triton checks a descriptor once for a kind.
     """
 
     def checked() -> dict[str, Any]:
         layout = NVMMASharedLayout.get_default_for(block, float16)
-        fields = dict(vars(TensorDescriptor.from_tensor(tensor, list(block), layout)))
-        del fields["base"]  # kept, it would keep the tensor's memory
-        return fields
+        return without_tensor(TensorDescriptor.from_tensor(tensor, list(block), layout))
 
     kind = tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, block
-    descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(_fields.get(kind, checked), base=tensor)
-    return descriptor
+    return with_tensor(TensorDescriptor, _settings.get(kind, checked), tensor)
