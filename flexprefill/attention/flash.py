@@ -61,7 +61,7 @@ def flash_over(
             "softmax_scale": scale if mods.soft_cap is None else scale / mods.soft_cap,
             "score_mod": flash_mods.soft_capped(mods.soft_cap),
             "mask_mod": flash_mods.causal_within(mods.sliding_window),
-            "block_sparse_tensors": BlockSparseTensorsTorch(*lists, (BLOCK, BLOCK)),
+            "block_sparse_tensors": BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK)),
         }
 
     with without_dispatch_modes():

@@ -21,12 +21,15 @@ from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.variant import PLAIN
 
 
-def add_dropped_blocks(call: Call, kept: BlockMap, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def add_dropped_blocks(
+    call: Call, kept: BlockMap, output: Tensor, lse: Tensor, key_means: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks, merged with attention over the means of the dropped ones.
 
     Args:
         output: [B, Hq, S_q, Dv], over the kept blocks.
         lse: float32 [B, Hq, S_q], the natural log-sum-exps of its logits.
+        key_means: [B, Hkv, N, D], as `pool_keys` gives them, where they are known.
 
     Returns:
         The same two with the means of the dropped blocks.
@@ -41,13 +44,14 @@ def add_dropped_blocks(call: Call, kept: BlockMap, output: Tensor, lse: Tensor) 
         kept.block_size,
         call.scale,
         "triton" if call.query.is_cuda else "reference",
+        key_means,
     )
 
 
 @operator("flexprefill::merge_means")
 def merge_means(
     query: Tensor, key: Tensor, value: Tensor, words: Tensor, output: Tensor, lse: Tensor, block_size: int,
-    scale: float, implementation: str,
+    scale: float, implementation: str, key_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As add_dropped_blocks, by "reference" (the definition in plain PyTorch, float32) or "triton".
 
@@ -56,9 +60,11 @@ def merge_means(
         key: [B, Hkv, S_kv, D].
         value: [B, Hkv, S_kv, Dv].
         words: int32 [B, Hq, M, ceil(N / 32)], a BlockMap's.
+        key_means: [B, Hkv, N, D], as add_dropped_blocks takes them.
     """
     geometry = Geometry(query.shape[2], key.shape[2], block_size)
-    key_means = pool_keys(key, block_size, implementation)  # [B, Hkv, N, D]
+    if key_means is None:
+        key_means = pool_keys(key, block_size, implementation)
     value_means = pool_keys(value, block_size, implementation)  # [B, Hkv, N, Dv]
     if implementation == "triton":
         from flexprefill.attention import mean_correction_kernel  # imports triton

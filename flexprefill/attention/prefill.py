@@ -35,6 +35,7 @@ from flexprefill.search.blocks import search_blocks
 from flexprefill.search.defaults import resolve_config
 from flexprefill.search.key_means import KeyMeans, check_means
 from flexprefill.search.page_means import PageMeans
+from flexprefill.search.scorers import MEANS_SCORER
 from flexprefill.variant.inputs import resolve_scale
 from flexprefill.variant.logits import PlainAttention, add_sinks
 from flexprefill.variant.mods import ScoreMod, hiding_masks
@@ -152,17 +153,21 @@ def prefill_attention(
     if listed is not None:
         output, aux = attend_listed(call, choice, *listed)
         return output if return_aux is None else (output, aux)
+    correct = config.mean_correction and not choice.dense
+    if correct and means is None and config.scorer == MEANS_SCORER and not is_tracing():
+        means = KeyMeans()  # the search and the correction share them
     searched = kept_blocks(call, choice, means)
     kept, cut = visible_blocks_of(call, searched)
     if not choice.dense and is_recording():
         note_attention(call.attention, config if block_map is None else None)
         note(kept, searched)
     output, aux = attend_kept(call, choice, kept, cut, buffers)
-    correct = config.mean_correction and not choice.dense
     if correct or variant.sinks is not None:
         lse = log_sum_exp_over(call.attention, kept) if aux.lse is None else aux.lse
         if correct:
-            output, lse = add_dropped_blocks(call, kept, output, lse)
+            # without a search, means may be of other keys
+            key_means = None if means is None or block_map is not None else means.of_all(key.shape[2])
+            output, lse = add_dropped_blocks(call, kept, output, lse, key_means)
         if variant.sinks is not None:
             output = add_sinks(output, lse, variant.sinks)  # the log-sum-exp stays without them
         aux = with_lse(aux, lse)

@@ -46,6 +46,10 @@ class KeyMeans:
         """Bytes held."""
         return 0 if self._held is None else sum(part.nbytes for part in self._held[1] if part is not None)
 
+    def of_all(self, kv_len: int) -> Tensor | None:
+        """The means of all blocks of kv_len keys, [B, Hkv, N, D]. None unless they are held."""
+        return self._held[1].means if self._held is not None and self._held[2] == kv_len else None
+
     def extend(self, key: Tensor, rule: Rule, implementation: str) -> Sketch:
         """The sketch of all blocks of a key. Only those that are not known are pooled.
 

@@ -41,7 +41,7 @@ def pretended(monkeypatch):
     monkeypatch.setitem(
         sys.modules,
         "flash_attn.cute.block_sparsity",
-        types.SimpleNamespace(BlockSparseTensorsTorch=lambda *lists: lists),
+        types.SimpleNamespace(BlockSparseTensorsTorch=lambda *lists, block_size: (*lists, block_size)),
     )
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", types.SimpleNamespace(_flash_attn_fwd=forward))
     monkeypatch.setitem(sys.modules, "flexprefill.attention.flash_mods", mods)
