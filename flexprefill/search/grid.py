@@ -46,11 +46,6 @@ class Grid:
         for name in ("q_len", "kv_len", "block_size", "rows", "columns", "offset"):
             object.__setattr__(self, name, getattr(self.geometry, name))
 
-    @property
-    def cut(self) -> bool:
-        """Whether anything but the causal edge hides keys."""
-        return self.variant.sequences is not None or self.variant.sliding_window is not None
-
     def scored_from(self, device: torch.device | str) -> Tensor:
         """The first position whose query gives a score to each key block, where nothing is cut: int64 [N]."""
         first = torch.arange(self.columns, device=device) * self.block_size
@@ -62,7 +57,7 @@ class Grid:
         Returns:
             bool [M, b, N], or [1 or B, 1, M, b, N] where keys are cut.
         """
-        if self.cut:
+        if self.variant.cut:
             return self.view(device, I, J).scores(self.first_key)[:, None]
         row = torch.arange(self.rows * self.block_size, device=device).view(self.rows, self.block_size, 1)
         row, first = row[I or slice(None)], self.scored_from(device)[J or slice(None)]
@@ -70,7 +65,7 @@ class Grid:
 
     def scored(self, device: torch.device | str) -> Tensor:
         """Which block pairs have a score: bool [M, N], or [1 or B, 1, M, N] where keys are cut."""
-        if self.cut:
+        if self.variant.cut:
             pieces = [(I, J, self.view(device, I, J).scores(self.first_key).any(2)) for I, J in self.pieces()]
             return self.joined(pieces, device)[:, None]
         last_row = ((torch.arange(self.rows, device=device) + 1) * self.block_size).clamp(max=self.q_len) - 1

@@ -93,11 +93,11 @@ def log_scores(query: Tensor, means: Tensor, grid: Grid) -> Tensor:
     shape = *grouped.shape[:4], grid.columns
     L = torch.full(shape, -torch.inf, device=query.device, dtype=torch.float32)  # [B, Hkv, g, M, N]
     for I, J in grid.pieces():
-        view = grid.view(query.device, I, J) if grid.cut or grid.variant.alibi_slopes is not None else None
+        view = grid.view(query.device, I, J) if grid.variant.cut or grid.variant.alibi_slopes is not None else None
         scores = grid.scoring_rows(query.device, I, J)
         for batch in range(means.shape[0]):
             entry = None if view is None else View(*(part if part.dim() < 4 else _of(part, batch) for part in view))
-            own_scores = _of(scores, batch) if grid.cut else scores
+            own_scores = _of(scores, batch) if grid.variant.cut else scores
             for head in range(means.shape[1]):  # one key head at a time bounds the memory
                 products = _products(grouped[batch, head, :, I], means[batch, head].float(), grid, entry, I, J)
                 s = _modified(products, grid, entry, head)
@@ -169,7 +169,7 @@ def select_blocks(L: Tensor, kv_heads: int, grid: Grid, rule: Rule) -> Tensor:
         k = min(rule.min_blocks, L.shape[-1])
         keep |= finite & (L >= comparable.topk(k, dim=-1).values[..., -1:])
 
-    cut, device = grid.cut, L.device
+    cut, device = grid.variant.cut, L.device
     keep = keep | (always_kept_of_own(grid, rule, device) if cut else always_kept(grid.geometry, rule, device))
     return keep.repeat_interleave(group, 1) if rule.kv_masks else keep
 

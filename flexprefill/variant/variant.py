@@ -87,6 +87,11 @@ class AttentionVariant:
         names = ("sequences", "sliding_window", "soft_cap", "alibi_slopes")
         return [name for name in names if getattr(self, name) is not None]
 
+    @property
+    def cut(self) -> bool:
+        """Whether anything but the causal edge hides keys."""
+        return self.sequences is not None or self.sliding_window is not None
+
     def check_fits(self, query: Tensor, key: Tensor) -> None:
         """Raises ValueError unless the parts have query's and key's sizes and device."""
         if self.sequences is not None:

@@ -42,16 +42,18 @@ class SearchLaunch(NamedTuple):
 
 
 # Measured on an H200 (docs/explanations/search_kernels.md)
-def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
-    if plain and hopper_takes(query, rule):
+def _launch(query: Tensor, rule: Rule, variant: AttentionVariant) -> SearchLaunch:
+    if not variant.changes_search and hopper_takes(query, rule):
         return SearchLaunch(True, 128, 1, 4, 128)
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not from tensor cores, and registers are few
         return SearchLaunch(False, 32, 2, 2, None)
+    # a second buffer of means costs registers where rows are cut, and room for a program where they are wide
+    stages = 1 if variant.cut or query.shape[3] > 128 else 2
     if query.shape[3] > 128 or rule.kv_masks:
         # the loop over the group's heads, around that over tiles, takes registers too
-        return SearchLaunch(False, 256, 2, 2, None)
-    return SearchLaunch(False, 128, 2, 3, 168)
+        return SearchLaunch(False, 256, stages, 2, None)
+    return SearchLaunch(False, 128, stages, 3, 168)
 
 
 def hopper_copies(tensor: Tensor) -> bool:
@@ -140,7 +142,7 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: 
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
-    kind = _launch(query, rule, plain=not variant.changes_search)
+    kind = _launch(query, rule, variant)
     plan = _plan_search(tuple(query.shape), query.device, means.shape[1], kv_len, rule, kind)
     with room_for("the search", plan.needed, query.device, IN_CHUNKS):
         words = torch.empty(plan.words, dtype=torch.int32, device=query.device)
@@ -221,7 +223,7 @@ def _terms_of(variant: AttentionVariant, rule: Rule, words: Tensor, kv_len: int)
         "inner_scale": rule.scale * LOG2_E if soft_cap is None else rule.scale / soft_cap,
         "soft_cap": (soft_cap or 0.0) * LOG2_E,
         "alibi_ptr": words if alibi_slopes is None else _alibi_of_heads(alibi_slopes, rule.block_size),
-        "CUT": sequences is not None or variant.sliding_window is not None,
+        "CUT": variant.cut,
         "SEQUENCES": sequences is not None,
         "SOFT_CAP": soft_cap is not None,
         "ALIBI": alibi_slopes is not None,
