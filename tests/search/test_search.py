@@ -565,7 +565,7 @@ def test_a_launch_that_is_kept_is_that_of_the_call_alone():
     from flexprefill.search.rule import Rule
 
     rule = Rule.of(PrefillConfig(), scale=0.1, last_chunk=True)
-    cpu, common = torch.device("cpu"), launch.SearchLaunch(True, 128, 1, 4, 128)
+    cpu, common = torch.device("cpu"), launch.SearchLaunch(True, 128, 4, 128)
     plain = (1, 8, 300, 64), cpu, 2, 300, rule, common
     shape, kept = plain[0], launch._plan_search
     others = [(*shape[:i], size, *shape[i + 1 :]) for i, size in enumerate((2, 4, 200, 128))]
@@ -576,7 +576,7 @@ def test_a_launch_that_is_kept_is_that_of_the_call_alone():
         "min_blocks": 1, "kv_masks": True, "first_key": True, "log2_alphas": (-1.0,) * 8,
     }  # fmt: skip
     changed += [(*plain[:4], rule._replace(**{name: setting}), common) for name, setting in settings.items()]
-    for name, setting in {"hopper": False, "d_step": 32, "stages": 2, "programs": 2, "registers": None}.items():
+    for name, setting in {"hopper": False, "d_step": 32, "programs": 2, "registers": None}.items():
         changed.append((*plain[:5], common._replace(**{name: setting})))
     changed += [(*arguments[:5], common._replace(hopper=False)) for arguments in changed]
     for _ in range(2):

@@ -27,6 +27,7 @@ SMALLEST_SCALE = 2.0**-126
 TILE = 64  # means a step: the first operand of the product, one warpgroup's rows
 QUERY_ROWS = 128  # of the neighbouring query blocks that share each tile of means
 WARPS = 4
+STAGES = 1  # buffers of means: a second one costs registers, and room for another program
 LARGEST_STEP = 64  # words for which one step reads the scores
 GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; hopper.py is written in its experimental dialect
 
@@ -36,24 +37,21 @@ class SearchLaunch(NamedTuple):
 
     hopper: bool  # hopper.search_kernel
     d_step: int  # of the head dimension, a product
-    stages: int
     programs: int  # a multiprocessor
     registers: int | None  # a cap for each thread
 
 
 # Measured on an H200 (docs/explanations/search_kernels.md)
-def _launch(query: Tensor, rule: Rule, variant: AttentionVariant) -> SearchLaunch:
-    if not variant.changes_search and hopper_takes(query, rule):
-        return SearchLaunch(True, 128, 1, 4, 128)
+def _launch(query: Tensor, rule: Rule, plain: bool) -> SearchLaunch:
+    if plain and hopper_takes(query, rule):
+        return SearchLaunch(True, 128, 4, 128)
     if query.dtype == torch.float32 and query.is_cuda:
         # its products are exact, not from tensor cores, and registers are few
-        return SearchLaunch(False, 32, 2, 2, None)
-    # a second buffer of means costs registers where rows are cut, and room for a program where they are wide
-    stages = 1 if variant.cut or query.shape[3] > 128 else 2
+        return SearchLaunch(False, 32, 2, None)
     if query.shape[3] > 128 or rule.kv_masks:
         # the loop over the group's heads, around that over tiles, takes registers too
-        return SearchLaunch(False, 256, stages, 2, None)
-    return SearchLaunch(False, 128, stages, 3, 168)
+        return SearchLaunch(False, 256, 2, None)
+    return SearchLaunch(False, 128, 3, 168)
 
 
 def hopper_copies(tensor: Tensor) -> bool:
@@ -142,7 +140,7 @@ def score_words(query: Tensor, means: Tensor, kv_len: int, rule: Rule, variant: 
     if not query.is_cuda:
         # the interpreter's dot is wrong for bfloat16; products of bfloat16 are exact in float32
         query, means = query.float(), means.float()
-    kind = _launch(query, rule, variant)
+    kind = _launch(query, rule, plain=not variant.changes_search)
     plan = _plan_search(tuple(query.shape), query.device, means.shape[1], kv_len, rule, kind)
     with room_for("the search", plan.needed, query.device, IN_CHUNKS):
         words = torch.empty(plan.words, dtype=torch.int32, device=query.device)
@@ -206,7 +204,7 @@ def _plan_search(
         arguments |= {
             "tiles": tiles, "min_blocks": rule.min_blocks, "D": head_dim, "D_PAD": head_pad, "BLOCK": rule.block_size,
             "QUERY_BLOCKS": query_blocks, "TILE": TILE, "D_STEP": min(kind.d_step, head_pad),
-            "WORDS": max(1, 32 // query_blocks), "MEMBERS": members, "num_stages": kind.stages,
+            "WORDS": max(1, 32 // query_blocks), "MEMBERS": members, "num_stages": STAGES,
         }  # fmt: skip
     return _SearchPlan((programs,), *shapes, 4 * sum(map(math.prod, shapes)), arguments)
 
