@@ -223,16 +223,6 @@ def refuse_with_pages(config: PrefillConfig, arguments: Mapping[str, object], *,
         )
 
 
-def pool_checked(key: Tensor, config: PrefillConfig, implementation: str) -> KeyMeans | None:
-    """The means of all blocks of a checked key, for `search_checked`. None for a scorer that takes no means."""
-    implementation = resolve_implementation(implementation, key.device, config.scorer)
-    if config.scorer != MEANS_SCORER:
-        return None
-    means = KeyMeans()
-    means.extend(key, Rule.of(config, scale=1.0, last_chunk=True), implementation)
-    return means
-
-
 def resolve_implementation(implementation: str, device: torch.device, scorer: str) -> str:
     """The named implementation, or what "auto" means for a scorer on a device.
 

@@ -19,7 +19,7 @@ from flexprefill.blockmap.map import BlockMap
 from flexprefill.config import PrefillConfig
 from flexprefill.runtime.devices import check_device
 from flexprefill.runtime.listeners import is_recording, note_attention
-from flexprefill.search.blocks import pool_checked, search_checked
+from flexprefill.search.blocks import search_checked
 from flexprefill.search.defaults import resolve_config
 from flexprefill.search.rule import Rule
 from flexprefill.store.tokens import token_tensor
@@ -337,8 +337,6 @@ class CachedPrompt:
         if known is not None:
             self.cache._count(hits=1, reused_rows=ceil_div(q_len, block))
             return known.to(query.device)
-        # the device pools the keys while the host looks for rows
-        means = pool_checked(key, config, "auto")
         first, start_in_block = divmod(kv_len - q_len, block)
         # only whole rows that are not last can be answered; one map may answer some, and another those after
         end = 0 if start_in_block else min(kv_len // block, ceil_div(kv_len, block) - rule.last_full_blocks)
@@ -351,7 +349,7 @@ class CachedPrompt:
         if not answers or row * block < kv_len:
             # the device waits for this search, so it comes before the pieces are put together
             others = query[:, :, row * block - (kv_len - q_len) :] if answers else query
-            rest = [search_checked(others, key, config, rule.scale, last_chunk, "auto", means)]
+            rest = [search_checked(others, key, config, rule.scale, last_chunk, "auto", None)]
         pieces = [answer.to(query.device) for answer in answers] + rest
         block_map = BlockMap.from_chunks(pieces) if answers else rest[0]
         reused, searched = row - first, ceil_div(q_len, block) - (row - first)
