@@ -45,9 +45,9 @@ def dense_attention(
     Returns:
         [B, Hq, S_q, Dv].
     """
+    if kernel == "dense-flash":
+        return flash_dense(query, key, value, scale, layout)
     with torch.no_grad(), without_autocast():
-        if kernel == "dense-flash":
-            return flash_dense(query, key, value, scale, layout)
         return _sdpa(query, key, value, scale)
 
 

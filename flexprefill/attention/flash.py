@@ -86,7 +86,7 @@ def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout:
 
 def _heads_inside(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors [B, H, S, D] as the package takes them, [B, S, H, D], without gradients."""
-    return tuple([_aligned(tensor.detach()).transpose(1, 2) for tensor in tensors])
+    return tuple([_readable(tensor).transpose(1, 2) for tensor in tensors])
 
 
 def _like_query(query: Tensor, value_dim: int) -> Tensor:
@@ -97,5 +97,7 @@ def _like_query(query: Tensor, value_dim: int) -> Tensor:
     return query.new_empty(batch, heads, length, value_dim)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _readable(tensor: Tensor) -> Tensor:
+    if tensor.requires_grad:  # while gradients are off
+        tensor = tensor.detach()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -23,17 +23,34 @@ CONSTANTS = (int, float, bool, type(None))
 _turn = threading.Lock()  # threads that find a kind of call new at once would all compile it
 
 
-class Known(NamedTuple):
-    """A compiled function and its arguments."""
-
-    function: Any
-    arguments: Any  # a nested tuple of constants and, where a tensor stands, its Place
-
-
 class Place(NamedTuple):
     """Which of a call's tensors stands here."""
 
     which: int
+
+
+class Known(NamedTuple):
+    """A compiled function and its arguments."""
+
+    function: Any
+    arguments: tuple[Any, ...]  # constants, and anything where a tensor is filled in
+    places: list[tuple[int, int]]  # which argument is which of a call's tensors
+    inner: list[tuple[int, tuple[Any, ...]]]  # which argument is a tuple, and its constants and Places
+
+    @classmethod
+    def of(cls, function: Any, arguments: tuple[Any, ...]) -> Known:
+        """With constants, Places and tuples of both as arguments."""
+        places = [(at, one.which) for at, one in enumerate(arguments) if type(one) is Place]
+        inner = [(at, one) for at, one in enumerate(arguments) if type(one) is tuple]
+        return cls(function, arguments, places, inner)
+
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        filled = list(self.arguments)
+        for at, which in self.places:
+            filled[at] = tensors[which]
+        for at, several in self.inner:
+            filled[at] = tuple([tensors[one.which] if type(one) is Place else one for one in several])
+        self.function(*filled)
 
 
 _known: Remembered[Known] = Remembered("FlashAttention-4's functions, by layout", most=1024)
@@ -54,7 +71,7 @@ def call_flash(
     with torch.cuda.device_of(tensors[0]):
         known = None if kind is None else _known.find(kind)
         if known is not None:
-            known.function(*_filled(known.arguments, tensors))
+            known.run(tensors)
             return
         with _turn:
             found = _enter(tensors, settings())
@@ -81,7 +98,7 @@ def _enter(tensors: Sequence[Tensor | None], settings: dict[str, Any]) -> Known 
         return None
     function, arguments = watched.calls[0]
     try:
-        return Known(function, _with_places(arguments, _places_of(tensors)))
+        return Known.of(function, _with_places(arguments, _places_of(tensors), inner=True))
     except LookupError:
         return None
 
@@ -122,18 +139,16 @@ def _places_of(tensors: Sequence[Tensor | None]) -> dict[tuple[Any, ...], Place]
     return places
 
 
-def _with_places(argument: Any, places: dict[tuple[Any, ...], Place]) -> Any:
-    """Raises LookupError for what is neither a constant nor one of the tensors."""
-    if isinstance(argument, Tensor):
-        return places[_view_of(argument)]
-    if isinstance(argument, (tuple, list)):
-        return tuple(_with_places(one, places) for one in argument)
-    if type(argument) in CONSTANTS:
-        return argument
-    raise LookupError(f"an argument is a {type(argument).__name__}")
+def _with_places(arguments: Sequence[Any], places: dict[tuple[Any, ...], Place], inner: bool) -> tuple[Any, ...]:
+    """Raises LookupError for what is neither a constant nor one of the tensors, nor, if inner, a tuple of them."""
 
+    def placed(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return places[_view_of(argument)]
+        if inner and isinstance(argument, (tuple, list)):
+            return _with_places(argument, places, inner=False)
+        if type(argument) in CONSTANTS:
+            return argument
+        raise LookupError(f"an argument is a {type(argument).__name__}")
 
-def _filled(argument: Any, tensors: Sequence[Tensor | None]) -> Any:
-    if type(argument) is Place:
-        return tensors[argument.which]
-    return tuple([_filled(one, tensors) for one in argument]) if type(argument) is tuple else argument
+    return tuple([placed(argument) for argument in arguments])

@@ -57,12 +57,13 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> Layout
 
 def _facts_of(*tensors: Tensor) -> tuple[object, ...] | None:
     """All that the checks look at. None where they are made in any case."""
-    if is_tracing() or not all(type(tensor) is Tensor for tensor in tensors):
+    if is_tracing():
         return None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.requires_grad:
+            return None
     # a negated, nested or sparse tensor stands between too, and a vmap, and a device that does not compute
-    if stands_between(tensors) or any(tensor.requires_grad for tensor in tensors):
-        return None
-    return layouts_of(*tensors)
+    return None if stands_between(tensors) else layouts_of(*tensors)
 
 
 def _check_together(query: Tensor, key: Tensor, *value: Tensor) -> None:
