@@ -11,6 +11,7 @@ Private to torch 2.11 to 2.13: the module of TorchDispatchMode (no public one ha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,8 @@ Work = Callable[..., Sequence[Tensor]]
 SEEN_ONCE = "recorded when it comes again, as recording takes longer than work of a length that never does"
 NOT_RECORDED = "more than launches of kernels"
 _recordings: Remembered[Recording | str] = Remembered("launches of whole steps", most=2048)
+
+_thread = threading.local()
 
 LONG = 65_536  # tokens from which the device takes longer than the host in any case
 
@@ -80,10 +83,12 @@ def replayed(kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor]:
 
     Args:
         kind: All that work depends on besides what inputs hold: settings, and the inputs' layouts. That they begin at
-            multiples of 16 bytes is looked at here.
+            multiples of 16 bytes is looked at here. Work may have replayed parts.
         work: What is done, on the inputs' device. In a replay its memory is held until it ends.
         inputs: The tensors that it reads, on one device.
     """
+    if getattr(_thread, "recording", False):
+        return work(*inputs)  # what is being recorded needs every launch
     places = [tensor.data_ptr() for tensor in inputs]
     kind = kind, tuple([place % 16 for place in places])
     recording = _recordings.find(kind)
@@ -105,8 +110,12 @@ def record(work: Work, *inputs: Tensor) -> tuple[Sequence[Tensor], Recording | N
     """What work returns, and its recording. None if it does more than to launch kernels on inputs and new memory."""
     from flexprefill.runtime.launching import launches_noted  # imports triton
 
-    with _Watch() as watch, launches_noted() as launches:
-        results = work(*inputs)
+    _thread.recording = True
+    try:
+        with _Watch() as watch, launches_noted() as launches:
+            results = work(*inputs)
+    finally:
+        _thread.recording = False
     if not watch.only_memory:
         return results, None
     memory = [tensor for tensor in watch.taken if tensor.numel() > 0]

@@ -5,7 +5,7 @@ torch.compile does not look inside the operator, so one graph serves every lengt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from flexprefill.blockmap.bits import WORD_BITS, pack_bits
 from flexprefill.blockmap.geometry import Geometry, ceil_div
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.operators import operator
-from flexprefill.runtime.replaying import LONG, layouts_of, replayed
+from flexprefill.runtime.replaying import LONG, Work, layouts_of, replayed
 from flexprefill.runtime.tracing import one_if_known
 from flexprefill.search import reference, two_sided
 from flexprefill.search.grid import Grid
@@ -46,9 +46,9 @@ def search_words(
         probe_rows, probe_share, outlier_keys, outlier_share,
     )  # fmt: skip
     variant = AttentionVariant.of_parts((starts, ends, sliding_window, soft_cap, alibi_slopes))
-    if implementation == "triton" and variant is PLAIN and query.is_cuda and key.shape[2] < LONG:
-        kind = "search", rule, layouts_of(query, key)
-        return replayed(kind, lambda q, k: [find_words(q, k, rule, implementation)], query, key)[0]
+    if implementation == "triton" and variant is PLAIN and key.shape[2] < LONG:
+        kind = "search", rule
+        return _launched(kind, lambda query, key: [find_words(query, key, rule, implementation)], query, key)[0]
     return find_words(query, key, rule, implementation, variant)
 
 
@@ -58,6 +58,13 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
     # torch.export compares a size with 1, and cannot do so with an expression that is always 1
     width = one_if_known(ceil_div(geometry.columns, WORD_BITS))
     return query.new_empty(*query.shape[:2], geometry.rows, width, dtype=torch.int32)
+
+
+def _launched(kind: tuple[Hashable, ...], work: Work, *inputs: Tensor) -> Sequence[Tensor]:
+    """``work(*inputs)``, which launches kernels of Triton. On CUDA it is replayed for a layout that comes again."""
+    if not inputs[0].is_cuda:  # Triton's interpreter has nothing to save
+        return work(*inputs)
+    return replayed((*kind, layouts_of(*inputs)), work, *inputs)
 
 
 def find_words(
@@ -189,7 +196,9 @@ def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequ
 
     # Triton launches on the current device, and the tensors may be on another
     with torch.cuda.device_of(key):
-        return launch.pool_keys(key, block_size, sequences)
+        if sequences is not None:
+            return launch.pool_keys(key, block_size, sequences)
+        return _launched(("means", block_size), lambda key: [launch.pool_keys(key, block_size)], key)[0]
 
 
 def pool_pages(paged: PagedKV, block_size: int, implementation: str, wanted: Tensor | None = None) -> Tensor:
@@ -237,7 +246,10 @@ def score_words(
     from flexprefill.search.kernels import launch  # imports triton
 
     with torch.cuda.device_of(query):
-        return launch.score_words(query, pooled, kv_len, rule, variant)
+        if variant is not PLAIN:
+            return launch.score_words(query, pooled, kv_len, rule, variant)
+        kind = "scores", kv_len, rule
+        return _launched(kind, lambda query, means: [launch.score_words(query, means, kv_len, rule)], query, pooled)[0]
 
 
 def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:

@@ -1,6 +1,8 @@
 """What was recorded does the same for other tensors, and only launches are recorded."""
 
 from dataclasses import replace
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from flexprefill import PrefillConfig
+from flexprefill import KeyMeans, PrefillConfig, search_blocks
+from flexprefill.runtime import replaying
 from flexprefill.runtime.launching import launch
-from flexprefill.runtime.replaying import record, replayed
+from flexprefill.runtime.replaying import Recording, layouts_of, record, replayed
+from flexprefill.search import operator
 from flexprefill.search.operator import find_words
 from flexprefill.search.rule import Rule
 
@@ -95,6 +99,54 @@ def test_the_second_run_is_recorded_and_the_third_is_replayed(device):
     for _ in range(4):
         assert torch.equal(replayed("another kind", other, x, y)[0], 2 * (x + y))
     assert len(ran) == 10, "what is more than launches runs as it is"
+
+
+def test_a_recording_has_the_launches_of_parts_that_are_replayed(device):
+    ones = torch.ones(40, device=device)
+
+    def part(x, y):
+        return replayed("a part", lambda x, y: [added(x, y)], x, y)[0]
+
+    for number in (1.0, 2.0, 3.0):  # the part is recorded first
+        assert torch.equal(part(number * ones, ones), (number + 1) * ones)
+    recording = record(lambda x, y: [added(part(x, y), y)], ones, 2 * ones)[1]
+    assert len(recording.steps) == 2
+    assert torch.equal(recording.replay(4 * ones, 3 * ones)[0], 10 * ones)
+    assert torch.equal(part(5 * ones, ones), 6 * ones)
+
+
+@pytest.fixture
+def always_replayed(device, monkeypatch):
+    """Searches in Triton's interpreter are replayed too."""
+    if device == "cpu":
+        monkeypatch.setattr(
+            operator, "_launched", lambda kind, work, *inputs: replayed((*kind, layouts_of(*inputs)), work, *inputs)
+        )
+
+
+@pytest.mark.usefixtures("always_replayed")
+def test_chunks_with_means_are_replayed_for_other_prompts(device):
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "device": device}
+    length = 420 if device == "cpu" else 4200
+    if device == "cuda":
+        shape |= {"dtype": torch.bfloat16}
+    block_size = 16 if device == "cpu" else 128
+    config = PrefillConfig(alpha=0.3, sink_blocks=1, window_blocks=1, last_full_blocks=1, block_size=block_size)
+    maps, ends = [], (length // 3, length // 2, length)  # the second one begins inside a block
+    for seed in range(4):
+        query, key, _ = make_qkv(length, seed=seed, **shape)
+        means, start = KeyMeans(), 0
+        for end in ends:
+            chunk = query[:, :, start:end], key[:, :, :end]
+            last = {"last_chunk": end == length, "implementation": "triton"}
+            found = search_blocks(*chunk, config, **last, means=means)
+            with mock.patch.object(operator, "_launched", lambda kind, work, *inputs: work(*inputs)):
+                assert found == search_blocks(*chunk, config, **last)
+            start = end
+        maps.append(found)
+    assert all(one != other for one, other in pairwise(maps))
+    kinds = [kind[0][0] for kind, found in replaying._recordings._held.items() if isinstance(found, Recording)]
+    assert {kind: kinds.count(kind) for kind in ("means", "scores")} == {"means": 3, "scores": 3}
 
 
 @pytest.mark.parametrize(
