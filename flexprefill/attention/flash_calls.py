@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexprefill.runtime.arguments import Arguments
 from flexprefill.runtime.state import Remembered
 
 CONSTANTS = (int, float, bool, type(None))
@@ -23,34 +24,11 @@ CONSTANTS = (int, float, bool, type(None))
 _turn = threading.Lock()  # threads that find a kind of call new at once would all compile it
 
 
-class Place(NamedTuple):
-    """Which of a call's tensors stands here."""
-
-    which: int
-
-
 class Known(NamedTuple):
     """A compiled function and its arguments."""
 
     function: Any
-    arguments: tuple[Any, ...]  # constants, and anything where a tensor is filled in
-    places: list[tuple[int, int]]  # which argument is which of a call's tensors
-    inner: list[tuple[int, tuple[Any, ...]]]  # which argument is a tuple, and its constants and Places
-
-    @classmethod
-    def of(cls, function: Any, arguments: tuple[Any, ...]) -> Known:
-        """With constants, Places and tuples of both as arguments."""
-        places = [(at, one.which) for at, one in enumerate(arguments) if type(one) is Place]
-        inner = [(at, one) for at, one in enumerate(arguments) if type(one) is tuple]
-        return cls(function, arguments, places, inner)
-
-    def run(self, tensors: Sequence[Tensor | None]) -> None:
-        filled = list(self.arguments)
-        for at, which in self.places:
-            filled[at] = tensors[which]
-        for at, several in self.inner:
-            filled[at] = tuple([tensors[one.which] if type(one) is Place else one for one in several])
-        self.function(*filled)
+    arguments: Arguments
 
 
 _known: Remembered[Known] = Remembered("FlashAttention-4's functions, by layout", most=1024)
@@ -71,7 +49,7 @@ def call_flash(
     with torch.cuda.device_of(tensors[0]):
         known = None if kind is None else _known.find(kind)
         if known is not None:
-            known.run(tensors)
+            known.function(*known.arguments.filled(tensors))
             return
         with _turn:
             found = _enter(tensors, settings())
@@ -97,8 +75,11 @@ def _enter(tensors: Sequence[Tensor | None], settings: dict[str, Any]) -> Known 
     if len(watched.calls) != 1:
         return None
     function, arguments = watched.calls[0]
+    which = {_view_of(tensor): place for place, tensor in enumerate(tensors) if tensor is not None}
+    if len(which) < sum(tensor is not None for tensor in tensors) or not _is_known(arguments):
+        return None  # two tensors cannot be told apart, or something may hold one
     try:
-        return Known.of(function, _with_places(arguments, _places_of(tensors), inner=True))
+        return Known(function, Arguments.of(arguments, lambda tensor: which[_view_of(tensor)]))
     except LookupError:
         return None
 
@@ -130,25 +111,8 @@ def _view_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _places_of(tensors: Sequence[Tensor | None]) -> dict[tuple[Any, ...], Place]:
-    """Raises LookupError if two tensors cannot be told apart."""
-    views = [(_view_of(tensor), Place(which)) for which, tensor in enumerate(tensors) if tensor is not None]
-    places = dict(views)
-    if len(places) < len(views):
-        raise LookupError("two tensors are the same")
-    return places
-
-
-def _with_places(arguments: Sequence[Any], places: dict[tuple[Any, ...], Place], inner: bool) -> tuple[Any, ...]:
-    """Raises LookupError for what is neither a constant nor one of the tensors, nor, if inner, a tuple of them."""
-
-    def placed(argument: Any) -> Any:
-        if isinstance(argument, Tensor):
-            return places[_view_of(argument)]
-        if inner and isinstance(argument, (tuple, list)):
-            return _with_places(argument, places, inner=False)
-        if type(argument) in CONSTANTS:
-            return argument
-        raise LookupError(f"an argument is a {type(argument).__name__}")
-
-    return tuple([placed(argument) for argument in arguments])
+def _is_known(argument: Any) -> bool:
+    """Whether it is a tensor, a constant, or a tuple of both."""
+    if isinstance(argument, (tuple, list)):
+        return all(map(_is_known, argument))
+    return isinstance(argument, Tensor) or type(argument) in CONSTANTS

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexprefill.runtime.descriptors import with_tensor, without_tensor
+from flexprefill.runtime.arguments import Arguments
 from flexprefill.runtime.memory import IN_CHUNKS, room_for
 from flexprefill.runtime.state import Remembered
 
@@ -46,9 +46,7 @@ class Step(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]  # None where a tensor stands, and a descriptor's other settings where it stands
-    tensors: tuple[tuple[int, int], ...]  # an argument's place, and which tensor stands there
-    descriptors: tuple[tuple[int, int, type], ...]  # likewise, and the descriptor's type
+    arguments: Arguments
 
 
 class Recording(NamedTuple):
@@ -63,13 +61,8 @@ class Recording(NamedTuple):
         """What the work returned, for other inputs of the layout, on the current device and stream."""
         new_empty = inputs[0].new_empty
         tensors = [*inputs, *[new_empty(shape, dtype=dtype) for shape, dtype in self.memory]]
-        for kernel, grid, arguments, places, descriptors in self.steps:
-            filled = list(arguments)
-            for place, which in places:
-                filled[place] = tensors[which]
-            for place, which, kind in descriptors:
-                filled[place] = with_tensor(kind, arguments[place], tensors[which])
-            kernel[grid](*filled)
+        for kernel, grid, arguments in self.steps:
+            kernel[grid](*arguments.filled(tensors))
         return [tensors[which] for which in self.results]
 
 
@@ -163,16 +156,6 @@ def _recording_of(
     for tensor in results:
         if tensor.shape != known[which(tensor)].shape or not tensor.is_contiguous():
             raise LookupError("a view")
-    steps = []
-    for kernel, grid, arguments in launches:
-        tensors, descriptors, others = [], [], list(arguments)
-        for place, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                tensors.append((place, which(argument)))
-                others[place] = None
-            elif hasattr(argument, "base"):
-                descriptors.append((place, which(argument.base), type(argument)))
-                others[place] = without_tensor(argument)
-        steps.append(Step(kernel, grid, tuple(others), tuple(tensors), tuple(descriptors)))
+    steps = tuple([Step(kernel, grid, Arguments.of(arguments, which)) for kernel, grid, arguments in launches])
     taken = tuple((tensor.shape, tensor.dtype) for tensor in memory)
-    return Recording(taken, tuple(steps), tuple(map(which, results)), sum(tensor.nbytes for tensor in memory))
+    return Recording(taken, steps, tuple(map(which, results)), sum(tensor.nbytes for tensor in memory))

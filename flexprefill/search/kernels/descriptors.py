@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout, float16
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flexprefill.runtime.descriptors import with_tensor, without_tensor
+from flexprefill.runtime.arguments import with_tensor, without_tensor
 from flexprefill.runtime.state import Remembered
 
 _settings: Remembered[dict[str, Any]] = Remembered("tensor descriptors without their tensors", most=4096)
