@@ -109,8 +109,11 @@ def pick_outliers(key: Tensor, rule: Rule, implementation: str) -> Tensor:
         return two_sided.outlier_keys(key, rule.block_size, rule.outlier_keys)
     from flexprefill.search.kernels.farthest import farthest  # imports triton
 
+    def picked(key: Tensor) -> list[Tensor]:
+        return [farthest(key, rule.block_size, rule.outlier_keys, vectors=True)]
+
     with torch.cuda.device_of(key):
-        return farthest(key, rule.block_size, rule.outlier_keys, vectors=True)
+        return _launched(("outliers", rule.block_size, rule.outlier_keys), picked, key)[0]
 
 
 def two_sided_words(
@@ -140,8 +143,20 @@ def two_sided_words(
     else:
         from flexprefill.search.kernels import two_sided as kernels  # imports triton
 
+        parts = {name: part for name, part in (("outliers", sketch.outliers), ("words", words)) if part is not None}
+
+        def kept_more(query: Tensor, key: Tensor, *given: Tensor) -> list[Tensor]:
+            known = dict(zip(parts, given, strict=True))
+            found = kernels.keep_more(query, key, known.get("outliers"), known.get("words"), rule, measured)
+            return [one for one in found if one is not None]
+
         with torch.cuda.device_of(query):
-            words, held = kernels.keep_more(query, key, sketch.outliers, words, rule, measured)
+            if key.shape[2] < LONG:
+                kind = "more blocks", rule, measured, *parts
+                words, *more = _launched(kind, kept_more, query, key, *parts.values())
+            else:
+                words, *more = kept_more(query, key, *parts.values())
+        held = more[0] if more else None
     if rule.kv_masks:
         words = union_of_groups(words, query.shape[1] // key.shape[1])
     return words, query.new_empty(0, dtype=torch.float32) if held is None else held

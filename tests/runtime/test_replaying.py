@@ -1,5 +1,6 @@
 """What was recorded does the same for other tensors, and only launches are recorded."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
@@ -125,13 +126,24 @@ def always_replayed(device, monkeypatch):
 
 
 @pytest.mark.usefixtures("always_replayed")
-def test_chunks_with_means_are_replayed_for_other_prompts(device):
+@pytest.mark.parametrize(
+    "config, kinds",
+    [
+        (PrefillConfig(alpha=0.3, last_full_blocks=1), {"means", "scores"}),
+        (replace(PrefillConfig.recommended(), outlier_share=0.02), {"outliers", "more blocks"}),
+        (
+            PrefillConfig(alpha=0.3, probe_rows=2, outlier_keys=1),
+            {"means", "scores", "outliers", "more blocks"},
+        ),
+    ],
+    ids=["flashprefill", "two-sided", "both"],
+)
+def test_chunks_with_means_are_replayed_for_other_prompts(device, config, kinds):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "device": device}
     length = 420 if device == "cpu" else 4200
     if device == "cuda":
         shape |= {"dtype": torch.bfloat16}
-    block_size = 16 if device == "cpu" else 128
-    config = PrefillConfig(alpha=0.3, sink_blocks=1, window_blocks=1, last_full_blocks=1, block_size=block_size)
+    config = replace(config, sink_blocks=1, window_blocks=1, block_size=16 if device == "cpu" else 128)
     maps, ends = [], (length // 3, length // 2, length)  # the second one begins inside a block
     for seed in range(4):
         query, key, _ = make_qkv(length, seed=seed, **shape)
@@ -145,8 +157,8 @@ def test_chunks_with_means_are_replayed_for_other_prompts(device):
             start = end
         maps.append(found)
     assert all(one != other for one, other in pairwise(maps))
-    kinds = [kind[0][0] for kind, found in replaying._recordings._held.items() if isinstance(found, Recording)]
-    assert {kind: kinds.count(kind) for kind in ("means", "scores")} == {"means": 3, "scores": 3}
+    recorded = [kind[0][0] for kind, found in replaying._recordings._held.items() if isinstance(found, Recording)]
+    assert Counter(recorded) == dict.fromkeys(kinds, len(ends))
 
 
 @pytest.mark.parametrize(
