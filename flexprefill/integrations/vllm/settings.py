@@ -24,8 +24,8 @@ ON, OFF = ("on", "1", "true", "yes"), ("", "off", "0", "false", "no")
 # By the device's clock attention gains from 4,096 tokens on (docs/howto/attention.md). A server's call also copies the
 # pages, and takes 1 to 3 ms of the host in each layer (H200, vLLM 0.26). That is hidden behind the device from here on.
 DEFAULT_MIN_KEYS = 8192
-# The two-sided search takes longer: 54.1 ms to the first token at 8,192 tokens, where vLLM's own attention takes 52.6
-# (three quarters of the blocks kept; examples/benchmarks/results/vllm_recommended_h200.json). At 32,768 it gains.
+# The two-sided search takes longer. At 8,192 tokens it kept three quarters of the blocks: 54.1 ms to the first token,
+# where vLLM's own attention took 52.6. At 16,384 it gains (docs/howto/serving.md).
 TWO_SIDED_MIN_KEYS = 16_384
 # Computed, not measured: copying the keys of a long prompt takes as long as attending densely to them from 100 queries
 # (0.25 ms at 131,072 keys of 8 heads). The host's time is hidden from about 1,000.
