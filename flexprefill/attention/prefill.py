@@ -154,7 +154,7 @@ def prefill_attention(
         output, aux = attend_listed(call, choice, *listed)
         return output if return_aux is None else (output, aux)
     correct = config.mean_correction and not choice.dense
-    if correct and means is None and config.scorer == MEANS_SCORER and not is_tracing():
+    if correct and means is None and config.scorer == MEANS_SCORER and call.layout is not None:
         means = KeyMeans()  # the search and the correction share them
     searched = kept_blocks(call, choice, means)
     kept, cut = visible_blocks_of(call, searched)

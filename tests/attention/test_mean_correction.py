@@ -9,6 +9,7 @@ from support.oracle import corrected_attention, masked_attention, relative_error
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill import BlockMap, KeyMeans, PrefillConfig, create_prefill_block_mask, prefill_attention, search_blocks
+from flexprefill.attention import mean_correction
 from flexprefill.attention.log_sum_exp import kept_log_sum_exp_operator, log_sum_exp_over
 from flexprefill.attention.mean_correction import merge_means
 from flexprefill.variant.logits import PlainAttention
@@ -101,6 +102,24 @@ def test_prefill_attention_adds_the_means_of_what_is_dropped(prompt):
     assert (given_map.counts() == 0).any()
     expected, _ = corrected_attention(*prompt, given_map)
     assert relative_error(prefill_attention(*prompt, CORRECTED, block_map=given_map).cpu(), expected) <= tolerance
+
+
+def test_the_search_and_the_correction_share_the_means_of_keys(prompt, monkeypatch):
+    pooled = []
+
+    def pool_keys(tensor, *rest, pool=mean_correction.pool_keys):
+        pooled.append(tensor)
+        return pool(tensor, *rest)
+
+    monkeypatch.setattr(mean_correction, "pool_keys", pool_keys)
+    expected = prefill_attention(*prompt, CORRECTED)
+    assert len(pooled) == 1 and torch.equal(pooled[0], prompt[2])
+    block_map, other = search_blocks(*prompt[:2], CONFIG), KeyMeans()
+    search_blocks(prompt[0], prompt[1] + 1, CONFIG, means=other)
+    for means in (None, other):  # with a map they may be of any keys
+        pooled.clear()
+        output = prefill_attention(*prompt, CORRECTED, block_map=block_map, means=means)
+        assert len(pooled) == 2 and torch.equal(output, expected)
 
 
 @pytest.mark.slow
