@@ -141,25 +141,31 @@ def two_sided_words(
         with room_for("the search by the reference", needed, query.device, IN_CHUNKS):
             words, held = two_sided.keep_more(query, key, sketch.outliers, words, rule, measured)
     else:
-        from flexprefill.search.kernels import two_sided as kernels  # imports triton
-
-        parts = {name: part for name, part in (("outliers", sketch.outliers), ("words", words)) if part is not None}
-
-        def kept_more(query: Tensor, key: Tensor, *given: Tensor) -> list[Tensor]:
-            known = dict(zip(parts, given, strict=True))
-            found = kernels.keep_more(query, key, known.get("outliers"), known.get("words"), rule, measured)
-            return [one for one in found if one is not None]
-
-        with torch.cuda.device_of(query):
-            if key.shape[2] < LONG:
-                kind = "more blocks", rule, measured, *parts
-                words, *more = _launched(kind, kept_more, query, key, *parts.values())
-            else:
-                words, *more = kept_more(query, key, *parts.values())
-        held = more[0] if more else None
+        words, held = _keep_more(query, key, sketch.outliers, words, rule, measured)
     if rule.kv_masks:
         words = union_of_groups(words, query.shape[1] // key.shape[1])
     return words, query.new_empty(0, dtype=torch.float32) if held is None else held
+
+
+def _keep_more(
+    query: Tensor, key: Tensor, outliers: Tensor | None, words: Tensor | None, rule: Rule, measured: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As two_sided.keep_more, by kernels."""
+    from flexprefill.search.kernels import two_sided as kernels  # imports triton
+
+    parts = outliers, words
+
+    def kept(query: Tensor, key: Tensor, *given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        far, means_side = (None if part is None else next(rest) for part in parts)
+        return [one for one in kernels.keep_more(query, key, far, means_side, rule, measured) if one is not None]
+
+    with torch.cuda.device_of(query):
+        if key.shape[2] >= LONG:
+            return kernels.keep_more(query, key, *parts, rule, measured)
+        kind = "more blocks", rule, measured, *[part is None for part in parts]
+        found, *held = _launched(kind, kept, query, key, *[part for part in parts if part is not None])
+    return found, held[0] if held else None
 
 
 def union_of_groups(words: Tensor, group: int) -> Tensor:
