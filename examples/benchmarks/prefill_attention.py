@@ -6,23 +6,26 @@ python examples/benchmarks/prefill_attention.py --crossover
 The first form measures the whole call at given densities and at those of FlashPrefill's published runs, by either
 backend and by default, and short lengths a second time with the host's time included. The second one compares the
 sparse call with dense attention from 1K to 24K tokens, by the device's time and by the wall clock, one by one and in a
-row. `flexprefill.attention.backends.DENSE_BELOW` goes by the wall clock. Both print tables. --output keeps every
-repeat.
+row. `flexprefill.attention.backends.DENSE_BELOW` goes by the wall clock. It also times the first dense call of lengths
+that are new: some kernels are compiled for each. Both print tables. --output keeps every repeat.
 """
 
 import argparse
 import dataclasses
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
-from flexprefill import PrefillConfig
+from flexprefill import BlockMap, PrefillConfig
 from flexprefill.bench import report
 from flexprefill.bench.contestants import CONTESTANTS
+from flexprefill.bench.inputs import Case, make_qkv
 from flexprefill.bench.measure import Run, measure_length
 from flexprefill.bench.settings import DEFAULTS, Settings, default_density
+from flexprefill.bench.timing import by_the_clock, make_watch
 from flexprefill.runtime.machine import describe_machine, versions
 
 WHOLES = ("prefill-attention", "prefill-triton", "prefill-flash")
@@ -32,6 +35,7 @@ DENSES = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
 GOALS = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
 PUBLISHED = {4096: 0.71, 8192: 0.458, 16384: 0.28, 32768: 0.16, 65536: 0.082, 131072: 0.045}
 SHORT = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
+NEW = range(900, 1000, 7)  # lengths whose first calls are timed
 EAGER = (1024, 2048, 4096, 8192, 16384)  # beyond, launches are short against the work
 
 
@@ -78,6 +82,19 @@ def first_sparse(runs: list[Run], whole: str) -> int | None:
     return found
 
 
+def first_calls(name: str, device: torch.device) -> list[float]:
+    """Milliseconds by the wall clock of a dense attention's first call of each new length, after one of another."""
+    sizes = (DEFAULTS["cuda"][size] for size in ("heads", "kv_heads", "head_dim"))
+    tensors = make_qkv(NEW.stop, *sizes, torch.bfloat16, device)
+    times = []
+    for length in (NEW.stop, *NEW):
+        qkv = [tensor[:, :, :length].contiguous() for tensor in tensors]
+        everything = BlockMap.causal(*qkv[0].shape[:2], q_len=length, kv_len=length, block_size=128, device=device)
+        call = CONTESTANTS["cuda"][name].prepare(Case(*qkv, PrefillConfig(), everything))
+        times.append(by_the_clock(make_watch(call, device, graph=False), 1).measure())
+    return times[1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crossover", action="store_true", help="look for the length from which sparse pays")
@@ -94,6 +111,11 @@ def main() -> None:
         "versions": versions(),
         "parts": {},
     }
+    if arguments.crossover:
+        print(f"\nthe first call of each of {len(NEW)} new lengths: median ms and the greatest")
+        record["first_calls_ms"] = {name: first_calls(name, device) for name in DENSES}
+        for name, times in record["first_calls_ms"].items():
+            print(f"  {name:<18} {median(times):8.2f} {max(times):8.2f}", flush=True)
     for part in parts_of(arguments.crossover):
         only = [name for name in CONTESTANTS["cuda"] if name in part.only]
         rule = PrefillConfig(dense_below=part.dense_below)
