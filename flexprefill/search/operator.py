@@ -62,9 +62,15 @@ def _(query, key, scale, log2_alpha, block_size, *rest):
 
 def _launched(kind: tuple[Hashable, ...], work: Work, *inputs: Tensor) -> Sequence[Tensor]:
     """``work(*inputs)``, which launches kernels of Triton. On CUDA it is replayed for a layout that comes again."""
+
+    def there(*inputs: Tensor) -> Sequence[Tensor]:
+        # Triton launches on the current device, and the tensors may be on another
+        with torch.cuda.device_of(inputs[0]):
+            return work(*inputs)
+
     if not inputs[0].is_cuda:  # Triton's interpreter has nothing to save
-        return work(*inputs)
-    return replayed((*kind, layouts_of(*inputs)), work, *inputs)
+        return there(*inputs)
+    return replayed((*kind, layouts_of(*inputs)), there, *inputs)
 
 
 def find_words(
@@ -112,8 +118,7 @@ def pick_outliers(key: Tensor, rule: Rule, implementation: str) -> Tensor:
     def picked(key: Tensor) -> list[Tensor]:
         return [farthest(key, rule.block_size, rule.outlier_keys, vectors=True)]
 
-    with torch.cuda.device_of(key):
-        return _launched(("outliers", rule.block_size, rule.outlier_keys), picked, key)[0]
+    return _launched(("outliers", rule.block_size, rule.outlier_keys), picked, key)[0]
 
 
 def two_sided_words(
@@ -160,11 +165,11 @@ def _keep_more(
         far, means_side = (None if part is None else next(rest) for part in parts)
         return [one for one in kernels.keep_more(query, key, far, means_side, rule, measured) if one is not None]
 
-    with torch.cuda.device_of(query):
-        if key.shape[2] >= LONG:
+    if key.shape[2] >= LONG:
+        with torch.cuda.device_of(query):
             return kernels.keep_more(query, key, *parts, rule, measured)
-        kind = "more blocks", rule, measured, *[part is None for part in parts]
-        found, *held = _launched(kind, kept, query, key, *[part for part in parts if part is not None])
+    kind = "more blocks", rule, measured, *[part is None for part in parts]
+    found, *held = _launched(kind, kept, query, key, *[part for part in parts if part is not None])
     return found, held[0] if held else None
 
 
@@ -215,11 +220,10 @@ def pool_keys(key: Tensor, block_size: int, implementation: str, sequences: Sequ
         return reference.pool_own_keys(key, block_size, sequences)
     from flexprefill.search.kernels import launch  # imports triton
 
-    # Triton launches on the current device, and the tensors may be on another
-    with torch.cuda.device_of(key):
-        if sequences is not None:
-            return launch.pool_keys(key, block_size, sequences)
+    if sequences is None:
         return _launched(("means", block_size), lambda key: [launch.pool_keys(key, block_size)], key)[0]
+    with torch.cuda.device_of(key):
+        return launch.pool_keys(key, block_size, sequences)
 
 
 def pool_pages(paged: PagedKV, block_size: int, implementation: str, wanted: Tensor | None = None) -> Tensor:
@@ -266,11 +270,11 @@ def score_words(
             return pack_bits(reference.select_blocks(scores, pooled.shape[1], grid, rule))
     from flexprefill.search.kernels import launch  # imports triton
 
-    with torch.cuda.device_of(query):
-        if variant is not PLAIN:
-            return launch.score_words(query, pooled, kv_len, rule, variant)
+    if variant is PLAIN:
         kind = "scores", kv_len, rule
         return _launched(kind, lambda query, means: [launch.score_words(query, means, kv_len, rule)], query, pooled)[0]
+    with torch.cuda.device_of(query):
+        return launch.score_words(query, pooled, kv_len, rule, variant)
 
 
 def _check_scores(scores: object, scorer: str, query: Tensor, grid: Grid) -> None:
