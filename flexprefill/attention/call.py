@@ -13,10 +13,10 @@ from flexprefill.blockmap.map import BlockMap, check_block_map
 from flexprefill.blockmap.masking import MASK_MOD_ARGUMENTS, MaskMod, check_mod
 from flexprefill.config import PrefillConfig
 from flexprefill.runtime.thread_state import of_one_dtype
+from flexprefill.search.defaults import resolve_config
 from flexprefill.search.scorers import find_scorer
 from flexprefill.variant.inputs import (
     SCORE_MOD_ARGUMENTS,
-    Layout,
     check_attention_inputs,
     check_last_chunk,
     resolve_scale,
@@ -27,8 +27,25 @@ from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.variant import AttentionVariant, check_variant
 
 
+class Asked(NamedTuple):
+    """The arguments of prefill_attention that decide what computes it, as they were given."""
+
+    query: Tensor
+    key: Tensor | PagedKV
+    value: Tensor | None
+    config: PrefillConfig | None
+    variant: AttentionVariant | None
+    block_map: BlockMap | None
+    mask_mod: MaskMod | BlockMask | None
+    score_mod: ScoreMod | None
+    scale: float | None
+    last_chunk: bool
+    backend: str
+    return_aux: AuxRequest | None
+
+
 class Call(NamedTuple):
-    """The arguments of prefill_attention that decide what computes it."""
+    """The same, checked. What was None has its value, and a PagedKV its stand-ins for key and value."""
 
     query: Tensor
     key: Tensor
@@ -120,16 +137,29 @@ def tensors_of(query: Tensor, key: Tensor | PagedKV, value: Tensor | None) -> tu
     return of_one_dtype(query, key, value)  # type: ignore[arg-type]  # a value that is None is refused by name later
 
 
-def check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, variant: AttentionVariant | None
-) -> tuple[float, AttentionVariant, Layout | None]:
-    """The scale and the variant with None resolved, and the layout of the tensors. Raises unless all fit together."""
+def checked(asked: Asked) -> Call:
+    """The call with what is None resolved.
+
+    Raises:
+        TypeError, ValueError: As prefill_attention, unless the arguments fit together.
+    """
+    block_map = asked.block_map
+    query, key, value = tensors_of(asked.query, asked.key, asked.value)
     layout = check_attention_inputs(query, key, value)
-    return resolve_scale(scale, query.shape[3]), check_variant(variant, query, key), layout
+    scale = resolve_scale(asked.scale, query.shape[3])
+    variant = check_variant(asked.variant, query, key)
+    in_a_row = not isinstance(asked.key, PagedKV) and block_map is None
+    config = resolve_config(asked.config, variant, in_a_row=in_a_row)
+    call = Call(
+        query, key, value, config, variant, block_map, asked.mask_mod, asked.score_mod, scale, asked.last_chunk,
+        asked.backend, asked.return_aux, layout,
+    )  # fmt: skip
+    _check(call)
+    return call
 
 
-def check_call(call: Call) -> Call:
-    """The same call. Raises unless its other arguments fit its tensors and its variant."""
+def _check(call: Call) -> None:
+    """Raises unless the other arguments fit the tensors and the variant."""
     check_last_chunk(call.last_chunk)
     if not isinstance(call.mask_mod, BlockMask):
         check_mod("mask_mod", call.mask_mod, MASK_MOD_ARGUMENTS)
@@ -148,4 +178,3 @@ def check_call(call: Call) -> Call:
             )
     if call.block_map is not None:
         check_block_map(call.block_map, call.query, call.key)
-    return call

@@ -77,10 +77,11 @@ def flash_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout:
 
     The layout is as in flash_over.
     """
-    inside = _heads_inside(query, key, value)
-    output = inside[0].new_empty(*inside[0].shape[:3], value.shape[3])
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[3])
     kind = None if layout is None else (layout, scale)
-    call_flash((*inside, output, None), lambda: {"softmax_scale": scale, "causal": True}, kind)
+    tensors = *_heads_inside(query, key, value), output, None
+    call_flash(tensors, lambda: {"softmax_scale": scale, "causal": True}, kind)
     return output.transpose(1, 2)
 
 

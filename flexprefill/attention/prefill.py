@@ -9,18 +9,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from flexprefill.attention.backends import BackendChoice
-from flexprefill.attention.call import Call, check_call, check_tensors, plain_mods, tensors_of
+from flexprefill.attention.call import Asked, plain_mods
+from flexprefill.attention.decide import decide
 from flexprefill.attention.dense import DENSE_KERNELS, dense_attention
 from flexprefill.attention.flex import with_lse
 from flexprefill.attention.log_sum_exp import log_sum_exp_over
 from flexprefill.attention.mean_correction import add_dropped_blocks
-from flexprefill.attention.paged import attend_paged, choose_paged
+from flexprefill.attention.paged import attend_paged
 from flexprefill.attention.searched_lists import lists_by_layout
 from flexprefill.attention.steps import (
     attend_kept,
     attend_listed,
-    choose,
-    choose_by_layout,
     kept_blocks,
     visible_blocks_of,
 )
@@ -130,22 +129,19 @@ def prefill_attention(
             and be dense. Or FlashAttention-4 gives a wrong log-sum-exp.
         NotEnoughMemoryError: The search or its index lists do not fit into the device's memory.
     """
-    paged = key if isinstance(key, PagedKV) else None
-    tensors = tensors_of(query, key, value)
-    scale, variant, layout = check_tensors(*tensors, scale, variant)
-    config = resolve_config(config, variant, in_a_row=paged is None and block_map is None)
-    call = check_call(
-        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux, layout)
+    call, choice = decide(
+        Asked(
+            query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+        )
     )
     check_means(means, key)
-    choice = choose_by_layout(call) if paged is None else choose_paged(call, paged)
     if not is_tracing() and logger.isEnabledFor(logging.DEBUG):
         logger.debug("prefill_attention of %s over %s: %s", list(call.query.shape), list(call.key.shape), choice)
-    if paged is not None:
+    if isinstance(key, PagedKV):
         assert not isinstance(means, KeyMeans)  # checked
-        output, aux = attend_paged(call, paged, choice, means, buffers)
+        output, aux = attend_paged(call, key, choice, means, buffers)
         return output if return_aux is None else (output, aux)
-    query, key, value = call.query, call.key, call.value
+    query, key, value, config, variant, scale = call.query, call.key, call.value, call.config, call.variant, call.scale
     if choice.name in DENSE_KERNELS:
         return dense_attention(query, key, value, scale=scale, kernel=choice.name, layout=call.layout)
     assert not isinstance(means, PageMeans)  # checked
@@ -201,13 +197,11 @@ def explain_backend(
     Raises:
         TypeError, ValueError, FlexPrefillError: As ``prefill_attention``, where that would not run.
     """
-    tensors = tensors_of(query, key, value)
-    scale, variant, _ = check_tensors(*tensors, scale, variant)
-    config = resolve_config(config, variant, in_a_row=not isinstance(key, PagedKV) and block_map is None)
-    call = check_call(
-        Call(*tensors, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux)
-    )
-    return choose_paged(call, key) if isinstance(key, PagedKV) else choose(call)
+    return decide(
+        Asked(
+            query, key, value, config, variant, block_map, mask_mod, score_mod, scale, last_chunk, backend, return_aux
+        )
+    )[1]
 
 
 def create_prefill_block_mask(

@@ -24,25 +24,11 @@ from flexprefill.errors import UnsupportedError
 from flexprefill.runtime.compiling import pass_on_when_compiled
 from flexprefill.runtime.listeners import is_recording
 from flexprefill.runtime.operators import operator
-from flexprefill.runtime.state import Remembered
 from flexprefill.runtime.tracing import is_tracing
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.key_means import KeyMeans
 from flexprefill.variant.mods import hiding_masks
-from flexprefill.variant.variant import PLAIN, AttentionVariant
-
-_choices: Remembered[BackendChoice] = Remembered("choices of calls", most=1024)
-
-
-def choose_by_layout(call: Call) -> BackendChoice:
-    """As choose, once for all calls that are alike."""
-    own = call.mask_mod, call.score_mod, call.return_aux
-    if call.layout is None or call.variant is not PLAIN or own != (None, None, None) or type(call.backend) is not str:
-        return choose(call)
-    size = None if call.block_map is None else call.block_map.block_size
-    # of the scale a choice takes the sign alone
-    key = call.layout, call.config, call.scale > 0, call.last_chunk, call.backend, size, is_recording()
-    return _choices.get(key, lambda: choose(call))
+from flexprefill.variant.variant import AttentionVariant
 
 
 def choose(call: Call) -> BackendChoice:

@@ -22,7 +22,7 @@ from flexprefill.runtime.listeners import is_recording, note, note_attention
 from flexprefill.runtime.state import remembered
 from flexprefill.search.blocks import search_blocks
 from flexprefill.search.defaults import default_config
-from flexprefill.variant.inputs import DTYPES, HEAD_DIMS, check_attention_inputs, check_no_gradients
+from flexprefill.variant.inputs import DTYPES, HEAD_DIMS, Layout, check_attention_inputs, check_no_gradients
 from flexprefill.variant.logits import PlainAttention
 from flexprefill.variant.mods import hiding_masks
 from flexprefill.variant.sequences import Sequences
@@ -87,13 +87,14 @@ def attend_layer(
         if searches:
             _say_dense(layer.kind, *dims)
         return _attend_exactly(query, key, value, scale, variant)
-    check_attention_inputs(query, key, value)
     block_map = None
     if not searches:
+        layout = check_attention_inputs(query, key, value)
         if variant == PLAIN:
-            return _attend_dense(query, key, value, scale)
+            return _attend_dense(query, key, value, scale, layout)
         block_map = all_blocks(query, key, config.block_size)
     elif lengths is not None:
+        check_attention_inputs(query, key, value)
         # padding is behind all tokens, so no query sees it: only the search needs to know
         block_map = _search_padded(query, key, config, variant, scale, lengths, last_chunk)
     return prefill_attention(
@@ -126,13 +127,13 @@ def _search_padded(
     return replace(found, words=torch.where(full, every.words, found.words))
 
 
-def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout | None) -> Tensor:
     if is_recording():
         note_attention(PlainAttention(query, key, scale, PLAIN))
         note(all_blocks(query, key, PrefillConfig.block_size))
     request = Request.of(query, key, value, block_size=128, mods="", scale=scale, aux=AuxRequest())
     choice = choose_dense(request, "the layer keeps all blocks")
-    return dense_attention(query, key, value, scale=scale, kernel=choice.name)
+    return dense_attention(query, key, value, scale=scale, kernel=choice.name, layout=layout)
 
 
 def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, scale: float, variant: AttentionVariant) -> Tensor:

@@ -19,9 +19,14 @@ def layout_hint(**tensors: Tensor) -> str:
     return ""
 
 
+def has_unlikely_heads(query: Tensor) -> bool:
+    """Whether it has more heads than a model has, and fewer tokens than heads."""
+    return query.shape[1] > max(UNLIKELY_HEADS, query.shape[2])
+
+
 def warn_of_layout(query: Tensor) -> None:
-    """Warns where the shapes fit together, but there are more heads than a model has, and fewer tokens than heads."""
-    if is_tracing() or query.shape[1] <= max(UNLIKELY_HEADS, query.shape[2]):
+    """Warns where the shapes fit together, but a query has unlikely heads."""
+    if is_tracing() or not has_unlikely_heads(query):
         return
     B, H, S, D = query.shape
     warnings.warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> Layout
         _check_together(query, key, *value)
         return Layout()
 
-    facts = _facts_of(query, key, *value)
+    facts = facts_of(query, key, *value)
     layout = None
     if facts is None:
         _check_together(query, key, *value)
@@ -55,7 +56,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, *value: Tensor) -> Layout
     return layout
 
 
-def _facts_of(*tensors: Tensor) -> tuple[object, ...] | None:
+def facts_of(*tensors: Any) -> tuple[object, ...] | None:
     """All that the checks look at. None where they are made in any case."""
     if is_tracing():
         return None

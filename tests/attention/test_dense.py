@@ -161,11 +161,11 @@ def test_dense_attention_is_right_on_a_gpu(monkeypatch, flash, dtype, head_dim, 
     if not flash:
         fault = "switched off for a test"
         monkeypatch.setattr(backends, "flash_attention_4_fault", lambda: fault)
-        forget("choices of calls", "choices of a dense kernel")
+        forget("what was decided of calls", "choices of a dense kernel")
     elif explain_backend(query, key, value, config, last_chunk=False).name != "dense-flash":
         pytest.skip("FlashAttention-4 does not take it here")
     output = prefill_attention(query, key, value, config, last_chunk=False)
-    forget("choices of calls", "choices of a dense kernel")
+    forget("what was decided of calls", "choices of a dense kernel")
     exact = dense(query, key, value)
     theirs = relative_error(dense(query, key, value, dtype=dtype), exact)
     assert relative_error(output, exact) <= max(2 * theirs, 1e-6)

@@ -10,10 +10,11 @@ from support.inputs import make_qkv
 from torch.nn.attention.flex_attention import AuxRequest
 
 from flexprefill import AttentionVariant, BlockMap, PrefillConfig, prefill_attention
-from flexprefill.attention import steps
+from flexprefill.attention import decide as decide_module
 from flexprefill.attention.backends import Request
-from flexprefill.attention.call import Call
-from flexprefill.attention.steps import choose, choose_by_layout
+from flexprefill.attention.call import Asked, Call, checked
+from flexprefill.attention.decide import decide
+from flexprefill.attention.steps import choose
 from flexprefill.runtime.listeners import listen
 from flexprefill.runtime.state import forget
 from flexprefill.variant.inputs import check_attention_inputs
@@ -125,7 +126,7 @@ def a_call(given=None, **changes):
         "config": PrefillConfig(), "variant": PLAIN, "block_map": None, "mask_mod": None, "score_mod": None,
         "scale": 0.1, "last_chunk": True, "backend": "auto", "return_aux": None,
     }  # fmt: skip
-    return Call(*(given or tensors()), **{**arguments, **changes})
+    return Asked(*(given or tensors()), **{**arguments, **changes})
 
 
 def causal(size):
@@ -189,32 +190,82 @@ def device(request, machine, monkeypatch):
         monkeypatch.setattr("flexprefill.attention.steps.TAIL_SPLIT_FROM", 0)
         own, there = Request.of, torch.device("cuda")
         monkeypatch.setattr(Request, "of", lambda *given, **more: own(*given, **more)._replace(device=there))
-    forget("choices of calls", "parts of the last rows")
+    forget("what was decided of calls", "parts of the last rows")
     yield request.param
-    forget("choices of calls", "parts of the last rows")
+    forget("what was decided of calls", "parts of the last rows")
+
+
+def decided_anew(asked):
+    call = checked(asked)
+    return call, choose(call)
 
 
 @pytest.mark.parametrize("around", [contextlib.nullcontext, recording])
-def test_a_choice_by_layout_is_that_of_the_call_alone(device, around):
+def test_what_was_decided_of_a_call_is_what_it_alone_comes_to(device, around):
     found = []
     for _ in range(2):  # the second time all are kept
         for name, make in {"plain": a_call, **CALLS}.items():
-            call = make()
-            layout = check_attention_inputs(call.query, call.key, call.value)
+            asked = make()
             for state in (contextlib.nullcontext, around):
                 with state():
-                    choice = outcome(choose_by_layout, call._replace(layout=layout))
-                    assert choice == outcome(choose, call), name
-                    found.append(choice)
+                    kept, anew = outcome(decide, asked), outcome(decided_anew, asked)
+                if isinstance(kept[0], Call):
+                    for field, ours, expected in zip(Call._fields, kept[0], anew[0], strict=True):
+                        assert ours is expected or ours == expected, (name, field)
+                assert kept[1] == anew[1], name
+                found.append(kept[1])
     assert len(set(map(str, found))) >= (14 if device == "cuda" else 6)
 
 
-def test_a_choice_is_kept_for_plain_calls_alone(device):
+def test_plain_calls_alone_are_kept(device):
     for make in (a_call, CALLS["mask_mod"], CALLS["window"], CALLS["log-sum-exp"], CALLS["no name"]):
-        call = make()
-        outcome(choose_by_layout, call._replace(layout=check_attention_inputs(call.query, call.key, call.value)))
-    outcome(choose_by_layout, a_call())
-    assert len(steps._choices._held) == 1
+        outcome(decide, make())
+    outcome(decide, a_call())
+    assert len(decide_module._decided._held) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "message"),
+    [
+        ("last_chunk", True, 1, "last_chunk must be"),
+        ("scale", 1.0, True, "scale must be"),
+        ("backend", "auto", None, "backend must be"),
+        ("config", None, 0, "config must be"),
+        ("variant", None, 0, "variant must be"),
+        ("block_map", None, 0, "block_map must be"),
+        ("mask_mod", None, 0, "mask_mod must be"),
+        ("score_mod", None, 0, "score_mod must be"),
+        ("return_aux", None, 0, "return_aux must be"),
+    ],
+)
+def test_a_call_like_one_that_was_taken_is_still_checked(name, good, bad, message):
+    decide(a_call(**{name: good}))
+    with pytest.raises((TypeError, ValueError), match=message):
+        decide(a_call(**{name: bad}))
+
+
+def test_a_map_is_checked_though_a_call_with_such_a_map_was_taken():
+    decide(a_call(block_map=causal(128)))
+    other = BlockMap.causal(1, 4, q_len=256, kv_len=256, block_size=128)
+    with pytest.raises(ValueError, match="block_map must be of q_len=300"):
+        decide(a_call(block_map=other))
+
+
+def test_what_autocast_casts_is_not_kept_as_it_was_given():
+    query, key, value = tensors()
+    mixed = query.float(), key, value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert decide(a_call(mixed))[0].query.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="key must have query's dtype"):
+        decide(a_call(mixed))
+
+
+def test_each_call_of_a_transposed_query_is_warned_of():
+    asked = a_call(tensors(8, kv_len=8, heads=300, kv_heads=300))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="more heads than tokens"):
+            decide(asked)
 
 
 def test_a_variant_that_says_nothing_is_the_plain_one():
@@ -225,9 +276,9 @@ def test_a_variant_that_says_nothing_is_the_plain_one():
     other = replace(AttentionVariant(soft_cap=1.0), soft_cap=None)
     given = tensors(dtype=torch.float32)
     prefill_attention(*given, PrefillConfig(alpha=0.5), variant=other)
-    before = len(steps._choices._held)
+    before = len(decide_module._decided._held)
     prefill_attention(*given, PrefillConfig(alpha=0.5))
-    assert len(steps._choices._held) == before, "the same choice is found"
+    assert len(decide_module._decided._held) == before, "the same choice is found"
 
 
 def test_another_threads_export_does_not_change_a_choice(machine, monkeypatch):

@@ -117,9 +117,9 @@ def test_the_fewest_parts_that_keep_a_gpu_busy(monkeypatch, programs, kernel, va
 def always(monkeypatch):
     """Splits at every length."""
     monkeypatch.setattr(steps, "TAIL_SPLIT_FROM", 0)
-    forget("choices of calls")
+    forget("what was decided of calls")
     yield
-    forget("choices of calls")
+    forget("what was decided of calls")
 
 
 @pytest.fixture(params=["triton", "flash"])

@@ -27,7 +27,12 @@ PUBLISHED = Request(
 
 
 def forget_choices():
-    forget("choices of calls", "choices of a backend", "choices of a dense kernel", "whether flash-attn-4 is there")
+    forget(
+        "what was decided of calls",
+        "choices of a backend",
+        "choices of a dense kernel",
+        "whether flash-attn-4 is there",
+    )
 
 
 def pretend(monkeypatch, *, capability=(9, 0), flash=True):
