@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.defaults import resolve_config
 from flexprefill.search.rule import Rule
+from flexprefill.store.held_maps import Entry, HeldMaps, Identity, Place
 from flexprefill.store.tokens import token_tensor
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
 from flexprefill.variant.logits import PlainAttention
@@ -53,61 +53,6 @@ class CacheStats:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Identity:
-    """What two prompts are compared by: the caller's key, or their tokens.
-
-    Attributes:
-        tokens: For each position ``batch`` numbers of the dtype ``item``.
-    """
-
-    key: Hashable | None
-    tokens: bytes = field(default=b"", repr=False)
-    item: str = "i4"
-    batch: int = 1
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens) // (np.dtype(self.item).itemsize * self.batch)
-
-    def shared(self, other: _Identity) -> int:
-        """How many positions are the same before the first difference; a huge number if none will ever differ."""
-        if (self.key, self.item, self.batch) != (other.key, other.item, other.batch):
-            return 0
-        if self.key is not None or self.tokens is other.tokens:
-            return sys.maxsize
-        both = min(self.length, other.length)
-        ours, theirs = (np.frombuffer(each.tokens, self.item, both * self.batch) for each in (self, other))
-        different = ours != theirs
-        return int(different.argmax()) // self.batch if different.any() else both
-
-
-@dataclass(frozen=True)
-class _Entry:
-    identity: _Identity
-    block_map: BlockMap
-    last_chunk: bool
-    stream: torch.cuda.Stream | None = None  # on CUDA: the stream that made the map
-    made: torch.cuda.Event | None = None  # on that stream
-
-    @classmethod
-    def of(cls, identity: _Identity, block_map: BlockMap, last_chunk: bool) -> _Entry:
-        """An entry with the event that other streams have to wait for."""
-        if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
-            return cls(identity, block_map, last_chunk)
-        stream = torch.cuda.current_stream(block_map.device)
-        return cls(identity, block_map, last_chunk, stream, stream.record_event())
-
-    def ready(self) -> BlockMap:
-        """The map, for work on the current stream."""
-        if self.made is not None and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self.block_map.device)
-            if stream != self.stream:
-                stream.wait_event(self.made)
-                self.block_map.words.record_stream(stream)
-        return self.block_map
-
-
 class MaskCache:
     """Maps by layer, found again for a prompt that repeats or extends an earlier one.
 
@@ -133,18 +78,18 @@ class MaskCache:
         self.device = None if device is None else check_device(device)
         if self.device is not None and self.device.type == "meta":
             raise ValueError("device must be one that can hold maps, got meta")
-        self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()  # the most recently used last
+        self._maps = HeldMaps()
         self._counts: Counter[str] = Counter()
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies. They share the maps, which nobody changes, and have a lock of their own."""
         with self._lock:
-            entries = {place: replace(entry, stream=None, made=None) for place, entry in self._entries.items()}
-            return {**self.__dict__, "_entries": entries, "_counts": self._counts.copy(), "_lock": None}
+            maps = [(place, replace(entry, stream=None, made=None)) for place, entry in self._maps.items()]
+            return {**self.__dict__, "_maps": maps, "_counts": self._counts.copy(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _entries=OrderedDict(state["_entries"]), _lock=threading.RLock())
+        self.__dict__.update(state, _maps=HeldMaps(state["_maps"]), _lock=threading.RLock())
 
     def prompt(self, token_ids: Tensor | Sequence[int] | None = None, *, key: Hashable = None) -> CachedPrompt:
         """One prompt. Its layers are then searched with ``CachedPrompt.search_blocks``.
@@ -169,9 +114,9 @@ class MaskCache:
             hash(key)
         except TypeError as error:
             raise TypeError(f"key must be hashable, got {type(key).__name__}") from error
-        identity = _Identity(key) if token_ids is None else _identify(token_ids)
+        identity = Identity(key) if token_ids is None else _identify(token_ids)
         with self._lock:
-            others = self._identities()
+            others = self._maps.identities()
             # all layers of a prompt share one copy of its tokens, also if the prompt comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
             # both read all tokens once: now, and not while the device waits for the first layer
@@ -187,41 +132,30 @@ class MaskCache:
             KeyError: The layer has no map.
         """
         with self._lock:
-            for place, entry in reversed(self._entries.items()):
-                if place[0] == layer:
-                    return entry.ready()
+            entry = self._maps.newest(layer)
+            if entry is not None:
+                return entry.ready()
         raise KeyError(f"layer {layer!r} has no map in the cache, which holds layers {self.layers()}")
 
     def layers(self) -> list[int]:
         """The layers that have a map, ascending."""
         with self._lock:
-            return sorted({place[0] for place in self._entries if isinstance(place[0], int)})
+            return sorted({layer for place, _ in self._maps.items() if isinstance(layer := place.kind[0], int)})
 
     def stats(self) -> CacheStats:
         """Counts since the cache was made, and what it holds now."""
         with self._lock:
-            return CacheStats(**self._counts, entries=len(self._entries), bytes=self._bytes())
+            return CacheStats(**self._counts, entries=len(self._maps), bytes=self._maps.nbytes)
 
     def clear(self) -> None:
         """Drops all maps. The counts stay."""
         with self._lock:
-            self._entries.clear()
+            self._maps = HeldMaps()
 
-    def _identities(self) -> list[_Identity]:
-        """The identities of all prompts that have maps, each once."""
-        return list({id(entry.identity): entry.identity for entry in self._entries.values()}.values())
-
-    def _bytes(self) -> int:
-        words = sum(entry.block_map.words.nbytes for entry in self._entries.values())
-        return words + sum(len(identity.tokens) for identity in self._identities())
-
-    def _same(self, place: tuple[Hashable, ...]) -> BlockMap | None:
+    def _same(self, place: Place) -> BlockMap | None:
         with self._lock:
-            entry = self._entries.get(place)
-            if entry is None:
-                return None
-            self._entries.move_to_end(place)
-            return entry.ready()
+            entry = self._maps.use(place)
+            return None if entry is None else entry.ready()
 
     def _best(
         self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
@@ -235,32 +169,32 @@ class MaskCache:
         """
         with self._lock:
             best, found = first, None
-            for place, entry in self._entries.items():
+            for place, entry in self._maps.of_kind(kind):
                 held = entry.block_map
                 block = held.block_size
-                if place[: len(kind)] != kind or held.offset % block or held.offset // block > first:
+                if held.offset % block or held.offset // block > first:
                     continue
                 last = last_full_blocks if entry.last_chunk else 0
                 rows = min(end, held.kv_len // block, ceil_div(held.kv_len, block) - last)
                 answers = min(rows, prompt._shared(entry.identity) // block)
                 if answers > best:
                     best, found = answers, place
-            if found is None:
+            chosen = None if found is None else self._maps.use(found)
+            if chosen is None:
                 return None
-            self._entries.move_to_end(found)
-            held = self._entries[found].ready()
+            held = chosen.ready()
         before, block = held.offset // held.block_size, held.block_size
         words = held.words[:, :, first - before : best - before, : ceil_div(best, 32)]
         return BlockMap(words, (best - first) * block, best * block, block)
 
-    def _keep(self, place: tuple[Hashable, ...], entry: _Entry) -> None:
+    def _keep(self, place: Place, entry: Entry) -> None:
         with self._lock:
-            self._entries.pop(place, None)
+            self._maps.drop(place)
             if entry.block_map.words.nbytes + len(entry.identity.tokens) > self.max_bytes:
                 return
-            self._entries[place] = entry
-            while self._bytes() > self.max_bytes:
-                self._entries.popitem(last=False)
+            self._maps.put(place, entry)
+            while self._maps.nbytes > self.max_bytes:
+                self._maps.drop_oldest()
                 self._count(evictions=1)
 
     def _count(self, **counts: int) -> None:
@@ -273,10 +207,10 @@ class CachedPrompt:
     """A prompt of a MaskCache, made by ``MaskCache.prompt``."""
 
     cache: MaskCache
-    identity: _Identity
-    _known: WeakKeyDictionary[_Identity, int] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+    identity: Identity
+    _known: WeakKeyDictionary[Identity, int] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
-    def _shared(self, other: _Identity) -> int:
+    def _shared(self, other: Identity) -> int:
         """As identity.shared, computed once for each other prompt. The caller holds the cache's lock."""
         shared = self._known.get(other)
         if shared is None:
@@ -330,8 +264,9 @@ class CachedPrompt:
         if is_recording():
             note_attention(PlainAttention(query, key, rule.scale, PLAIN), config)
         everywhere = rule._replace(last_full_blocks=config.last_full_blocks)
-        kind = (layer, everywhere, *query.shape[:2], key.shape[1], query.shape[3], query.dtype)
-        place = (*kind, self.identity, q_len, kv_len, last_chunk)
+        shapes = *query.shape[:2], key.shape[1], query.shape[3], query.dtype
+        kind = layer, everywhere, *shapes, self.identity.beginning(block)
+        place = Place(kind, self.identity, q_len, kv_len, last_chunk)
 
         known = self.cache._same(place)
         if known is not None:
@@ -355,11 +290,11 @@ class CachedPrompt:
         reused, searched = row - first, ceil_div(q_len, block) - (row - first)
         self.cache._count(**{"extensions" if reused else "misses": 1}, reused_rows=reused, searched_rows=searched)
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, _Entry.of(self.identity, kept, last_chunk))
+        self.cache._keep(place, Entry.of(self.identity, kept, last_chunk))
         return block_map
 
 
-def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
+def _identify(token_ids: Tensor | Sequence[int]) -> Identity:
     tokens = token_tensor(token_ids)
     if tokens.dim() not in (1, 2) or 0 in tokens.shape:
         raise ValueError(f"token_ids must be [S] or [B, S], got {list(tokens.shape)}")
@@ -367,4 +302,4 @@ def _identify(token_ids: Tensor | Sequence[int]) -> _Identity:
     narrow = by_position.astype(np.int32)
     if (narrow == by_position).all():  # true of every tokenizer's numbers
         by_position = narrow
-    return _Identity(None, by_position.tobytes(), by_position.dtype.str, by_position.shape[1])
+    return Identity(None, by_position.tobytes(), by_position.dtype.str, by_position.shape[1])
