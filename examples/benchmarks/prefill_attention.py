@@ -31,7 +31,7 @@ from flexprefill.runtime.machine import describe_machine, versions
 WHOLES = ("prefill-attention", "prefill-triton", "prefill-flash")
 CROSSING = ("prefill-triton", "prefill-flash", "two-sided-triton", "two-sided-flash")
 PARTS = ("search", "lists", "attention-triton", "attention-flash")
-DENSES = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
+DENSES = ("sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attention-4", "own-dense")
 GOALS = {4096: 0.47, 32768: 0.07, 131072: 0.025, 262144: 0.017}
 PUBLISHED = {4096: 0.71, 8192: 0.458, 16384: 0.28, 32768: 0.16, 65536: 0.082, 131072: 0.045}
 SHORT = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)

@@ -24,6 +24,7 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 parser.add_argument("--lengths", type=int, nargs="+", default=[16_384, 32_768, 65_536, 131_072], help="tokens")
 parser.add_argument("--window", type=int, default=4096, help="keys (default: %(default)s)")
 parser.add_argument("--documents", type=int, default=16, help="of unlike lengths in a row (default: %(default)s)")
+parser.add_argument("--alpha", type=float, default=PrefillConfig.alpha, help="1 keeps least (default: %(default)s)")
 parser.add_argument("--heads", type=int, default=32, help="(default: %(default)s)")
 parser.add_argument("--kv-heads", type=int, default=8, help="(default: %(default)s)")
 parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
@@ -31,7 +32,7 @@ parser.add_argument("--output", type=Path, help="a JSON file for every repeat (d
 settings = parser.parse_args()
 device = torch.device(settings.device)
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-config = PrefillConfig(dense_below=0)
+config = PrefillConfig(dense_below=0, alpha=settings.alpha)
 BACKENDS = {"cuda": ["triton", "flash"], "cpu": ["auto"]}
 CLOSE = 1e-2  # relative error of outputs by kernels that add in another order
 
@@ -110,7 +111,8 @@ record = {
     "machine": describe_machine(device),
     "versions": versions(),
     "settings": {
-        name: getattr(settings, name) for name in ("lengths", "window", "documents", "heads", "kv_heads", "repeats")
+        name: getattr(settings, name)
+        for name in ("lengths", "window", "documents", "alpha", "heads", "kv_heads", "repeats")
     },
     "by_length": {length: measure(length) for length in settings.lengths},
 }

@@ -186,6 +186,6 @@ _ON_CPU = ("search", "lists", "lists-buffers", "attention", "prefill-attention",
 
 # by device, then by name
 CONTESTANTS: dict[str, dict[str, Contestant]] = {
-    "cuda": {name: contestant for name, contestant in EVERY.items() if name not in ("attention", "sdpa")},
+    "cuda": {name: contestant for name, contestant in EVERY.items() if name != "attention"},
     "cpu": {name: EVERY[name] for name in _ON_CPU},
 }
