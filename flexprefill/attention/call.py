@@ -45,7 +45,7 @@ class Asked(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The same, checked. What was None has its value, and a PagedKV its stand-ins for key and value."""
+    """The arguments of Asked, checked. What was None has its value. A PagedKV has its stand-ins for key and value."""
 
     query: Tensor
     key: Tensor
@@ -141,7 +141,7 @@ def checked(asked: Asked) -> Call:
     """The call with what is None resolved.
 
     Raises:
-        TypeError, ValueError: As prefill_attention, unless the arguments fit together.
+        TypeError, ValueError: The arguments do not fit together, as in prefill_attention.
     """
     block_map = asked.block_map
     query, key, value = tensors_of(asked.query, asked.key, asked.value)

@@ -1,4 +1,4 @@
-"""The checked call, and the kernel that computes it. Calls that are alike are checked, and chosen for, once."""
+"""The checked call, and the kernel that computes it. Calls that are alike are checked, and get a kernel, once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from flexprefill.variant.paged_kv import PagedKV
 from flexprefill.variant.variant import PLAIN, AttentionVariant
 
 NO = type(None)
-TYPES = (NO, PrefillConfig), (NO, BlockMap), (NO, float), (bool,), (str,)  # of arguments that a kind has
+# of config, block_map, scale, last_chunk and backend in a call that has a kind
+TYPES = (NO, PrefillConfig), (NO, BlockMap), (NO, float), (bool,), (str,)
 
 
 class Decided(NamedTuple):
@@ -48,11 +49,13 @@ def decide(asked: Asked) -> tuple[Call, BackendChoice]:
     known = None if kind is None else _decided.find(kind)
     if known is None:
         return _decide_anew(asked, kind)
-    query, key, value = cast("tuple[Tensor, Tensor, Tensor]", asked[:3])  # pages are of no kind
+    query, key, value = cast("tuple[Tensor, Tensor, Tensor]", asked[:3])  # a PagedKV has no kind
     block_map, last_chunk, backend = asked.block_map, asked.last_chunk, asked.backend
     if block_map is not None:
         check_block_map(block_map, query, key)
     config, scale, layout, choice = known
+    # the call's own where there are any: equal ones may be written in another way, such as 1 and 1.0
+    config, scale = asked.config or config, scale if asked.scale is None else asked.scale
     return Call(
         query, key, value, config, PLAIN, block_map, None, None, scale, last_chunk, backend, None, layout
     ), choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from torch import Tensor
@@ -30,5 +31,14 @@ def warn_of_layout(query: Tensor) -> None:
         return
     B, H, S, D = query.shape
     warnings.warn(
-        f"query [B={B}, H={H}, S={S}, D={D}] has more heads than tokens{layout_hint(query=query)}", stacklevel=4
+        f"query [B={B}, H={H}, S={S}, D={D}] has more heads than tokens{layout_hint(query=query)}",
+        stacklevel=_frames_of_ours(),
     )
+
+
+def _frames_of_ours() -> int:
+    """The stacklevel for a warning of this function's caller: the first frame outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("flexprefill."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -119,7 +119,7 @@ class MaskCache:
             others = self._maps.identities()
             # all layers of a prompt share one copy of its tokens, also if the prompt comes again
             prompt = CachedPrompt(self, next((other for other in others if other == identity), identity))
-            # both read all tokens once: now, and not while the device waits for the first layer
+            # hashing and comparing read all tokens once: now, and not while the device waits for the first layer
             hash(prompt.identity)
             for other in others:
                 prompt._shared(other)

@@ -1,12 +1,13 @@
 """The maps that a MaskCache holds, in the order of their use.
 
-A map answers rows of another prompt only if both have the same layer, settings and first block. Such maps are of one
-kind. So a prompt looks at the maps of its kind, however many others are held.
+Rows of a map can stand for rows of another prompt only if both have the same layer, settings and first block. Such maps
+are of one kind. So a prompt looks at the maps of its kind, however many others are held.
 """
 
 from __future__ import annotations
 
 import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -52,9 +53,9 @@ class Identity:
         return both
 
     def beginning(self, positions: int) -> tuple[Hashable, ...]:
-        """What is equal of prompts that share so many positions."""
+        """A short sign of the first positions. It is equal for prompts that share them, and by chance for others."""
         size = np.dtype(self.item).itemsize * self.batch
-        return self.key, self.item, self.batch, self.tokens[: positions * size]
+        return self.key, self.item, self.batch, zlib.crc32(self.tokens[: positions * size])
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Place(NamedTuple):
     """What a map is found by.
 
     Attributes:
-        kind: The layer, the settings and the beginning of the prompt. Maps may answer rows of each other's prompts if
-            theirs are equal.
+        kind: The layer, the settings and the beginning of the prompt. Only maps of equal kinds may answer each other's
+            rows.
         identity: The prompt.
         q_len: Queries of the search.
         kv_len: Keys of the search.
@@ -108,7 +109,7 @@ class HeldMaps:
     """Maps by place. One thread at a time may use it.
 
     Attributes:
-        nbytes: Size of the maps, with that of their prompts' tokens.
+        nbytes: Size of the maps, with that of each prompt's tokens once.
     """
 
     def __init__(self, held: Iterable[tuple[Place, Entry]] = ()) -> None:

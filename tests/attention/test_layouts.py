@@ -9,7 +9,7 @@ import torch
 from support.inputs import make_qkv
 from torch.nn.attention.flex_attention import AuxRequest
 
-from flexprefill import AttentionVariant, BlockMap, PrefillConfig, prefill_attention
+from flexprefill import AttentionVariant, BlockMap, PrefillConfig, explain_backend, prefill_attention, search_blocks
 from flexprefill.attention import decide as decide_module
 from flexprefill.attention.backends import Request
 from flexprefill.attention.call import Asked, Call, checked
@@ -261,11 +261,20 @@ def test_what_autocast_casts_is_not_kept_as_it_was_given():
         decide(a_call(mixed))
 
 
-def test_each_call_of_a_transposed_query_is_warned_of():
-    asked = a_call(tensors(8, kv_len=8, heads=300, kv_heads=300))
+@pytest.mark.parametrize("call", [explain_backend, lambda q, k, v: search_blocks(q, k)])
+def test_each_call_of_a_transposed_query_is_warned_of_where_it_is_made(call):
+    given = tensors(8, kv_len=8, heads=300, kv_heads=300)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="more heads than tokens"):
-            decide(asked)
+        with pytest.warns(UserWarning, match="more heads than tokens") as warned:
+            call(*given)
+        assert {warning.filename for warning in warned} == {__file__}
+
+
+def test_a_call_keeps_the_settings_that_it_gave_where_an_equal_one_was_taken():
+    one, other = PrefillConfig(alpha=1), PrefillConfig(alpha=1.0)
+    assert one == other and decide(a_call(config=one, scale=0.0))[0].config is one
+    call = decide(a_call(config=other, scale=-0.0))[0]
+    assert call.config is other and str(call.scale) == "-0.0"
 
 
 def test_a_variant_that_says_nothing_is_the_plain_one():
