@@ -21,7 +21,7 @@ from flexprefill.runtime.listeners import is_recording, note_attention
 from flexprefill.search.blocks import search_checked
 from flexprefill.search.defaults import resolve_config
 from flexprefill.search.rule import Rule
-from flexprefill.store.held_maps import Entry, HeldMaps, Identity, Place
+from flexprefill.store.held_maps import HeldMap, HeldMaps, Identity, Place
 from flexprefill.store.tokens import token_tensor
 from flexprefill.variant.inputs import check_attention_inputs, check_last_chunk, resolve_scale
 from flexprefill.variant.logits import PlainAttention
@@ -85,7 +85,7 @@ class MaskCache:
     def __getstate__(self) -> dict[str, Any]:
         """For copies. They share the maps, which nobody changes, and have a lock of their own."""
         with self._lock:
-            maps = [(place, replace(entry, stream=None, made=None)) for place, entry in self._maps.items()]
+            maps = [(place, replace(held, stream=None, made=None)) for place, held in self._maps.items()]
             return {**self.__dict__, "_maps": maps, "_counts": self._counts.copy(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,9 +132,9 @@ class MaskCache:
             KeyError: The layer has no map.
         """
         with self._lock:
-            entry = self._maps.newest(layer)
-            if entry is not None:
-                return entry.ready()
+            held = self._maps.newest(layer)
+            if held is not None:
+                return held.ready()
         raise KeyError(f"layer {layer!r} has no map in the cache, which holds layers {self.layers()}")
 
     def layers(self) -> list[int]:
@@ -154,8 +154,8 @@ class MaskCache:
 
     def _same(self, place: Place) -> BlockMap | None:
         with self._lock:
-            entry = self._maps.use(place)
-            return None if entry is None else entry.ready()
+            held = self._maps.use(place)
+            return None if held is None else held.ready()
 
     def _best(
         self, kind: tuple[Hashable, ...], prompt: CachedPrompt, first: int, end: int, last_full_blocks: int
@@ -169,30 +169,31 @@ class MaskCache:
         """
         with self._lock:
             best, found = first, None
-            for place, entry in self._maps.of_kind(kind):
-                held = entry.block_map
-                block = held.block_size
-                if held.offset % block or held.offset // block > first:
+            for place, held in self._maps.of_kind(kind):
+                kept = held.block_map
+                block = kept.block_size
+                if kept.offset % block or kept.offset // block > first:
                     continue
-                last = last_full_blocks if entry.last_chunk else 0
-                rows = min(end, held.kv_len // block, ceil_div(held.kv_len, block) - last)
-                answers = min(rows, prompt._shared(entry.identity) // block)
+                last = last_full_blocks if place.last_chunk else 0
+                rows = min(end, kept.kv_len // block, ceil_div(kept.kv_len, block) - last)
+                answers = min(rows, prompt._shared(held.identity) // block)
                 if answers > best:
-                    best, found = answers, place
-            chosen = None if found is None else self._maps.use(found)
-            if chosen is None:
+                    best, found = answers, (place, held)
+            if found is None:
                 return None
-            held = chosen.ready()
-        before, block = held.offset // held.block_size, held.block_size
-        words = held.words[:, :, first - before : best - before, : ceil_div(best, 32)]
+            place, held = found
+            self._maps.use(place)
+            kept = held.ready()
+        before, block = kept.offset // kept.block_size, kept.block_size
+        words = kept.words[:, :, first - before : best - before, : ceil_div(best, 32)]
         return BlockMap(words, (best - first) * block, best * block, block)
 
-    def _keep(self, place: Place, entry: Entry) -> None:
+    def _keep(self, place: Place, held: HeldMap) -> None:
         with self._lock:
-            self._maps.drop(place)
-            if entry.block_map.words.nbytes + len(entry.identity.tokens) > self.max_bytes:
+            if held.block_map.words.nbytes + len(held.identity.tokens) > self.max_bytes:
+                self._maps.drop(place)
                 return
-            self._maps.put(place, entry)
+            self._maps.put(place, held)
             while self._maps.nbytes > self.max_bytes:
                 self._maps.drop_oldest()
                 self._count(evictions=1)
@@ -290,7 +291,7 @@ class CachedPrompt:
         reused, searched = row - first, ceil_div(q_len, block) - (row - first)
         self.cache._count(**{"extensions" if reused else "misses": 1}, reused_rows=reused, searched_rows=searched)
         kept = block_map if self.cache.device is None else block_map.to(self.cache.device)
-        self.cache._keep(place, Entry.of(self.identity, kept, last_chunk))
+        self.cache._keep(place, HeldMap.of(self.identity, kept))
         return block_map
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, ItemsView, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,22 +59,21 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeldMap:
     """A map of a prompt, and when other streams may read it."""
 
     identity: Identity
     block_map: BlockMap
-    last_chunk: bool
     stream: torch.cuda.Stream | None = None  # on CUDA: the stream that made the map
     made: torch.cuda.Event | None = None  # on that stream
 
     @classmethod
-    def of(cls, identity: Identity, block_map: BlockMap, last_chunk: bool) -> Entry:
-        """An entry with the event that other streams have to wait for."""
+    def of(cls, identity: Identity, block_map: BlockMap) -> HeldMap:
+        """The map with the event that other streams have to wait for."""
         if not block_map.words.is_cuda or torch.cuda.is_current_stream_capturing():
-            return cls(identity, block_map, last_chunk)
+            return cls(identity, block_map)
         stream = torch.cuda.current_stream(block_map.device)
-        return cls(identity, block_map, last_chunk, stream, stream.record_event())
+        return cls(identity, block_map, stream, stream.record_event())
 
     def ready(self) -> BlockMap:
         """The map, for work on the current stream."""
@@ -112,61 +111,61 @@ class HeldMaps:
         nbytes: Size of the maps, with that of each prompt's tokens once.
     """
 
-    def __init__(self, held: Iterable[tuple[Place, Entry]] = ()) -> None:
+    def __init__(self, held: Iterable[tuple[Place, HeldMap]] = ()) -> None:
         self.nbytes = 0
-        self._entries: OrderedDict[Place, Entry] = OrderedDict()  # the most recently used last
-        self._by_kind: dict[tuple[Hashable, ...], dict[Place, Entry]] = {}
+        self._held: OrderedDict[Place, HeldMap] = OrderedDict()  # the most recently used last
+        self._by_kind: dict[tuple[Hashable, ...], dict[Place, HeldMap]] = {}
         self._prompts: dict[int, tuple[Identity, int]] = {}  # by id, with the number of their maps
-        for place, entry in held:
-            self.put(place, entry)
+        for place, one in held:
+            self.put(place, one)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._held)
 
-    def items(self) -> list[tuple[Place, Entry]]:
+    def items(self) -> ItemsView[Place, HeldMap]:
         """All of them, the most recently used last."""
-        return list(self._entries.items())
+        return self._held.items()
 
     def identities(self) -> list[Identity]:
         """The identities of all prompts that have maps, each once."""
         return [identity for identity, _ in self._prompts.values()]
 
-    def of_kind(self, kind: tuple[Hashable, ...]) -> list[tuple[Place, Entry]]:
+    def of_kind(self, kind: tuple[Hashable, ...]) -> ItemsView[Place, HeldMap]:
         """The maps of a kind, the earliest first."""
-        return list(self._by_kind.get(kind, {}).items())
+        return self._by_kind.get(kind, {}).items()
 
-    def newest(self, layer: Hashable) -> Entry | None:
+    def newest(self, layer: Hashable) -> HeldMap | None:
         """The most recently used map of a layer."""
-        return next((entry for place, entry in reversed(self._entries.items()) if place.kind[0] == layer), None)
+        return next((held for place, held in reversed(self._held.items()) if place.kind[0] == layer), None)
 
-    def use(self, place: Place) -> Entry | None:
+    def use(self, place: Place) -> HeldMap | None:
         """The map of a place, if there is one. It now is the most recently used one."""
-        entry = self._entries.get(place)
-        if entry is not None:
-            self._entries.move_to_end(place)
-        return entry
+        held = self._held.get(place)
+        if held is not None:
+            self._held.move_to_end(place)
+        return held
 
-    def put(self, place: Place, entry: Entry) -> None:
+    def put(self, place: Place, held: HeldMap) -> None:
         """Holds a map, in place of another of the same place."""
         self.drop(place)
-        identity, maps = self._prompts.get(id(entry.identity), (entry.identity, 0))
-        self._entries[place] = self._by_kind.setdefault(place.kind, {})[place] = entry
+        identity, maps = self._prompts.get(id(held.identity), (held.identity, 0))
+        self._held[place] = self._by_kind.setdefault(place.kind, {})[place] = held
         self._prompts[id(identity)] = identity, maps + 1
-        self.nbytes += entry.block_map.words.nbytes + (0 if maps else len(identity.tokens))
+        self.nbytes += held.block_map.words.nbytes + (0 if maps else len(identity.tokens))
 
     def drop(self, place: Place) -> None:
         """Lets a map go, if there is one."""
-        entry = self._entries.pop(place, None)
-        if entry is None:
+        held = self._held.pop(place, None)
+        if held is None:
             return
         del self._by_kind[place.kind][place]
         if not self._by_kind[place.kind]:
             del self._by_kind[place.kind]
-        identity, maps = self._prompts.pop(id(entry.identity))
+        identity, maps = self._prompts.pop(id(held.identity))
         if maps > 1:
             self._prompts[id(identity)] = identity, maps - 1
-        self.nbytes -= entry.block_map.words.nbytes + (0 if maps > 1 else len(identity.tokens))
+        self.nbytes -= held.block_map.words.nbytes + (0 if maps > 1 else len(identity.tokens))
 
     def drop_oldest(self) -> None:
         """Lets the least recently used map go."""
-        self.drop(next(iter(self._entries)))
+        self.drop(next(iter(self._held)))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.inputs import make_qkv
 
 from flexprefill import BlockMap, MaskCache, PrefillConfig
-from flexprefill.store.held_maps import FEW, Entry, HeldMaps, Identity, Place
+from flexprefill.store.held_maps import FEW, HeldMap, HeldMaps, Identity, Place
 from flexprefill.store.tokens import token_tensor
 
 CONFIG = PrefillConfig(block_size=16, sink_blocks=1, window_blocks=1, last_full_blocks=1)
@@ -49,7 +49,7 @@ def test_totals_are_those_of_what_is_held(steps):
         identity = IDENTITIES[prompt]
         place = Place((layer, identity.beginning(16)), identity, 128, 128, True)
         if step == "p":
-            maps.put(place, Entry(identity, MAPS[which], True))
+            maps.put(place, HeldMap(identity, MAPS[which]))
             expected.pop(place, None)
             expected[place] = MAPS[which]
         elif step == "u":
