@@ -175,7 +175,7 @@ EVERY = {
     "two-sided": Contestant("two-sided", WHOLE, partial(_two_sided, "auto")),
     "two-sided-triton": Contestant("two-sided, triton", WHOLE, partial(_two_sided, "triton")),
     "two-sided-flash": Contestant("two-sided, flash", WHOLE, partial(_two_sided, "flash")),
-    "sdpa": Contestant("SDPA", DENSE, _sdpa),
+    "sdpa": Contestant("SDPA", DENSE, _sdpa, floors.dense_attention_work),
     "sdpa-flash": Contestant("SDPA FlashAttention-2", DENSE, _FLASH_2, floors.dense_attention_work),
     "sdpa-cudnn": Contestant("SDPA cuDNN", DENSE, _CUDNN, floors.dense_attention_work),
     "flash-attention-4": Contestant("FlashAttention-4", DENSE, _flash_attention_4, floors.dense_attention_work),
